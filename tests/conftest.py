@@ -1,0 +1,106 @@
+"""Fixtures shared by all tests: the repository's demo data, and the ways to run the training script."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_zoodip_textual_inversion as zoodip
+
+
+REPO = Path(__file__).resolve().parent.parent
+SCRIPT = REPO / "train_zoodip_textual_inversion.py"
+
+# Two test processes may share two cores with other work; one thread each is also what makes runs comparable.
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(scope="session")
+def repo():
+    return REPO
+
+
+@pytest.fixture(scope="session")
+def demo_base():
+    path = REPO / "demo" / "base"
+    if not (path / "model_index.json").is_file():
+        pytest.skip("demo/base is not in this checkout (make it with demo/build_demo_base.py)")
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def subject():
+    subjects = sorted((REPO / "demo" / "subjects").glob("*/metadata.jsonl"))
+    if not subjects:
+        pytest.skip("demo/subjects is not in this checkout (make it with demo/build_demo_base.py)")
+    return subjects[0].parent
+
+
+@pytest.fixture(scope="session")
+def run_script():
+    """Runs `python train_zoodip_textual_inversion.py ...` and checks its exit code (`expect`; None: any)."""
+
+    def run(*arguments, expect=0, env=None, timeout=300):
+        command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+        return _run(command, expect, env, timeout)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def launch():
+    """Runs the script by the real `accelerate launch` (flags of the launcher in `launcher`)."""
+
+    def run(*arguments, expect=0, env=None, timeout=300, launcher=()):
+        command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, str(SCRIPT), *map(str, arguments)]
+        return _run(command, expect, env, timeout)
+
+    return run
+
+
+def _run(command, expect, env, timeout):
+    environment = {**os.environ, **(env or {})}
+    done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=timeout)
+    if expect is not None:
+        assert done.returncode == expect, f"exit {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return done
+
+
+@pytest.fixture
+def basics(demo_base, subject, tmp_path):
+    """The shortest valid argument list, as a dict of flags that a test may change."""
+    return {
+        "--pretrained_model_name_or_path": demo_base,
+        "--train_data_dir": str(subject),
+        "--placeholder_token": "<my-toy>",
+        "--initializer_token": "star",
+        "--output_dir": str(tmp_path / "out"),
+        "--max_train_steps": "3",
+        "--report_to": "none",
+    }
+
+
+@pytest.fixture
+def train(basics):
+    """Trains in this process (fast: imports are paid once) and returns the output directory."""
+
+    def run(**flags):
+        chosen = {**basics, **{f"--{name}": value for name, value in flags.items()}}
+        zoodip.main(zoodip.parse_args(as_arguments(chosen)))
+        return Path(chosen["--output_dir"])
+
+    return run
+
+
+def as_arguments(flags):
+    """{"--flag": value} as a command line; True is a bare flag, None drops it."""
+    words = []
+    for flag, value in flags.items():
+        if value is True:
+            words.append(flag)
+        elif value is not None:
+            words += [flag, str(value)]
+    return words

@@ -1,0 +1,1569 @@
+#!/usr/bin/env python
+# Copyright 2026 The ZOODiP textual inversion authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
+# an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
+"""Teach a quantized Stable Diffusion a new word with forward passes only (ZOODiP, arXiv 2503.14868).
+
+The shortest command that works, offline, on the demo base of this repository:
+
+    accelerate launch train_zoodip_textual_inversion.py \
+        --pretrained_model_name_or_path demo/base --train_data_dir demo/subjects/checkered_heart \
+        --placeholder_token "<my-toy>" --initializer_token heart --max_train_steps 300 --output_dir my-toy
+
+and on Stable Diffusion 1.5:
+
+    accelerate launch train_zoodip_textual_inversion.py \
+        --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 --train_data_dir ./my-dog \
+        --placeholder_token "<my-dog>" --initializer_token dog --output_dir my-dog-concept
+
+Only the embedding of the placeholder token is learned; everything else is frozen and quantized, and no backward pass
+is ever run. The result is a few kilobytes that `StableDiffusionPipeline.load_textual_inversion` reads.
+"""
+
+import argparse
+import contextlib
+import csv
+import functools
+import hashlib
+import json
+import logging
+import math
+import os
+import platform
+import re
+import shutil
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import datasets
+import jinja2.meta
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator, init_empty_weights
+from accelerate.logging import get_logger
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType, ProjectConfiguration, set_module_tensor_to_device
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.utils import make_image_grid
+from huggingface_hub import ModelCard, ModelCardData, create_repo, snapshot_download, upload_folder
+from PIL import Image, ImageOps
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tqdm.auto import tqdm
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+
+logger = get_logger(__name__)
+
+
+class InputError(ValueError):
+    """What the user gave cannot work; the message is one sentence that names it and the mend (exit code 2)."""
+
+
+# =====================================================================================================
+# The algorithm: ZOODiP, arXiv 2503.14868. Pure functions on tensors; nothing below knows of models or files.
+# =====================================================================================================
+
+
+def sample_puts_timesteps(batch_size, min_timestep, max_timestep, generator=None, device=None):
+    """Partial Uniform Timestep Sampling (Eq. 9): t ~ U(T_L, T_U).
+
+    Args:
+        batch_size: number of timesteps to draw.
+        min_timestep, max_timestep: T_L (inclusive) and T_U (exclusive), in scheduler timesteps.
+        generator: source of randomness; the draw is made on its device.
+        device: device of the result.
+
+    Returns:
+        LongTensor `[batch_size]`.
+    """
+    draw_device = generator.device if generator is not None else device
+    return torch.randint(min_timestep, max_timestep, (batch_size,), generator=generator, device=draw_device).to(device)
+
+
+def estimate_gradient(loss_fn, theta, num_perturbations, perturbation_scale, generator, estimator="rge"):
+    """Zeroth-order estimate of the gradient of a loss at `theta`, from loss values alone.
+
+    Args:
+        loss_fn: takes candidates `[m, *theta.shape]`, returns their losses `[m]`. All candidates must see the same
+            data, noise and timestep (common random numbers), or the differences mean nothing.
+        theta: the point θ, any shape; it is read, never changed.
+        num_perturbations: n, the number of Gaussian directions e_i.
+        perturbation_scale: μ, the step of the finite difference.
+        generator: source of the directions (and of nothing else).
+        estimator: "rge", forward differences, n + 1 losses (Eq. 3), or "spsa", central differences, 2n (Eq. S11).
+
+    Returns:
+        The estimate (shaped like `theta`) and the base loss: L(θ) for "rge"; for "spsa", which never evaluates θ
+        itself, the mean of all losses, equal to L(θ) up to O(μ²).
+
+    Raises:
+        ValueError: unknown estimator.
+    """
+    directions = torch.randn((num_perturbations, *theta.shape), generator=generator, device=generator.device)
+    directions = directions.to(theta)
+    steps = perturbation_scale * directions
+    if estimator == "rge":
+        losses = loss_fn(torch.cat([theta[None], theta + steps]))
+        base_loss = losses[0]
+        slopes = (losses[1:] - losses[0]) / perturbation_scale
+    elif estimator == "spsa":
+        losses = loss_fn(torch.cat([theta + steps, theta - steps]))
+        base_loss = losses.mean()
+        slopes = (losses[:num_perturbations] - losses[num_perturbations:]) / (2 * perturbation_scale)
+    else:
+        raise ValueError(f'estimator must be "rge" or "spsa", not {estimator!r}')
+    return torch.tensordot(slopes, directions, dims=1) / num_perturbations, base_loss
+
+
+class SubspaceGradient:
+    """Subspace Gradient, SG (Alg. 2, Eqs. 4-8): removes from an estimate the directions θ has not been moving along.
+
+    Every `window` updates the trajectory B `[τ, D]` of the last τ updated tokens (all D = k·d entries of θ at once) is
+    standardised by column and decomposed; the right-singular vectors beyond the share 1 - ν of the variance form P_ν,
+    and until the next rebuild ĝ' = ĝ (I - P_νᵀ P_ν).
+
+    Args:
+        window: τ, updates between rebuilds; 0 switches SG off.
+        threshold: ν, the share of the trajectory's variance that counts as noise.
+
+    Attributes:
+        removed: rows of P_ν, `[r, D]`, orthonormal, on θ's device; None while nothing is removed.
+    """
+
+    def __init__(self, window, threshold):
+        self.window = window
+        self.threshold = threshold
+        self.buffer = []
+        self.removed = None
+
+    def project(self, gradient):
+        """ĝ' = ĝ - ĝ P_νᵀ P_ν (Eq. 8), same shape as `gradient`."""
+        if self.removed is None:
+            return gradient
+        flat = gradient.flatten()
+        return (flat - (flat @ self.removed.T) @ self.removed).view_as(gradient)
+
+    def update(self, theta):
+        """Records the updated token (any shape) and rebuilds P_ν when the window is full."""
+        if self.window == 0:
+            return
+        self.buffer.append(theta.detach().flatten().clone())
+        if len(self.buffer) == self.window:
+            self.removed = self._noise_directions(torch.stack(self.buffer))
+            self.buffer = []
+
+    def _noise_directions(self, trajectory):
+        # The SVD is tiny, so it is done in float64 on the host, where it is exact and the same on every device.
+        centred = trajectory.double().cpu() - trajectory.double().cpu().mean(dim=0)
+        spread = centred.std(dim=0, correction=0)
+        standardised = centred / torch.where(spread > 0, spread, 1.0)  # a column that never moved stays zero
+        _, singular, directions = torch.linalg.svd(standardised, full_matrices=False)
+        variance = singular**2
+        if not variance.sum() > 0:
+            return None
+        # i*: the smallest count of leading directions whose share of the variance exceeds 1 - ν (Eq. 7).
+        share = variance.cumsum(0) / variance.sum()
+        kept = int((share <= 1 - self.threshold).sum()) + 1
+        # Centring leaves rank τ - 1, so the last direction is rounding noise: it is not evidence of anything.
+        negligible = singular[0] * max(trajectory.shape) * torch.finfo(singular.dtype).eps
+        rank = int((singular > negligible).sum())
+        return directions[kept:rank].to(trajectory) if kept < rank else None
+
+    def state_dict(self):
+        return {"buffer": list(self.buffer), "removed": self.removed}
+
+    def load_state_dict(self, state):
+        self.buffer = list(state["buffer"])
+        self.removed = state["removed"]
+
+
+def normalize_estimate(gradient, num_directions, num_removed):
+    """Scales an estimate to the expected length of the true gradient, as the official code does before Adam.
+
+    A Gaussian estimate of n directions in D dimensions is about sqrt((D + n - 1) / n) times as long as the gradient
+    it estimates; undoing that keeps Adam's ε (1e-3) meaningful whatever the token's dimension and n are.
+
+    Args:
+        gradient: the projected estimate, any shape with D entries.
+        num_directions: n, all directions that were averaged (over accumulation steps and processes too).
+        num_removed: rows of P_ν; D_eff = D - rows(P_ν).
+    """
+    dimensions = gradient.numel() - num_removed
+    return gradient / math.sqrt((dimensions + num_directions - 1) / num_directions)
+
+
+# =====================================================================================================
+# Quantized loading: weight-only INT8 for Linear *and* Conv2d (two thirds of Stable Diffusion 1.5's UNet are Conv2d).
+# =====================================================================================================
+
+_scratch = {}  # one dequantization buffer per (device, dtype), as large as the largest layer met so far
+
+
+def quantize_per_channel(weight):
+    """Symmetric absmax INT8 per output channel: weight `[out, ...]` -> int8 like it, float32 scale `[out, 1, ...]`."""
+    weight = weight.float()
+    scale = weight.abs().amax(dim=tuple(range(1, weight.dim())), keepdim=True) / 127
+    scale = torch.where(scale > 0, scale, 1.0)
+    return (weight / scale).round_().clamp_(-127, 127).to(torch.int8), scale
+
+
+def dequantize(weight, scale):
+    """int8 weight times scale, in the scale's dtype.
+
+    The result lives in one buffer that the next call overwrites: fresh memory for every layer costs several times the
+    arithmetic. (Where autograd may need the weight later, it gets memory of its own.) The scale is applied before
+    the product, not after it: the unscaled product of int8 values overflows float16.
+    """
+    if torch.is_grad_enabled():
+        return weight.to(scale.dtype) * scale
+    key = (weight.device, scale.dtype)
+    if key not in _scratch or _scratch[key].numel() < weight.numel():
+        with torch.inference_mode(False):  # an ordinary tensor may be overwritten inside and outside inference mode
+            _scratch[key] = torch.empty(weight.numel(), dtype=scale.dtype, device=weight.device)
+    return _scratch[key][: weight.numel()].view(weight.shape).copy_(weight).mul_(scale)
+
+
+class Int8Linear(torch.nn.Module):
+    """A frozen `nn.Linear` with its weight in INT8, one scale per output channel; activations keep their dtype."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        weight, scale = quantize_per_channel(linear.weight)
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale)
+        self.bias = linear.bias
+
+    def forward(self, input):
+        return F.linear(input, dequantize(self.weight, self.scale), self.bias)
+
+
+class Int8Conv2d(torch.nn.Module):
+    """A frozen `nn.Conv2d` (zero padding) with its weight in INT8, one scale per output channel."""
+
+    def __init__(self, conv):
+        super().__init__()
+        self.in_channels, self.out_channels = conv.in_channels, conv.out_channels
+        self.stride, self.padding, self.dilation, self.groups = conv.stride, conv.padding, conv.dilation, conv.groups
+        weight, scale = quantize_per_channel(conv.weight)
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale)
+        self.bias = conv.bias
+
+    def forward(self, input):
+        weight = dequantize(self.weight, self.scale)
+        return F.conv2d(input, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+def quantize_layer(layer, quantization, dtype):
+    """The quantized stand-in of a Linear or Conv2d whose weight is loaded ("int8" or "nf4"), computing in `dtype`."""
+    if quantization == "nf4" and isinstance(layer, torch.nn.Linear):
+        import bitsandbytes as bnb
+
+        nf4 = bnb.nn.Linear4bit(
+            layer.in_features, layer.out_features, bias=False, compute_dtype=dtype, quant_type="nf4", device="meta"
+        )
+        nf4.weight = bnb.nn.Params4bit(layer.weight.data.to(dtype), requires_grad=False, quant_type="nf4")
+        nf4.bias = layer.bias
+        return nf4  # bitsandbytes packs the weight when it is moved to its device
+    quantized = Int8Linear(layer) if isinstance(layer, torch.nn.Linear) else Int8Conv2d(layer)
+    quantized.scale = quantized.scale.to(dtype)
+    return quantized
+
+
+def quantize_in_place(model, quantization, dtype):
+    """Quantizes every Linear and Conv2d of a loaded model on the CPU (the text encoder, or anything for quanto)."""
+    if quantization == "quanto-int8":
+        from optimum.quanto import freeze, qint8, quantize
+
+        quantize(model, weights=qint8)
+        freeze(model)
+    elif quantization != "none":
+        for name, layer in list(model.named_modules()):
+            if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)):
+                model.set_submodule(name, quantize_layer(layer, quantization, dtype))
+    return model
+
+
+def find_weight_files(args, subfolder, stem="diffusion_pytorch_model"):
+    """The safetensors files (one, or its shards) of a component, from a local folder or the Hub.
+
+    Raises:
+        InputError: the component has no safetensors weights (of that variant).
+    """
+    variant = f".{args.variant}" if args.variant else ""
+    shard = "-[0-9]*-of-[0-9]*"
+    patterns = [f"{stem}{variant}.safetensors", f"{stem}{variant}{shard}.safetensors"]
+    patterns += [f"{stem}{shard}{variant}.safetensors"] if variant else []
+    root = Path(args.pretrained_model_name_or_path)
+    if not root.is_dir():
+        allowed = [f"{subfolder}/{pattern}" for pattern in patterns]
+        root = Path(snapshot_download(str(root), revision=args.revision, allow_patterns=allowed))
+    files = next((found for p in patterns if (found := sorted((root / subfolder).glob(p)))), [])
+    if not files:
+        raise InputError(
+            f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path!r} has no {patterns[0]} in"
+            f" {subfolder}/: choose another --variant or convert the weights to safetensors."
+        )
+    return files
+
+
+def load_unet(args, device, dtype):
+    """Loads the UNet tensor by tensor, quantizing each on its way, so that no full-precision copy is ever whole.
+
+    Returns:
+        The frozen UNet on `device`, and the share of its parameters that is quantized.
+    """
+    config = UNet2DConditionModel.load_config(
+        args.pretrained_model_name_or_path, subfolder="unet", revision=args.revision
+    )
+    with init_empty_weights():
+        unet = UNet2DConditionModel.from_config(config).requires_grad_(False).eval()
+    share = quantizable_share(unet) if args.quantization != "none" else 0.0
+    streams = args.quantization in ("int8", "nf4")
+    staging = "cpu" if args.quantization == "quanto-int8" else device  # quanto quantizes whole models: on the host
+    for path in find_weight_files(args, "unet"):
+        with safe_open(path, framework="pt") as tensors:
+            for key in tensors.keys():
+                name, _, leaf = key.rpartition(".")
+                layer, value = unet.get_submodule(name), tensors.get_tensor(key)
+                if streams and leaf == "weight" and isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)):
+                    layer.weight = torch.nn.Parameter(value, requires_grad=False)
+                    bias, layer.bias = layer.bias, None  # the bias travels by its own key; on meta it cannot move
+                    quantized = quantize_layer(layer, args.quantization, dtype).to(device)
+                    quantized.bias = bias
+                    unet.set_submodule(name, quantized)
+                else:
+                    set_module_tensor_to_device(unet, key, staging, value=value, dtype=dtype)
+    missing = [name for name, parameter in unet.named_parameters() if parameter.is_meta]
+    if missing:
+        raise InputError(
+            f"the UNet weights of {args.pretrained_model_name_or_path!r} lack {missing[0]!r}: they are cut."
+        )
+    if args.quantization == "quanto-int8":
+        quantize_in_place(unet, args.quantization, dtype).to(device)
+    return unet.requires_grad_(False), share
+
+
+def quantizable_share(model):
+    """The share of a model's parameters that sits in weights of Linear and Conv2d layers."""
+    layers = [m for m in model.modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))]
+    return sum(layer.weight.numel() for layer in layers) / sum(p.numel() for p in model.parameters())
+
+
+def module_bytes(module):
+    """Bytes of a module's parameters and buffers, quantized ones as stored."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return sum(t.numel() * t.element_size() for t in (getattr(t, "_data", t) for t in tensors))
+
+
+# =====================================================================================================
+# The frozen model as a function of θ
+# =====================================================================================================
+
+
+def candidate_losses(candidates, batch, text_encoder, unet, first_placeholder_id, max_candidates=None):
+    """Denoising losses of m candidates for the placeholder's vectors, all on the same batch, in one forward pass.
+
+    Each candidate owns rows of the text encoder's embedding table: candidate j of a chunk sits at
+    `first_placeholder_id + j·k` and its prompts use those ids, so m candidates are just a larger batch.
+
+    Args:
+        candidates: `[m, k, d]`.
+        batch: what `noise_batch` returns, b examples.
+        text_encoder, unet: frozen modules; the table has room for `max_candidates` (or m) candidates.
+        first_placeholder_id: id of the placeholder's first vector; its k ids are consecutive.
+        max_candidates: candidates per forward pass; None evaluates all at once.
+
+    Returns:
+        float32 losses `[m]`: mean over b examples and all latent entries (‖ε − ε_φ(z_t, t, c(y*))‖²).
+    """
+    table = text_encoder.get_input_embeddings().weight
+    num_vectors = candidates.shape[1]
+    losses = []
+    for chunk in candidates.split(max_candidates or len(candidates)):
+        m = len(chunk)
+        table[first_placeholder_id : first_placeholder_id + m * num_vectors] = chunk.flatten(0, 1).to(table)
+        shift = num_vectors * torch.arange(m, device=table.device).view(m, 1, 1)
+        ids = batch["prompt_ids"].expand(m, -1, -1)
+        ids = torch.where(ids >= first_placeholder_id, ids + shift, ids).flatten(0, 1)
+        conditioning = text_encoder(ids)[0]
+        noisy = batch["noisy_latents"].repeat(m, 1, 1, 1).to(conditioning)
+        prediction = unet(noisy, batch["timesteps"].repeat(m), conditioning, return_dict=False)[0]
+        target = batch["target"].repeat(m, 1, 1, 1)
+        losses.append(F.mse_loss(prediction.float(), target, reduction="none").view(m, -1).mean(dim=1))
+    return torch.cat(losses)
+
+
+def draw_examples(concept, batch_size, generator):
+    """Draws b (latent, prompt) pairs with replacement: an image, maybe its flip, a sample of its latent, a caption."""
+    flips, images = concept["moments"].shape[:2]
+    chosen = torch.randint(images, (batch_size,), generator=generator)
+    flipped = torch.rand(batch_size, generator=generator) < concept["flip_probability"]
+    mean, logvar = concept["moments"][flipped.long().clamp(max=flips - 1), chosen].chunk(2, dim=1)
+    latents = mean + (0.5 * logvar.clamp(-30, 20)).exp() * torch.randn(mean.shape, generator=generator)
+    prompts = [concept["prompts_of_image"][i] for i in chosen.tolist()]
+    picks = [p[int(torch.randint(len(p), (1,), generator=generator))] for p in prompts]
+    return latents * concept["scaling_factor"], concept["prompt_ids"][picks]
+
+
+def noise_batch(latents, prompt_ids, timesteps, generator, scheduler, device):
+    """Noises latents to timesteps t and pairs them with the model's target (noise, or velocity for v-prediction)."""
+    noise = torch.randn(latents.shape, generator=generator)
+    noisy = scheduler.add_noise(latents, noise, timesteps)
+    predicts_noise = scheduler.config.prediction_type == "epsilon"
+    target = noise if predicts_noise else scheduler.get_velocity(latents, noise, timesteps)
+    batch = {"noisy_latents": noisy, "target": target, "timesteps": timesteps, "prompt_ids": prompt_ids}
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+# =====================================================================================================
+# Data
+# =====================================================================================================
+
+OBJECT_TEMPLATES = [
+    f"{words} {{}}"
+    for words in (
+        "a photo of a|a rendering of a|a cropped photo of the|the photo of a|a photo of a clean|a photo of a dirty|"
+        "a dark photo of the|a photo of my|a photo of the cool|a close-up photo of a|a bright photo of the|"
+        "a cropped photo of a|a photo of the|a good photo of the|a photo of one|a close-up photo of the|"
+        "a rendition of the|a photo of the clean|a rendition of a|a photo of a nice|a good photo of a|"
+        "a photo of the nice|a photo of the small|a photo of the weird|a photo of the large|a photo of a cool|"
+        "a photo of a small"
+    ).split("|")
+]
+STYLE_TEMPLATES = [
+    f"{words} in the style of {{}}"
+    for words in (
+        "a painting|a rendering|a cropped painting|the painting|a clean painting|a dirty painting|a dark painting|"
+        "a picture|a cool painting|a close-up painting|a bright painting|a good painting|a rendition|a nice painting|"
+        "a small painting|a weird painting|a large painting"
+    ).split("|")
+]
+
+
+def to_rgb(image):
+    """Any PIL image as upright RGB: EXIF orientation applied, transparency over white, 16-bit grey scaled to 8."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image, dtype=np.float64) / 257).clip(0, 255).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def to_pixels(image, resolution, center_crop):
+    """A PIL image as uint8 `[3, resolution, resolution]`; without `center_crop` it is squeezed to a square."""
+    image = to_rgb(image)
+    if center_crop:
+        image = ImageOps.fit(image, (resolution, resolution), Image.Resampling.BICUBIC)
+    else:
+        image = image.resize((resolution, resolution), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def read_captions(folder):
+    """Captions by file name from `metadata.jsonl` or `metadata.csv` (the imagefolder format), {} if there is none."""
+    jsonl, table = folder / "metadata.jsonl", folder / "metadata.csv"
+    try:
+        if jsonl.is_file():
+            lines = jsonl.read_text(encoding="utf-8").splitlines()
+            rows = [json.loads(line) for line in lines if line.strip()]
+        elif table.is_file():
+            with table.open(encoding="utf-8", newline="") as file:
+                rows = list(csv.DictReader(file))
+        else:
+            return {}
+        return {row["file_name"]: row["text"] for row in rows}
+    except (ValueError, KeyError, TypeError) as error:
+        name = jsonl.name if jsonl.is_file() else table.name
+        raise InputError(
+            f"--train_data_dir {str(folder)!r}: {name} cannot be read ({error!r}); every row needs the fields"
+            " file_name and text."
+        ) from None
+
+
+def read_folder(args):
+    """Images of `--train_data_dir` as `(name, pixels, caption or None)`; what is not a readable image is reported."""
+    folder = Path(args.train_data_dir)
+    if not folder.is_dir():
+        raise InputError(f"--train_data_dir {str(folder)!r} is not a folder: give the folder that holds your images.")
+    captions = read_captions(folder)
+    known = set(Image.registered_extensions())
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    image_files = [path for path in files if path.suffix.lower() in known and not path.name.startswith(".")]
+    ignored = [p.name for p in files if p not in image_files and p.name not in ("metadata.jsonl", "metadata.csv")]
+    if ignored:
+        logger.warning(f"Ignored {len(ignored)} files in {folder} that are not images: {', '.join(ignored[:5])}.")
+    examples = []
+    for path in image_files:
+        try:
+            with Image.open(path) as image:
+                pixels = to_pixels(image, args.resolution, args.center_crop)
+            examples.append((path.name, pixels, captions.pop(path.name, None)))
+        except Exception as error:  # PIL raises nearly anything on a damaged file
+            logger.warning(f"Skipped {path.name}, which cannot be read as an image ({error}).")
+    if captions and examples:
+        logger.warning(f"The metadata lists files that are not among the images: {', '.join(list(captions)[:5])}.")
+    if not examples:
+        raise InputError(
+            f"--train_data_dir {str(folder)!r} holds no readable image ({len(files)} files looked at): put 3 to 20"
+            " pictures of your concept there."
+        )
+    return examples
+
+
+def read_dataset(args):
+    """Images of a Hub (or local) `datasets` dataset as `(name, pixels, caption or None)`."""
+    try:
+        dataset = datasets.load_dataset(args.dataset_name, args.dataset_config_name, split="train")
+    except Exception as error:  # datasets raises its own, huggingface_hub's, pyarrow's and OS errors here
+        raise InputError(f"--dataset_name {args.dataset_name!r} cannot be loaded ({error}): check the name.") from None
+    if args.image_column not in dataset.column_names:
+        raise InputError(
+            f"--image_column {args.image_column!r} is not in {args.dataset_name}: choose from {dataset.column_names}."
+        )
+    has_captions = args.caption_column in dataset.column_names
+    examples = []
+    for i, row in enumerate(dataset):
+        caption = row[args.caption_column] if has_captions else None
+        examples.append((f"image {i}", to_pixels(row[args.image_column], args.resolution, args.center_crop), caption))
+    if not examples:
+        raise InputError(f"--dataset_name {args.dataset_name!r} has no images in its train split.")
+    return examples
+
+
+def build_prompts(args, examples, tokenizer):
+    """Tokenizes the captions (or the templates, for images without one) with the placeholder's vectors in place.
+
+    Returns:
+        Prompt ids `[P, length]` and, for each image, the list of its rows.
+
+    Raises:
+        InputError: a caption has no placeholder, or is so long that the placeholder is cut off.
+    """
+    vectors = placeholder_names(args.placeholder_token, args.num_vectors)
+    templates = STYLE_TEMPLATES if args.learnable_property == "style" else OBJECT_TEMPLATES
+    captions, prompts_of_image = {}, []
+    for name, _, caption in examples:
+        if caption is not None and "{}" not in caption and args.placeholder_token not in caption:
+            raise InputError(
+                f"the caption of {name}, {caption!r}, does not say where the concept goes: put {{}} or"
+                f" {args.placeholder_token} there."
+            )
+        texts = templates if caption is None else [caption]
+        texts = [
+            t.replace("{}", args.placeholder_token).replace(args.placeholder_token, " ".join(vectors)) for t in texts
+        ]
+        prompts_of_image.append([captions.setdefault(text, len(captions)) for text in texts])
+    limit = {"padding": "max_length", "truncation": True, "max_length": tokenizer.model_max_length}
+    prompt_ids = tokenizer(list(captions), return_tensors="pt", **limit).input_ids
+    vector_ids = torch.tensor(tokenizer.convert_tokens_to_ids(vectors))
+    for text, ids in zip(captions, prompt_ids):
+        if not torch.isin(vector_ids, ids).all():
+            raise InputError(
+                f"the caption {text!r} is longer than the {tokenizer.model_max_length} tokens of the text encoder, which"
+                f" cut off {args.placeholder_token}: shorten it."
+            )
+    return prompt_ids, prompts_of_image
+
+
+def placeholder_names(token, num_vectors):
+    """The names diffusers gives the vectors of a multi-vector token: tok, tok_1, tok_2, ..."""
+    return [token] + [f"{token}_{i}" for i in range(1, num_vectors)]
+
+
+def encode_images(vae, examples, device):
+    """Latent moments of every image and of its flip: float32 `[2, N, 2C, h, w]` on the host. The VAE then leaves."""
+    rows = []
+    for _, pixels, _ in examples:
+        both = torch.stack([pixels, pixels.flip(-1)]).to(device, vae.dtype) / 127.5 - 1
+        rows.append(torch.cat([vae.encode(one[None]).latent_dist.parameters for one in both]).float().cpu())
+    return torch.stack(rows, dim=1)
+
+
+# =====================================================================================================
+# Saving, validation, model card
+# =====================================================================================================
+
+
+@contextlib.contextmanager
+def atomic_path(path):
+    """Yields a temporary path beside `path` (same suffix) and renames it into place when the block succeeds."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".tmp-{path.name}")
+    yield temporary
+    os.replace(temporary, path)
+
+
+def write_json(path, content):
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def save_embeds(path, placeholder_token, theta):
+    """`{placeholder: [k, d]}`, float32: what `load_textual_inversion` of any diffusers reads."""
+    with atomic_path(path) as temporary:
+        save_file({placeholder_token: theta.detach().cpu().clone()}, temporary, metadata={"format": "pt"})
+
+
+def save_a1111(path, placeholder_token, theta, step):
+    """The `.pt` of the Automatic1111 web UI, plain tensors only (readable with `weights_only=True`)."""
+    content = {"string_to_token": {"*": 265}, "string_to_param": {"*": theta.detach().cpu().clone()}}
+    with atomic_path(path) as temporary:
+        torch.save({**content, "name": placeholder_token, "step": step}, temporary)
+
+
+# Settings that decide a run's trajectory: a checkpoint only resumes under the same ones.
+TRAJECTORY_SETTINGS = (
+    "pretrained_model_name_or_path revision variant tokenizer_name quantization mixed_precision placeholder_token"
+    " initializer_token num_vectors learnable_property resolution center_crop flip_probability train_batch_size"
+    " gradient_accumulation_steps seed num_perturbations perturbation_scale gradient_estimator sg_window sg_threshold"
+    " puts_min_timestep puts_max_timestep learning_rate scale_lr lr_scheduler lr_warmup_steps lr_num_cycles"
+    " adam_beta1 adam_beta2 adam_weight_decay adam_epsilon"
+).split()
+
+
+def trajectory_settings(args, accelerator, examples):
+    """The settings above, the number of processes and a fingerprint of the training data, as JSON-ready values."""
+    settings = {name: getattr(args, name) for name in TRAJECTORY_SETTINGS}
+    digest = hashlib.sha256()
+    for _, pixels, caption in examples:
+        digest.update(pixels.numpy().tobytes() + repr(caption).encode())
+    return {**settings, "number of processes": accelerator.num_processes, "training data": digest.hexdigest()[:16]}
+
+
+def list_checkpoints(output_dir):
+    """Complete checkpoints, oldest first (one being written has another name)."""
+    found = [p for p in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+
+def find_checkpoint(args, settings):
+    """The checkpoint `--resume_from_checkpoint` asks for, or None for a fresh start.
+
+    Raises:
+        InputError: it does not exist, or it was written under other settings.
+    """
+    if args.resume_from_checkpoint is None:
+        return None
+    if args.resume_from_checkpoint == "latest":
+        checkpoints = list_checkpoints(args.output_dir)
+        if not checkpoints:
+            logger.warning(f"No checkpoint in {args.output_dir} yet: starting from step 0.")
+            return None
+        checkpoint = checkpoints[-1]
+    else:
+        checkpoint = Path(args.resume_from_checkpoint)
+        if not checkpoint.exists() and (Path(args.output_dir) / checkpoint.name).exists():
+            checkpoint = Path(args.output_dir) / checkpoint.name
+    if not (checkpoint / "settings.json").is_file():
+        raise InputError(
+            f'--resume_from_checkpoint {args.resume_from_checkpoint!r} is not a checkpoint: give "latest" or a'
+            " checkpoint-N folder."
+        )
+    before = json.loads((checkpoint / "settings.json").read_text(encoding="utf-8"))
+    now = json.loads(json.dumps(settings))
+    changed = [
+        f"{name} ({before.get(name)!r}, now {value!r})" for name, value in now.items() if before.get(name) != value
+    ]
+    if changed:
+        raise InputError(
+            f"--resume_from_checkpoint {str(checkpoint)!r} belongs to other settings: {', '.join(changed)}; repeat them"
+            " as they were or start in another --output_dir."
+        )
+    return checkpoint
+
+
+def save_checkpoint(args, accelerator, step, shared, generators, settings):
+    """Writes `checkpoint-{step}` under a temporary name and renames it once every process has written its part."""
+    output_dir = Path(args.output_dir)
+    final, temporary = output_dir / f"checkpoint-{step}", output_dir / f".tmp-checkpoint-{step}"
+    if accelerator.is_main_process:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        torch.save(shared, temporary / "state.pt")
+        write_json(temporary / "settings.json", settings)
+    accelerator.wait_for_everyone()
+    states = {name: generator.get_state() for name, generator in generators.items()}
+    torch.save(states, temporary / f"generators_{accelerator.process_index}.pt")
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(temporary, final)
+        if args.checkpoints_total_limit is not None:
+            for old in list_checkpoints(output_dir)[: -args.checkpoints_total_limit]:
+                shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+
+
+@torch.inference_mode()
+def generate_images(args, base, text_encoder, unet, theta, device, dtype):
+    """Images of `--validation_prompt` with θ in place; the VAE is here only while it decodes."""
+    first = base["first_placeholder_id"]
+    table = text_encoder.get_input_embeddings().weight
+    table[first : first + args.num_vectors] = theta.to(table)
+    pipeline = StableDiffusionPipeline(
+        vae=load_vae(args, dtype),
+        text_encoder=text_encoder,
+        tokenizer=base["tokenizer"],
+        unet=unet,
+        scheduler=DPMSolverMultistepScheduler.from_config(base["scheduler"].config),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.vae.to(device)
+    generators = [torch.Generator().manual_seed(args.seed + i) for i in range(args.num_validation_images)]
+    return [
+        pipeline(
+            args.validation_prompt.replace("{}", args.placeholder_token),
+            height=args.resolution,
+            width=args.resolution,
+            num_inference_steps=args.num_inference_steps,
+            guidance_scale=args.guidance_scale,
+            generator=generator,
+        ).images[0]
+        for generator in generators
+    ]
+
+
+def log_images(accelerator, images, step):
+    """The validation images, in the trackers that take images."""
+    for tracker in accelerator.trackers:
+        if tracker.name in ("tensorboard", "wandb", "trackio"):
+            with contextlib.suppress(AttributeError, NotImplementedError):
+                stacked = np.stack([np.asarray(i) for i in images])
+                values = stacked if tracker.name == "tensorboard" else images
+                extra = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({"validation": values}, step=step, **extra)
+
+
+def load_vae(args, dtype):
+    where = {"subfolder": "vae", "revision": args.revision, "variant": args.variant}
+    vae = AutoencoderKL.from_pretrained(args.pretrained_model_name_or_path, torch_dtype=dtype, **where)
+    return vae.requires_grad_(False).eval()
+
+
+def save_loss_curve(path, history):
+    """Training loss (points and running mean) and held-out loss against the step, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4), constrained_layout=True)
+    if history["loss"]:
+        steps, losses = zip(*history["loss"])
+        width = max(1, len(losses) // 20)
+        smooth = np.convolve(np.pad(losses, (width - 1, 0), mode="edge"), np.ones(width) / width, mode="valid")
+        axes.plot(steps, losses, ".", alpha=0.3, label="training loss")
+        axes.plot(steps, smooth, label=f"mean over {width} read-outs")
+    if history["validation_loss"]:
+        axes.plot(*zip(*history["validation_loss"]), "o-", label="held-out loss")
+    axes.set(xlabel="step", ylabel="denoising loss")
+    axes.legend()
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+    plt.close(figure)
+
+
+def peak_memory(device):
+    """Peak memory so far, in MB: of the process, and of the CUDA allocator where there is one."""
+    figures = {}
+    try:
+        import resource
+
+        unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, kilobytes elsewhere
+        figures["process_mb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
+    except ImportError:  # Windows
+        import psutil
+
+        figures["process_mb"] = round(psutil.Process().memory_info().peak_wset / 2**20)
+    if device.type == "cuda":
+        figures["cuda_allocated_mb"] = round(torch.cuda.max_memory_allocated(device) / 2**20)
+        figures["cuda_reserved_mb"] = round(torch.cuda.max_memory_reserved(device) / 2**20)
+    return figures
+
+
+def public_settings(args):
+    """The settings that may be published: no token, and only the last part of local paths."""
+    settings = {name: value for name, value in vars(args).items() if name != "hub_token"}
+    for name, value in settings.items():
+        if isinstance(value, str) and name != "validation_prompt" and os.path.isabs(value) or name in LOCAL_PATHS:
+            settings[name] = Path(value).name if value else value
+    base = args.pretrained_model_name_or_path
+    settings["pretrained_model_name_or_path"] = Path(base).resolve().name if os.path.isdir(base) else base
+    return settings
+
+
+LOCAL_PATHS = ("train_data_dir", "output_dir", "logging_dir", "resume_from_checkpoint")
+
+
+def write_config(args, device, dtype, components, figures):
+    """`zoodip_config.json`: what made this embedding, with which versions, at what cost."""
+    versions = {"python": platform.python_version()}
+    for package in "torch diffusers transformers accelerate huggingface_hub bitsandbytes optimum-quanto".split():
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    config = {
+        "method": "ZOODiP (arXiv 2503.14868)",
+        "base_model": public_settings(args)["pretrained_model_name_or_path"],
+        "base_model_is_local": os.path.isdir(args.pretrained_model_name_or_path),
+        "placeholder_token": args.placeholder_token,
+        "settings": public_settings(args),
+        "versions": versions,
+        "hardware": {"device": device.type, "name": name, "activations": str(dtype).removeprefix("torch.")},
+        "components": components,
+        "figures": figures,
+    }
+    write_json(Path(args.output_dir) / "zoodip_config.json", config)
+    return config
+
+
+MODEL_CARD_TEMPLATE = Path(__file__).with_name("model_card_template.md")
+
+
+def write_model_card(args, config, sample_names):
+    """Fills `model_card_template.md` into `README.md`.
+
+    Raises:
+        ValueError: the template uses a variable that is not given (Jinja would render it empty).
+    """
+    if not MODEL_CARD_TEMPLATE.is_file():
+        logger.warning(f"{MODEL_CARD_TEMPLATE.name} is not beside the script: no model card was written.")
+        return
+    local = config["base_model_is_local"]
+    prompt = (args.validation_prompt or "").replace("{}", args.placeholder_token)
+    data = ModelCardData(
+        base_model=None if local else config["base_model"],
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        license=base_license(args),
+        tags="zoodip textual_inversion diffusers-training stable-diffusion stable-diffusion-diffusers diffusers".split(),
+        instance_prompt=args.placeholder_token,
+        widget=[{"text": prompt, "output": {"url": f"samples/{name}"}} for name in sample_names] or None,
+    )
+    values = {
+        "placeholder_token": args.placeholder_token,
+        "initializer_token": args.initializer_token,
+        "repo_id": args.hub_model_id or Path(args.output_dir).name,
+        "base_model": config["base_model"],
+        "base_is_local": local,
+        "learnable_property": args.learnable_property,
+        "prompt": prompt or f"a photo of {args.placeholder_token}",
+        "has_samples": bool(sample_names),
+        "settings": config["settings"],
+        "figures": config["figures"],
+        "hardware": config["hardware"],
+        "versions": config["versions"],
+    }
+    used = jinja2.meta.find_undeclared_variables(jinja2.Environment().parse(MODEL_CARD_TEMPLATE.read_text("utf-8")))
+    missing = used - {*values, "card_data"}
+    if missing:
+        raise ValueError(f"{MODEL_CARD_TEMPLATE.name} uses variables that nobody fills: {sorted(missing)}")
+    card = ModelCard.from_template(data, template_path=str(MODEL_CARD_TEMPLATE), **values)
+    with atomic_path(Path(args.output_dir) / "README.md") as temporary:
+        temporary.write_text(str(card), encoding="utf-8")
+
+
+def base_license(args):
+    """The licence on the base model's card, carried over to what was learned from it; None where it has none."""
+    with contextlib.suppress(Exception):  # no card, no network, no licence: then the card says nothing of it
+        local = Path(args.pretrained_model_name_or_path) / "README.md"
+        base = local if local.is_file() else args.pretrained_model_name_or_path
+        return ModelCard.load(base, ignore_metadata_errors=True).data.license
+    return None
+
+
+# What a user of the concept needs; never checkpoints, logs, validation grids or the base model.
+PUSHED_FILES = (
+    "learned_embeds.safetensors learned_embeds-best.safetensors learned_embeds.pt README.md zoodip_config.json"
+    " loss_curve.png samples/*.png"
+).split()
+
+
+def push_to_hub(args, repo_id):
+    """Uploads the concept in one commit; whatever goes wrong, the results stay in `--output_dir`.
+
+    Raises:
+        InputError: the upload failed; the message holds the command that repeats it.
+    """
+    pipeline_file = Path(__file__).with_name("zoodip_pipeline.py")
+    if pipeline_file.is_file():  # on the Hub, diffusers looks for custom code under this name only
+        shutil.copyfile(pipeline_file, Path(args.output_dir) / "pipeline.py")
+    allowed = [*PUSHED_FILES, "pipeline.py"]
+    message = f"Learned {args.placeholder_token} with ZOODiP"
+    try:
+        folder = {"folder_path": args.output_dir, "allow_patterns": allowed}
+        return upload_folder(repo_id=repo_id, token=args.hub_token, commit_message=message, **folder)
+    except Exception as error:  # huggingface_hub, httpx and OS errors alike: nothing is lost, and the user is told how
+        include = " ".join(f"--include '{pattern}'" for pattern in allowed)
+        raise InputError(
+            f"--push_to_hub: training is finished and saved in {args.output_dir}, but the upload failed ({error}); try"
+            f" again with: hf upload {repo_id} {args.output_dir} . {include}"
+        ) from None
+
+
+# =====================================================================================================
+# Arguments
+# =====================================================================================================
+
+REFUSED_FLAGS = {
+    "--gradient_checkpointing": "no backward pass is ever run, so there are no activations to recompute: drop it.",
+    "--enable_xformers_memory_efficient_attention": "PyTorch's own fused attention is always on: drop the flag.",
+    "--dataloader_num_workers": "latents are computed once, before training, so nothing is loaded in a step: drop it.",
+    "--no_safe_serialization": "embeddings are saved as safetensors; for a pickle add --save_a1111 instead.",
+    "--validation_epochs": "use --validation_steps.",
+    "--local_rank": "accelerate launch sets the rank: drop the flag.",
+}
+
+
+class OneSentenceParser(argparse.ArgumentParser):
+    """Reports an error as one sentence, without the usage of sixty flags above it."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def parse_args(input_args=None):
+    """Parses and checks the command line (of the process, or a list of strings); bad input exits with code 2."""
+    parser = OneSentenceParser(
+        description="ZOODiP: textual inversion on a quantized Stable Diffusion with forward passes only.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--pretrained_model_name_or_path",
+        required=True,
+        help="Stable Diffusion 1.x or 2.x in diffusers format: a local folder or a model id on the Hub.",
+    )
+    group.add_argument("--revision", help="Branch, tag or commit of the model on the Hub.")
+    group.add_argument("--variant", help='Variant of the weight files, such as "fp16".')
+    group.add_argument("--tokenizer_name", help="Tokenizer folder or id, if not the model's own.")
+    group.add_argument(
+        "--quantization",
+        choices=["int8", "nf4", "quanto-int8", "none"],
+        default="int8",
+        help="Weights of UNet and text encoder: int8 (Linear and Conv2d, per output channel), nf4 (bitsandbytes 4-bit"
+        " Linear, int8 Conv2d), quanto-int8 (as the official code) or none.",
+    )
+    group.add_argument(
+        "--mixed_precision",
+        choices=["no", "fp16", "bf16"],
+        help="Activations; the loss is always float32. Default: fp16 on CUDA, no (float32) elsewhere.",
+    )
+    group.add_argument("--allow_tf32", action="store_true", help="Allow TF32 in float32 products on CUDA.")
+
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--train_data_dir",
+        help="Folder of images, with captions in metadata.jsonl or metadata.csv (fields file_name, text) if you have"
+        " them; {} or the placeholder marks the concept in a caption.",
+    )
+    group.add_argument("--dataset_name", help="Instead of a folder: a dataset id on the Hub (its train split).")
+    group.add_argument("--dataset_config_name", help="Configuration of the dataset.")
+    group.add_argument("--image_column", default="image", help="Column of the dataset that holds the images.")
+    group.add_argument("--caption_column", default="text", help="Column of the dataset that holds captions, if any.")
+    group.add_argument("--placeholder_token", required=True, help='The new word, such as "<my-dog>".')
+    group.add_argument("--initializer_token", required=True, help="Existing one-token word to start from: dog.")
+    group.add_argument("--num_vectors", type=int, default=1, help="k: embedding vectors of the new word.")
+    group.add_argument(
+        "--learnable_property",
+        choices=["object", "style"],
+        default="object",
+        help="Which Textual Inversion templates caption the images that have no caption.",
+    )
+    group.add_argument("--repeats", type=int, default=100, help="Times an epoch shows every image.")
+    group.add_argument("--resolution", type=int, help="Side of the training images. Default: the model's own.")
+    group.add_argument(
+        "--center_crop", action="store_true", help="Crop the centre square; otherwise images are squeezed to a square."
+    )
+    group.add_argument("--flip_probability", type=float, default=0.5, help="How often an image is mirrored; 0: never.")
+
+    group = parser.add_argument_group("zeroth-order optimization")
+    group.add_argument("--num_perturbations", type=int, default=2, help="n: random directions per estimate.")
+    group.add_argument(
+        "--perturbation_scale", type=float, default=1e-3, help="μ: finite-difference step (1e-2 with bf16 or nf4)."
+    )
+    group.add_argument(
+        "--gradient_estimator",
+        choices=["rge", "spsa"],
+        default="rge",
+        help="rge: forward differences, n + 1 losses a step (Eq. 3); spsa: central differences, 2n losses (Eq. S11).",
+    )
+    group.add_argument(
+        "--max_candidates_per_forward",
+        type=int,
+        help="Split the step's candidates (θ and its perturbations) into forward passes of at most this many; less"
+        " memory, same result. Default: all in one.",
+    )
+    group.add_argument(
+        "--sg_window",
+        type=int,
+        help="τ of Subspace Gradient: updates between rebuilds of the subspace; 0 switches SG off. Default: 128, but"
+        " at most a sixth of the token's dimension.",
+    )
+    group.add_argument("--sg_threshold", type=float, default=1e-3, help="ν of SG: share of variance that is noise.")
+    group.add_argument("--puts_min_timestep", type=int, default=500, help="T_L of PUTS, inclusive.")
+    group.add_argument("--puts_max_timestep", type=int, default=900, help="T_U of PUTS, exclusive; 0/1000 is uniform.")
+
+    group = parser.add_argument_group("training")
+    group.add_argument("--output_dir", default="text-inversion-model", help="Where everything is written.")
+    group.add_argument("--seed", type=int, default=0, help="Of data, noise and perturbations.")
+    group.add_argument("--train_batch_size", type=int, default=1, help="Examples per step and process.")
+    group.add_argument("--num_train_epochs", type=int, help="Length in epochs, if --max_train_steps is not given.")
+    group.add_argument("--max_train_steps", type=int, help="Updates in all. Default: 30000, as in the paper.")
+    group.add_argument(
+        "--gradient_accumulation_steps", type=int, default=1, help="Estimates averaged before one update."
+    )
+    group.add_argument("--learning_rate", type=float, default=5e-3, help="Learning rate of ZO-Adam.")
+    group.add_argument(
+        "--scale_lr",
+        action="store_true",
+        help="Multiply the learning rate by processes x accumulation steps x batch size.",
+    )
+    group.add_argument(
+        "--lr_scheduler", choices=[s.value for s in SchedulerType], default="constant", help="Learning-rate schedule."
+    )
+    group.add_argument("--lr_warmup_steps", type=int, default=0, help="Warm-up updates of the schedule.")
+    group.add_argument("--lr_num_cycles", type=int, default=1, help="Restarts of cosine_with_restarts.")
+    group.add_argument("--adam_beta1", type=float, default=0.9, help="β1 of Adam.")
+    group.add_argument("--adam_beta2", type=float, default=0.999, help="β2 of Adam.")
+    group.add_argument("--adam_weight_decay", type=float, default=0.0, help="Weight decay of Adam.")
+    group.add_argument(
+        "--adam_epsilon", type=float, default=1e-3, help="ε of Adam; large, so that a tiny gradient is a tiny step."
+    )
+
+    group = parser.add_argument_group("validation and logging")
+    group.add_argument("--validation_prompt", help="Prompt of the validation images; {} or the placeholder in it.")
+    group.add_argument("--num_validation_images", type=int, default=4, help="Images per validation.")
+    group.add_argument("--validation_steps", type=int, default=500, help="Updates between validations.")
+    group.add_argument(
+        "--num_validation_samples",
+        type=int,
+        default=16,
+        help="Fixed (image, noise, timestep) triples of the held-out loss, which picks the best embedding; 0: none.",
+    )
+    group.add_argument(
+        "--early_stopping_patience",
+        type=int,
+        default=0,
+        help="Stop after this many validations without a better held-out loss; 0: never.",
+    )
+    group.add_argument("--num_inference_steps", type=int, default=25, help="Denoising steps of validation images.")
+    group.add_argument("--guidance_scale", type=float, default=7.5, help="Guidance of validation images.")
+    group.add_argument("--logging_steps", type=int, default=10, help="Updates between read-outs of the loss.")
+    group.add_argument("--logging_dir", default="logs", help="Tracker folder inside --output_dir.")
+    group.add_argument(
+        "--report_to", default="tensorboard", help='Any tracker of accelerate that is installed, "all" or "none".'
+    )
+
+    group = parser.add_argument_group("saving and resuming")
+    group.add_argument(
+        "--save_steps", type=int, default=500, help="Updates between learned_embeds-steps-N.safetensors."
+    )
+    group.add_argument("--save_a1111", action="store_true", help="Also save a .pt for the Automatic1111 web UI.")
+    group.add_argument(
+        "--save_as_full_pipeline",
+        action="store_true",
+        help="Also save an unquantized pipeline with the new word to --output_dir/pipeline.",
+    )
+    group.add_argument("--checkpointing_steps", type=int, default=500, help="Updates between checkpoints.")
+    group.add_argument("--checkpoints_total_limit", type=int, help="Keep only this many checkpoints.")
+    group.add_argument(
+        "--resume_from_checkpoint", help='A checkpoint-N folder, or "latest" (which starts afresh if there is none).'
+    )
+
+    group = parser.add_argument_group("hub")
+    group.add_argument("--push_to_hub", action="store_true", help="Upload the result, a few files, to the Hub.")
+    group.add_argument("--hub_model_id", help="Repository to push to. Default: the name of --output_dir.")
+    group.add_argument("--hub_private_repo", action="store_true", help="Make a new repository private.")
+    group.add_argument("--hub_token", help="Token to push with. Default: the one hf auth login stored.")
+
+    for flag in REFUSED_FLAGS:
+        parser.add_argument(flag, nargs="?", const=True, dest=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    given = sys.argv[1:] if input_args is None else input_args
+    for flag, reason in REFUSED_FLAGS.items():
+        if any(word.split("=")[0] == flag for word in given):
+            parser.error(f"{flag} means nothing here: {reason}")
+    args = parser.parse_args(input_args)
+    check_arguments(parser, args)
+    return args
+
+
+def check_arguments(parser, args):
+    """Everything that can be judged without looking at a file; each fault is one sentence and exit code 2."""
+    at_least_one = (
+        "num_vectors repeats resolution num_perturbations max_candidates_per_forward train_batch_size num_train_epochs"
+        " max_train_steps gradient_accumulation_steps lr_num_cycles num_validation_images validation_steps"
+        " num_inference_steps logging_steps save_steps checkpointing_steps checkpoints_total_limit"
+    ).split()
+    at_least_zero = (
+        "sg_window lr_warmup_steps adam_weight_decay num_validation_samples early_stopping_patience seed".split()
+    )
+    positive = "perturbation_scale learning_rate adam_epsilon".split()
+    for name in at_least_one + at_least_zero + positive:
+        value = getattr(args, name)
+        floor = 1 if name in at_least_one else 0
+        if value is not None and (value < floor or name in positive and not 0 < value < math.inf):
+            parser.error(f"--{name} {value} must be {'above 0' if name in positive else f'at least {floor}'}.")
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(args, name) < 1:
+            parser.error(f"--{name} {getattr(args, name)} must lie in [0, 1).")
+    if not 0 < args.sg_threshold < 1:
+        parser.error(
+            f"--sg_threshold {args.sg_threshold} (ν) must lie strictly between 0 and 1; the paper uses 0.001."
+        )
+    if args.sg_window == 1:
+        parser.error("--sg_window 1 holds no trajectory: give at least 2, or 0 to switch Subspace Gradient off.")
+    if not 0 <= args.flip_probability <= 1:
+        parser.error(f"--flip_probability {args.flip_probability} must lie in [0, 1].")
+    if args.puts_min_timestep < 0 or args.puts_min_timestep >= args.puts_max_timestep:
+        parser.error(
+            f"--puts_min_timestep {args.puts_min_timestep} must be at least 0 and below --puts_max_timestep"
+            f" {args.puts_max_timestep}; the paper uses 500 and 900."
+        )
+    if args.resolution is not None and args.resolution % 8:
+        parser.error(
+            f"--resolution {args.resolution} must be divisible by 8: try {round(args.resolution / 8) * 8 or 8}."
+        )
+    if (args.train_data_dir is None) == (args.dataset_name is None):
+        parser.error("give either --train_data_dir, a folder of images, or --dataset_name, a dataset on the Hub.")
+    if not args.placeholder_token or len(args.placeholder_token.split()) != 1 or "{}" in args.placeholder_token:
+        parser.error(f'--placeholder_token {args.placeholder_token!r} must be one word, such as "<my-dog>".')
+    if args.early_stopping_patience and not args.num_validation_samples:
+        parser.error("--early_stopping_patience judges the held-out loss: give --num_validation_samples above 0.")
+    known = [tracker.value for tracker in LoggerType if tracker.value != "all"]
+    available = [str(tracker) for tracker in get_available_trackers()]
+    if args.report_to not in known + ["all", "none"]:
+        parser.error(f"--report_to {args.report_to!r} is not a tracker: choose from {', '.join(known)}, all or none.")
+    if args.report_to in known and args.report_to not in available:
+        parser.error(f"--report_to {args.report_to} is not installed: pip install {args.report_to} or choose another.")
+
+
+# =====================================================================================================
+# Checks that read small files (configs, tokenizer, output folder), before any weight is loaded
+# =====================================================================================================
+
+
+def check_output_dir(args):
+    """Creates `--output_dir` and makes sure that it can be written."""
+    folder = Path(args.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_path(folder / "writable") as temporary:
+            temporary.touch()
+        (folder / "writable").unlink()
+    except OSError as error:
+        raise InputError(
+            f"--output_dir {args.output_dir!r} cannot be written ({error.strerror}): choose another."
+        ) from None
+
+
+def choose_precision(args, device):
+    """The dtype of activations: float32 on CPU, float16 on CUDA, unless asked otherwise."""
+    name = args.mixed_precision or ("fp16" if device.type == "cuda" else "no")
+    if name == "fp16" and device.type == "cpu":
+        raise InputError("--mixed_precision fp16 is unusably slow on a CPU: leave the flag out (float32).")
+    if name == "bf16" and args.perturbation_scale < 1e-2:
+        logger.warning(
+            f"--perturbation_scale {args.perturbation_scale} is below the resolution of bf16: the loss differences drown"
+            " in rounding; the paper uses 1e-2 with bf16."
+        )
+    return {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[name]
+
+
+def read_base(args):
+    """Reads the base model's small files, fills in the defaults that depend on them and checks the rest against them.
+
+    Returns:
+        dict: tokenizer (placeholder added), scheduler, first_placeholder_id, initializer_id.
+    """
+    name, where = args.pretrained_model_name_or_path, {"revision": args.revision}
+    try:
+        index = DiffusionPipeline.load_config(name, **where)
+        unet_config = UNet2DConditionModel.load_config(name, subfolder="unet", **where)
+        vae_config = AutoencoderKL.load_config(name, subfolder="vae", **where)
+        text_config = CLIPTextConfig.from_pretrained(name, subfolder="text_encoder", **where)
+        scheduler = DDPMScheduler.from_pretrained(name, subfolder="scheduler", **where)
+        own = args.tokenizer_name or name
+        folder = {} if args.tokenizer_name else {"subfolder": "tokenizer"}
+        tokenizer = CLIPTokenizer.from_pretrained(own, **folder, **where)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"--pretrained_model_name_or_path {name!r} is not a Stable Diffusion model in diffusers format, neither a"
+            f" local folder nor on the Hub ({reason}): check the name and your connection."
+        ) from None
+    if "text_encoder_2" in index:
+        raise InputError(
+            f"--pretrained_model_name_or_path {name!r} has two text encoders (SDXL); this script trains Stable Diffusion"
+            " 1.x and 2.x: choose one of those."
+        )
+    if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
+        raise InputError(
+            f"--pretrained_model_name_or_path {name!r} predicts {scheduler.config.prediction_type!r}; only epsilon and"
+            " v_prediction models can be trained: choose another."
+        )
+
+    timesteps = scheduler.config.num_train_timesteps
+    if args.puts_max_timestep > timesteps:
+        raise InputError(
+            f"--puts_max_timestep {args.puts_max_timestep} is outside [0, {timesteps}), the timesteps of this model: give"
+            f" at most {timesteps}."
+        )
+    factor = 2 ** (len(vae_config["block_out_channels"]) - 1)
+    args.resolution = args.resolution or unet_config["sample_size"] * factor
+    multiple = math.lcm(8, factor * 2 ** (len(unet_config["block_out_channels"]) - 1))
+    if args.resolution % multiple:
+        raise InputError(
+            f"--resolution {args.resolution} must be divisible by {multiple} for this model: try"
+            f" {max(1, round(args.resolution / multiple)) * multiple}."
+        )
+    dimension = text_config.hidden_size
+    args.sg_window = min(128, dimension // 6) if args.sg_window is None else args.sg_window
+    if args.sg_window > args.num_vectors * dimension:
+        raise InputError(
+            f"--sg_window {args.sg_window} (τ) is larger than the token's dimension {args.num_vectors * dimension}: give at"
+            f" most {dimension // 6}, a sixth of it, as the paper does."
+        )
+
+    vocabulary, token = tokenizer.get_vocab(), args.placeholder_token
+    for word in placeholder_names(token, args.num_vectors):
+        if word in vocabulary or f"{word.lower()}</w>" in vocabulary:
+            raise InputError(
+                f"--placeholder_token {token!r}: {word!r} is already in the vocabulary of the tokenizer: choose a new word,"
+                f' such as "<my-{token.strip("<>").lower()}>".'
+            )
+    if token != token.lower() or not (token.startswith("<") and token.endswith(">")):
+        logger.warning(
+            f"--placeholder_token {token!r} is upper-case or without <>: it can match inside other words, and many"
+            f' readers lower-case it; "<{token.strip("<>").lower()}>" is safe.'
+        )
+    initializer = tokenizer.encode(args.initializer_token, add_special_tokens=False)
+    if len(initializer) != 1:
+        raise InputError(
+            f"--initializer_token {args.initializer_token!r} is {len(initializer)} tokens and must be one: choose a simpler"
+            " word for the same kind of thing."
+        )
+    if initializer[0] == tokenizer.unk_token_id and args.initializer_token != tokenizer.unk_token:
+        raise InputError(
+            f"--initializer_token {args.initializer_token!r} is unknown to the tokenizer: choose another word."
+        )
+    tokenizer.add_tokens(placeholder_names(token, args.num_vectors))
+    first = tokenizer.convert_tokens_to_ids(token)
+    return {
+        "tokenizer": tokenizer,
+        "scheduler": scheduler,
+        "first_placeholder_id": first,
+        "initializer_id": initializer[0],
+    }
+
+
+# =====================================================================================================
+# Main
+# =====================================================================================================
+
+
+def main(args):
+    # 1. Everything that can be wrong is checked before anything slow starts.
+    check_output_dir(args)
+    output_dir = Path(args.output_dir)
+    accelerator = Accelerator(
+        mixed_precision="no",  # weights and activations are cast once, by hand: autocast would cast them every step
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=output_dir / args.logging_dir),
+    )
+    device = accelerator.device
+    logging.basicConfig(format="%(asctime)s - %(levelname)s - %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    dtype = choose_precision(args, device)
+    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    base = read_base(args)
+    if args.validation_prompt and not re.search(r"\{\}|" + re.escape(args.placeholder_token), args.validation_prompt):
+        logger.warning(f"--validation_prompt {args.validation_prompt!r} does not contain {args.placeholder_token}.")
+    examples = read_folder(args) if args.train_data_dir else read_dataset(args)
+    prompt_ids, prompts_of_image = build_prompts(args, examples, base["tokenizer"])
+    examples_per_update = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    if args.max_train_steps is None:
+        updates_per_epoch = math.ceil(len(examples) * args.repeats / examples_per_update)
+        args.max_train_steps = args.num_train_epochs * updates_per_epoch if args.num_train_epochs else 30_000
+    settings = trajectory_settings(args, accelerator, examples)
+    checkpoint = find_checkpoint(args, settings)
+    repo_id = None
+    if args.push_to_hub and accelerator.is_main_process:
+        try:
+            wanted = args.hub_model_id or output_dir.resolve().name
+            repo_id = create_repo(
+                wanted, token=args.hub_token, private=args.hub_private_repo or None, exist_ok=True
+            ).repo_id
+        except Exception as error:  # HTTP, validation and connection errors alike
+            raise InputError(f"--push_to_hub cannot use the repository {wanted!r} ({error}).") from None
+
+    # 2. The VAE encodes every image and its flip once, then leaves before the UNet arrives.
+    vae = load_vae(args, dtype).to(device)
+    with torch.inference_mode():
+        moments = encode_images(vae, examples, device)
+    concept = {
+        "moments": moments if args.flip_probability > 0 else moments[:1],
+        "flip_probability": args.flip_probability,
+        "scaling_factor": vae.config.scaling_factor,
+        "prompt_ids": prompt_ids,
+        "prompts_of_image": prompts_of_image,
+    }
+    components = {"vae": {"bytes": module_bytes(vae), "quantized_share": 0.0}}
+    del vae
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+    # 3. Text encoder and UNet, frozen and quantized; the embedding table gets rows for every candidate of a pass.
+    where = {"subfolder": "text_encoder", "revision": args.revision, "variant": args.variant}
+    text_encoder = CLIPTextModel.from_pretrained(args.pretrained_model_name_or_path, dtype=dtype, **where)
+    text_encoder.requires_grad_(False).eval()
+    per_step = args.num_perturbations + 1 if args.gradient_estimator == "rge" else 2 * args.num_perturbations
+    per_pass = min(per_step, args.max_candidates_per_forward or per_step)
+    rows = len(base["tokenizer"]) + (per_pass - 1) * args.num_vectors
+    old_rows = text_encoder.get_input_embeddings().num_embeddings
+    text_encoder.resize_token_embeddings(max(rows, old_rows), mean_resizing=False)
+    initial = text_encoder.get_input_embeddings().weight[base["initializer_id"]].float().to(device)
+    share = quantizable_share(text_encoder) if args.quantization != "none" else 0.0
+    quantize_in_place(text_encoder, args.quantization, dtype).requires_grad_(False).to(device)
+    components["text_encoder"] = {"bytes": module_bytes(text_encoder), "quantized_share": round(share, 4)}
+    unet, share = load_unet(args, device, dtype)
+    components["unet"] = {"bytes": module_bytes(unet), "quantized_share": round(share, 4)}
+    for name, facts in components.items():
+        stays = "leaves after encoding" if name == "vae" else f"{facts['quantized_share']:.1%} of parameters quantized"
+        logger.info(f"{name}: {facts['bytes'] / 1e6:.1f} MB, {stays}")
+
+    # 4. What is learned: θ, a float32 master copy, updated by plain Adam on the projected estimate.
+    theta = initial.repeat(args.num_vectors, 1)
+    learning_rate = args.learning_rate * (examples_per_update if args.scale_lr else 1)
+    betas = (args.adam_beta1, args.adam_beta2)
+    optimizer = torch.optim.Adam(
+        [theta], lr=learning_rate, betas=betas, eps=args.adam_epsilon, weight_decay=args.adam_weight_decay
+    )
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler, optimizer, args.lr_warmup_steps, args.max_train_steps, num_cycles=args.lr_num_cycles
+    )
+    subspace = SubspaceGradient(args.sg_window, args.sg_threshold)
+    # Each process draws its own data and directions; the global generator is never touched.
+    generators = {
+        name: torch.Generator().manual_seed(
+            int(np.random.SeedSequence([args.seed, i, accelerator.process_index]).generate_state(1)[0])
+        )
+        for i, name in enumerate(["data", "perturbations"])
+    }
+    progress = {"step": 0, "seconds": 0.0, "best_loss": math.inf, "best_step": None, "validations_without_gain": 0}
+    history = {"loss": [], "validation_loss": []}
+    if checkpoint is not None:
+        state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
+        theta.copy_(state["theta"])
+        optimizer.load_state_dict(state["optimizer"])
+        lr_scheduler.load_state_dict(state["lr_scheduler"])
+        subspace.load_state_dict(state["subspace"])
+        progress, history = state["progress"], state["history"]
+        own = torch.load(checkpoint / f"generators_{accelerator.process_index}.pt", weights_only=True)
+        for name, generator in generators.items():
+            generator.set_state(own[name])
+        logger.info(f"Resumed from {checkpoint} at step {progress['step']}")
+
+    loss_of = functools.partial(
+        candidate_losses,
+        text_encoder=text_encoder,
+        unet=unet,
+        first_placeholder_id=base["first_placeholder_id"],
+        max_candidates=args.max_candidates_per_forward,
+    )
+    timestep_bounds = (args.puts_min_timestep, args.puts_max_timestep)
+    held_out = torch.Generator().manual_seed(args.seed + 1_000_003)
+    held_out_batches = []
+    for start in range(0, args.num_validation_samples, per_pass * args.train_batch_size):
+        size = min(per_pass * args.train_batch_size, args.num_validation_samples - start)
+        latents, ids = draw_examples(concept, size, held_out)
+        timesteps = sample_puts_timesteps(size, *timestep_bounds, generator=held_out)
+        held_out_batches.append(noise_batch(latents, ids, timesteps, held_out, base["scheduler"], "cpu"))
+
+    if accelerator.trackers or args.report_to != "none":
+        plain = {n: v if isinstance(v, (int, float, str, bool)) else str(v) for n, v in public_settings(args).items()}
+        accelerator.init_trackers("zoodip", config=plain)
+    logger.info(f"{len(examples)} images, {len(prompt_ids)} prompts, {per_step} candidates a step ({per_pass} a pass)")
+
+    def validate(step):
+        """Held-out loss (on every process: all reach the same verdict) and, on the main one, images."""
+        if held_out_batches:
+            losses = [
+                len(b["timesteps"]) * loss_of(theta[None], {n: t.to(device) for n, t in b.items()}).item()
+                for b in held_out_batches
+            ]
+            loss = sum(losses) / args.num_validation_samples
+            history["validation_loss"].append((step, loss))
+            accelerator.log({"validation_loss": loss}, step=step)
+            progress["validations_without_gain"] += 1
+            if loss < progress["best_loss"]:
+                progress.update(best_loss=loss, best_step=step, validations_without_gain=0)
+                if accelerator.is_main_process:
+                    save_embeds(output_dir / "learned_embeds-best.safetensors", args.placeholder_token, theta)
+        if args.validation_prompt and accelerator.is_main_process:
+            images = generate_images(args, base, text_encoder, unet, theta, device, dtype)
+            with atomic_path(output_dir / "validation" / f"step-{step:06d}.png") as temporary:
+                make_image_grid(images, 1, len(images)).save(temporary)
+            log_images(accelerator, images, step)
+            return images
+
+    def patience_is_over():
+        return 0 < args.early_stopping_patience <= progress["validations_without_gain"]
+
+    # 5. The training loop: forward passes only.
+    images = None
+    last_good = theta.clone()
+    resumed_at, started, seconds_before = progress["step"], time.perf_counter(), progress["seconds"]
+    bar = tqdm(
+        total=args.max_train_steps,
+        initial=progress["step"],
+        desc="Steps",
+        disable=not accelerator.is_local_main_process,
+    )
+    with torch.inference_mode():
+        interval_loss, interval = torch.zeros((), device=device), 0
+        if progress["step"] == 0:
+            images = validate(0)
+        while progress["step"] < args.max_train_steps and not patience_is_over():
+            estimate = torch.zeros_like(theta)
+            for _ in range(args.gradient_accumulation_steps):
+                latents, ids = draw_examples(concept, args.train_batch_size, generators["data"])
+                timesteps = sample_puts_timesteps(args.train_batch_size, *timestep_bounds, generators["data"])
+                batch = noise_batch(latents, ids, timesteps, generators["data"], base["scheduler"], device)
+                gradient, loss = estimate_gradient(
+                    functools.partial(loss_of, batch=batch),
+                    theta,
+                    args.num_perturbations,
+                    args.perturbation_scale,
+                    generators["perturbations"],
+                    args.gradient_estimator,
+                )
+                estimate += gradient / args.gradient_accumulation_steps
+                interval_loss += loss / args.gradient_accumulation_steps
+            estimate = accelerator.reduce(estimate, reduction="mean")
+            directions = args.num_perturbations * args.gradient_accumulation_steps * accelerator.num_processes
+            num_removed = 0 if subspace.removed is None else len(subspace.removed)
+            theta.grad = normalize_estimate(subspace.project(estimate), directions, num_removed)
+            optimizer.step()
+            lr_scheduler.step()
+            subspace.update(theta)
+            progress["step"] = step = progress["step"] + 1
+            interval += 1
+            bar.update()
+            last = step == args.max_train_steps
+
+            if step % args.logging_steps == 0 or last:
+                # The one read-out of the device: everything above runs without waiting for it.
+                mean_loss = accelerator.reduce(interval_loss / interval, reduction="mean").item()
+                if not math.isfinite(mean_loss) or not bool(theta.isfinite().all()):
+                    if accelerator.is_main_process:
+                        save_embeds(output_dir / "learned_embeds.safetensors", args.placeholder_token, last_good)
+                    raise InputError(
+                        f"the loss became {mean_loss} at step {step}: training stopped and the last good embedding is in"
+                        f" {args.output_dir}/learned_embeds.safetensors; try a smaller --learning_rate than"
+                        f" {args.learning_rate}, or --mixed_precision no."
+                    )
+                last_good.copy_(theta)
+                history["loss"].append((step, mean_loss))
+                rate = lr_scheduler.get_last_lr()[0]
+                speed = (step - resumed_at) / (time.perf_counter() - started)
+                bar.set_postfix(loss=f"{mean_loss:.4f}", lr=f"{rate:.1e}")
+                accelerator.log({"loss": mean_loss, "lr": rate, "steps_per_second": speed}, step=step)
+                interval_loss.zero_()
+                interval = 0
+            if step % args.validation_steps == 0 or last:
+                images = validate(step)
+            if step % args.save_steps == 0 and accelerator.is_main_process:
+                path = output_dir / f"learned_embeds-steps-{step}.safetensors"
+                save_embeds(path, args.placeholder_token, theta)
+            if step % args.checkpointing_steps == 0:
+                progress["seconds"] = seconds_before + time.perf_counter() - started
+                shared = {
+                    "theta": theta,
+                    "optimizer": optimizer.state_dict(),
+                    "lr_scheduler": lr_scheduler.state_dict(),
+                    "subspace": subspace.state_dict(),
+                    "progress": progress,
+                    "history": history,
+                }
+                save_checkpoint(args, accelerator, step, shared, generators, settings)
+    bar.close()
+
+    # 6. Results.
+    seconds = seconds_before + time.perf_counter() - started
+    steps = progress["step"]
+    figures = {
+        "steps": steps,
+        "forward_passes": steps * per_step * args.gradient_accumulation_steps * accelerator.num_processes,
+        "seconds": round(seconds, 1),
+        "steps_per_second": round(steps / max(seconds, 1e-9), 3),
+        "best_validation_loss": progress["best_loss"] if held_out_batches else None,
+        "best_step": progress["best_step"],
+        "final_loss": history["loss"][-1][1] if history["loss"] else None,
+        "peak_memory": peak_memory(device),
+    }
+    if accelerator.is_main_process:
+        save_embeds(output_dir / "learned_embeds.safetensors", args.placeholder_token, theta)
+        if args.save_a1111:
+            save_a1111(output_dir / "learned_embeds.pt", args.placeholder_token, theta, steps)
+        save_loss_curve(output_dir / "loss_curve.png", history)
+        sample_names = [f"image_{i}.png" for i in range(len(images or []))]
+        for name, image in zip(sample_names, images or []):
+            with atomic_path(output_dir / "samples" / name) as temporary:
+                image.save(temporary)
+        config = write_config(args, device, dtype, components, figures)
+        write_model_card(args, config, sample_names)
+        if args.save_as_full_pipeline:
+            del unet, text_encoder, loss_of
+            save_full_pipeline(args, dtype)
+        if args.push_to_hub:
+            logger.info(f"Pushed to {push_to_hub(args, repo_id)}")
+        logger.info(
+            f"Done: {steps} steps, {figures['forward_passes']} forward passes of one candidate, {seconds:.1f} s"
+            f" ({figures['steps_per_second']} it/s), peak memory {figures['peak_memory']}; results in {args.output_dir}"
+        )
+    accelerator.end_training()
+
+
+def save_full_pipeline(args, dtype):
+    """An unquantized pipeline that knows the new word, in `--output_dir/pipeline`."""
+    where = {"revision": args.revision, "variant": args.variant, "torch_dtype": dtype}
+    pipeline = StableDiffusionPipeline.from_pretrained(args.pretrained_model_name_or_path, **where)
+    pipeline.load_textual_inversion(args.output_dir, weight_name="learned_embeds.safetensors")
+    pipeline.save_pretrained(Path(args.output_dir) / "pipeline")
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except InputError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
