@@ -1,5 +1,5 @@
 # Each target makes its own virtual environment on a fresh machine; a second call installs nothing.
-.PHONY: demo test quality style sd15-smoke clean
+.PHONY: demo test quality style bench-real-photos clean
 
 VENV ?= .venv
 PYTHON ?= python3
@@ -23,6 +23,11 @@ quality: $(VENV)/.installed-dev
 style: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Real photos on the Stable Diffusion 1.5 architecture with random weights (6 GB of disk and memory, minutes on a CPU).
+PHOTOS ?= ../shared/data/dreambooth/dog6
+bench-real-photos: $(VENV)/.installed
+	$(BIN)/python benchmarks/bench_real_photos.py --photos $(PHOTOS)
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -36,6 +36,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import shutil
 import sys
 import time
@@ -43,7 +44,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import datasets
-import jinja2.meta
+import jinja2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -61,7 +62,16 @@ from diffusers import (
 )
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.utils import make_image_grid
-from huggingface_hub import ModelCard, ModelCardData, create_repo, snapshot_download, upload_folder
+from huggingface_hub import (
+    ModelCard,
+    ModelCardData,
+    auth_check,
+    create_repo,
+    get_token,
+    snapshot_download,
+    upload_folder,
+)
+from huggingface_hub.utils import HfHubHTTPError, HFValidationError, validate_repo_id
 from PIL import Image, ImageOps
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -73,7 +83,15 @@ logger = get_logger(__name__)
 
 
 class InputError(ValueError):
-    """What the user gave cannot work; the message is one sentence that names it and the mend (exit code 2)."""
+    """What the user gave cannot work; the message is one sentence that names it and the mend."""
+
+    exit_code = 2
+
+
+class PushError(InputError):
+    """A finished run could not be uploaded; it is safe on disk, and the message has the command that pushes it."""
+
+    exit_code = 3
 
 
 # =====================================================================================================
@@ -580,8 +598,8 @@ def build_prompts(args, examples, tokenizer):
     for text, ids in zip(captions, prompt_ids):
         if not torch.isin(vector_ids, ids).all():
             raise InputError(
-                f"the caption {text!r} is longer than the {tokenizer.model_max_length} tokens of the text encoder, which"
-                f" cut off {args.placeholder_token}: shorten it."
+                f"the caption {text!r} is longer than the {tokenizer.model_max_length} tokens of the text encoder,"
+                f" which cut off {args.placeholder_token}: shorten it."
             )
     return prompt_ids, prompts_of_image
 
@@ -688,8 +706,8 @@ def find_checkpoint(args, settings):
     ]
     if changed:
         raise InputError(
-            f"--resume_from_checkpoint {str(checkpoint)!r} belongs to other settings: {', '.join(changed)}; repeat them"
-            " as they were or start in another --output_dir."
+            f"--resume_from_checkpoint {str(checkpoint)!r} belongs to other settings: {', '.join(changed)}; repeat"
+            " them as they were or start in another --output_dir."
         )
     return checkpoint
 
@@ -808,12 +826,13 @@ def peak_memory(device):
 
 def public_settings(args):
     """The settings that may be published: no token, and only the last part of local paths."""
-    settings = {name: value for name, value in vars(args).items() if name != "hub_token"}
-    for name, value in settings.items():
-        if isinstance(value, str) and name != "validation_prompt" and os.path.isabs(value) or name in LOCAL_PATHS:
-            settings[name] = Path(value).name if value else value
-    base = args.pretrained_model_name_or_path
-    settings["pretrained_model_name_or_path"] = Path(base).resolve().name if os.path.isdir(base) else base
+    settings = {name: value for name, value in vars(args).items() if name not in ("hub_token", "push_only")}
+    for name in LOCAL_PATHS:
+        if value := settings[name]:
+            settings[name] = Path(value).resolve().name
+    for name in ("pretrained_model_name_or_path", "tokenizer_name", "dataset_name"):  # or a name on the Hub
+        if (value := settings[name]) and os.path.exists(value):
+            settings[name] = Path(value).resolve().name
     return settings
 
 
@@ -831,6 +850,7 @@ def write_config(args, device, dtype, components, figures):
         "method": "ZOODiP (arXiv 2503.14868)",
         "base_model": public_settings(args)["pretrained_model_name_or_path"],
         "base_model_is_local": os.path.isdir(args.pretrained_model_name_or_path),
+        "base_license": base_license(args),
         "placeholder_token": args.placeholder_token,
         "settings": public_settings(args),
         "versions": versions,
@@ -845,85 +865,174 @@ def write_config(args, device, dtype, components, figures):
 MODEL_CARD_TEMPLATE = Path(__file__).with_name("model_card_template.md")
 
 
-def write_model_card(args, config, sample_names):
-    """Fills `model_card_template.md` into `README.md`.
+def write_model_card(output_dir, config, repo_id=None):
+    """Fills `model_card_template.md` into `README.md`, from the config and the files of a finished run.
+
+    Args:
+        output_dir: folder of the run.
+        config: its `zoodip_config.json`; what an evaluation adds there as "scores" (name: value) is shown too.
+        repo_id: "namespace/name" on the Hub; None writes the card for local use.
 
     Raises:
-        ValueError: the template uses a variable that is not given (Jinja would render it empty).
+        ValueError: the template uses a variable that is not given (`from_template` would leave a blank).
     """
     if not MODEL_CARD_TEMPLATE.is_file():
         logger.warning(f"{MODEL_CARD_TEMPLATE.name} is not beside the script: no model card was written.")
         return
-    local = config["base_model_is_local"]
-    prompt = (args.validation_prompt or "").replace("{}", args.placeholder_token)
+    output_dir, settings = Path(output_dir), config["settings"]
+    local, base, token = config["base_model_is_local"], config["base_model"], config["placeholder_token"]
+    prompt = (settings["validation_prompt"] or "a photo of {}").replace("{}", token)
+    samples = [f"samples/{path.name}" for path in sorted((output_dir / "samples").glob("*.png"))]
+    references = sorted((output_dir / "reference_images").glob("*.png")) if settings["push_reference_images"] else []
     data = ModelCardData(
-        base_model=None if local else config["base_model"],
+        base_model=None if local else base,
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        license=base_license(args),
-        tags="zoodip textual_inversion diffusers-training stable-diffusion stable-diffusion-diffusers diffusers".split(),
-        instance_prompt=args.placeholder_token,
-        widget=[{"text": prompt, "output": {"url": f"samples/{name}"}} for name in sample_names] or None,
+        tags=["zoodip", "textual_inversion", "diffusers-training", "stable-diffusion", "diffusers"],
+        instance_prompt=token,
+        widget=[{"text": prompt, "output": {"url": url}} for url in samples] or None,
+        **config["base_license"],
     )
+    name = repo_id.split("/")[-1] if repo_id else output_dir.resolve().name
     values = {
-        "placeholder_token": args.placeholder_token,
-        "initializer_token": args.initializer_token,
-        "repo_id": args.hub_model_id or Path(args.output_dir).name,
-        "base_model": config["base_model"],
+        **{key: config[key] for key in ("placeholder_token", "settings", "components", "figures", "hardware")},
+        "repo_id": repo_id,
+        "name": name,
+        "concept": repo_id or f"./{name}",
+        "pipeline_source": repo_id or "./zoodip_pipeline.py",
+        "local_pipeline": f"./{name}" if repo_id else "./zoodip_pipeline.py",  # on the Hub it is called pipeline.py
+        "base_model": f"path/to/{base}" if local else base,
+        "base_link": f"the local model `{base}`" if local else f"[{base}](https://huggingface.co/{base})",
         "base_is_local": local,
-        "learnable_property": args.learnable_property,
-        "prompt": prompt or f"a photo of {args.placeholder_token}",
-        "has_samples": bool(sample_names),
-        "settings": config["settings"],
-        "figures": config["figures"],
-        "hardware": config["hardware"],
-        "versions": config["versions"],
+        "prompt": json.dumps(prompt, ensure_ascii=False),
+        "samples": samples,
+        "reference_images": [f"reference_images/{path.name}" for path in references],
+        "has_best": (output_dir / "learned_embeds-best.safetensors").is_file(),
+        "has_loss_curve": (output_dir / "loss_curve.png").is_file(),
+        "scores": config.get("scores", {}),
+        "license": config["base_license"].get("license_name") or config["base_license"].get("license"),
     }
-    used = jinja2.meta.find_undeclared_variables(jinja2.Environment().parse(MODEL_CARD_TEMPLATE.read_text("utf-8")))
-    missing = used - {*values, "card_data"}
-    if missing:
-        raise ValueError(f"{MODEL_CARD_TEMPLATE.name} uses variables that nobody fills: {sorted(missing)}")
+    strict = jinja2.Environment(undefined=jinja2.StrictUndefined)
+    try:
+        strict.from_string(MODEL_CARD_TEMPLATE.read_text(encoding="utf-8")).render(card_data="", **values)
+    except jinja2.UndefinedError as error:
+        raise ValueError(f"{MODEL_CARD_TEMPLATE.name} uses a variable that nobody fills: {error}") from None
     card = ModelCard.from_template(data, template_path=str(MODEL_CARD_TEMPLATE), **values)
-    with atomic_path(Path(args.output_dir) / "README.md") as temporary:
+    with atomic_path(output_dir / "README.md") as temporary:
         temporary.write_text(str(card), encoding="utf-8")
 
 
 def base_license(args):
-    """The licence on the base model's card, carried over to what was learned from it; None where it has none."""
+    """The licence fields of the base model's card, carried over to what was learned from it; {} where it has none."""
+    base = args.pretrained_model_name_or_path
+    card = Path(base) / "README.md" if os.path.isdir(base) else base
+    if isinstance(card, Path) and not card.is_file():
+        return {}
     with contextlib.suppress(Exception):  # no card, no network, no licence: then the card says nothing of it
-        local = Path(args.pretrained_model_name_or_path) / "README.md"
-        base = local if local.is_file() else args.pretrained_model_name_or_path
-        return ModelCard.load(base, ignore_metadata_errors=True).data.license
-    return None
+        data = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
+        return {name: data[name] for name in ("license", "license_name", "license_link") if name in data}
+    return {}
 
 
 # What a user of the concept needs; never checkpoints, logs, validation grids or the base model.
 PUSHED_FILES = (
-    "learned_embeds.safetensors learned_embeds-best.safetensors learned_embeds.pt README.md zoodip_config.json"
-    " loss_curve.png samples/*.png"
+    "learned_embeds.safetensors learned_embeds-best.safetensors learned_embeds.pt pipeline.py README.md"
+    " zoodip_config.json loss_curve.png samples/*.png"
 ).split()
 
 
-def push_to_hub(args, repo_id):
-    """Uploads the concept in one commit; whatever goes wrong, the results stay in `--output_dir`.
+def hub_reason(error, token):
+    """What the Hub or the way to it said, on one line and without the token, which HTTP clients sometimes quote."""
+    if isinstance(error, RuntimeError) and error.__cause__:  # "Error while uploading ...": the reason is behind it
+        error = error.__cause__
+    text = " ".join(str(error).split())[:500] or type(error).__name__
+    return text.replace(token, "[token]") if token else text
+
+
+def prepare_hub(args):
+    """Checks that a push can work (name, token, right to write), before any training, and makes the repository.
+
+    Returns:
+        Its id, "namespace/name".
 
     Raises:
-        InputError: the upload failed; the message holds the command that repeats it.
+        InputError: it cannot work.
     """
+    wanted, token = args.hub_model_id or Path(args.output_dir).resolve().name, args.hub_token or get_token()
+    try:
+        validate_repo_id(wanted)
+    except HFValidationError as error:
+        raise InputError(f"--hub_model_id {wanted!r} is no name for a repository ({error}): give another.") from None
+    if not token:
+        raise InputError("--push_to_hub needs a token with the right to write: run hf auth login or set HF_TOKEN.")
+    try:
+        repo_id = create_repo(wanted, token=token, private=args.hub_private_repo or None, exist_ok=True).repo_id
+        try:  # a repository of someone else "exists" too
+            auth_check(repo_id, token=token, write=True)
+        except HfHubHTTPError as error:
+            if error.response.status_code in (401, 403):  # others: a Hub that does not know this question
+                raise
+    except Exception as error:  # HTTP, connection and offline errors alike
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        mends = {
+            401: "log in again with hf auth login",
+            403: "use a token with the right to write there, or another --hub_model_id",
+        }
+        mend = mends.get(status, "try again later, or train without --push_to_hub and push with --push_only")
+        raise InputError(f"the Hub refused {wanted!r} ({hub_reason(error, token)}): {mend}.") from None
+    return repo_id
+
+
+def push_to_hub(args, config, repo_id):
+    """Uploads a finished run in one commit (a full pipeline, if asked for, in a second); returns the commit's URL.
+
+    Raises:
+        PushError: the upload failed; the results stay in `--output_dir`.
+    """
+    output_dir, settings = Path(args.output_dir), config["settings"]
     pipeline_file = Path(__file__).with_name("zoodip_pipeline.py")
     if pipeline_file.is_file():  # on the Hub, diffusers looks for custom code under this name only
-        shutil.copyfile(pipeline_file, Path(args.output_dir) / "pipeline.py")
-    allowed = [*PUSHED_FILES, "pipeline.py"]
-    message = f"Learned {args.placeholder_token} with ZOODiP"
+        shutil.copyfile(pipeline_file, output_dir / "pipeline.py")
+    allowed = PUSHED_FILES + ["reference_images/*.png"] * settings["push_reference_images"]
+    stale = PUSHED_FILES + ["reference_images/*.png"]  # what an earlier push left there and this one does not renew
+    to = {"repo_id": repo_id, "token": args.hub_token, "commit_message": f"Learn {config['placeholder_token']}"}
     try:
-        folder = {"folder_path": args.output_dir, "allow_patterns": allowed}
-        return upload_folder(repo_id=repo_id, token=args.hub_token, commit_message=message, **folder)
+        commit = upload_folder(folder_path=output_dir, allow_patterns=allowed, delete_patterns=stale, **to)
+        if settings["save_as_full_pipeline"]:
+            commit = upload_folder(folder_path=output_dir / "pipeline", **to)
     except Exception as error:  # huggingface_hub, httpx and OS errors alike: nothing is lost, and the user is told how
-        include = " ".join(f"--include '{pattern}'" for pattern in allowed)
-        raise InputError(
-            f"--push_to_hub: training is finished and saved in {args.output_dir}, but the upload failed ({error}); try"
-            f" again with: hf upload {repo_id} {args.output_dir} . {include}"
+        raise PushError(
+            f"the run in {args.output_dir} is finished and safe, but not on the Hub"
+            f" ({hub_reason(error, args.hub_token or get_token())}); push it later with: python {Path(__file__).name}"
+            f" --push_only --output_dir {shlex.quote(str(args.output_dir))} --hub_model_id {repo_id}"
         ) from None
+    return commit.commit_url
+
+
+def push_only(args):
+    """`--push_only`: uploads the finished run in `--output_dir` as it was set up, with its model card renewed.
+
+    Raises:
+        InputError: there is no finished run.
+        PushError: the Hub refused it or the upload failed.
+    """
+    output_dir = Path(args.output_dir)
+    for name in ("zoodip_config.json", "learned_embeds.safetensors"):
+        if not (output_dir / name).is_file():
+            raise InputError(f"--push_only finds no {name} in {args.output_dir!r}: give the folder of a finished run.")
+    config = json.loads((output_dir / "zoodip_config.json").read_text(encoding="utf-8"))
+    settings = config["settings"]
+    args.hub_model_id = args.hub_model_id or settings["hub_model_id"]
+    args.hub_private_repo = args.hub_private_repo or settings["hub_private_repo"]
+    settings["push_reference_images"] |= args.push_reference_images
+    if settings["push_reference_images"] and not any((output_dir / "reference_images").glob("*.png")):
+        raise InputError(f"--push_reference_images: put the pictures as PNG into {output_dir / 'reference_images'}.")
+    try:
+        repo_id = prepare_hub(args)
+    except InputError as error:
+        raise PushError(error) from None
+    write_model_card(output_dir, config, repo_id)
+    print(f"Pushed to {push_to_hub(args, config, repo_id)}")
 
 
 # =====================================================================================================
@@ -938,6 +1047,10 @@ REFUSED_FLAGS = {
     "--validation_epochs": "use --validation_steps.",
     "--local_rank": "accelerate launch sets the rank: drop the flag.",
 }
+
+
+# Piecewise constant would need rules of its own on the command line.
+LR_SCHEDULERS = [s.value for s in SchedulerType if s is not SchedulerType.PIECEWISE_CONSTANT]
 
 
 class OneSentenceParser(argparse.ArgumentParser):
@@ -1047,7 +1160,7 @@ def parse_args(input_args=None):
         help="Multiply the learning rate by processes x accumulation steps x batch size.",
     )
     group.add_argument(
-        "--lr_scheduler", choices=[s.value for s in SchedulerType], default="constant", help="Learning-rate schedule."
+        "--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="Learning-rate schedule."
     )
     group.add_argument("--lr_warmup_steps", type=int, default=0, help="Warm-up updates of the schedule.")
     group.add_argument("--lr_num_cycles", type=int, default=1, help="Restarts of cosine_with_restarts.")
@@ -1100,9 +1213,22 @@ def parse_args(input_args=None):
 
     group = parser.add_argument_group("hub")
     group.add_argument("--push_to_hub", action="store_true", help="Upload the result, a few files, to the Hub.")
+    group.add_argument(
+        "--push_only",
+        action="store_true",
+        help="Upload the finished run in --output_dir, train nothing; only the flags of this group count beside it.",
+    )
     group.add_argument("--hub_model_id", help="Repository to push to. Default: the name of --output_dir.")
     group.add_argument("--hub_private_repo", action="store_true", help="Make a new repository private.")
-    group.add_argument("--hub_token", help="Token to push with. Default: the one hf auth login stored.")
+    group.add_argument(
+        "--hub_token",
+        help="Token to push with. Better: hf auth login or HF_TOKEN, since shells and trackers record command lines.",
+    )
+    group.add_argument(
+        "--push_reference_images",
+        action="store_true",
+        help="Publish the training images too (as trained on, without their metadata); otherwise they stay private.",
+    )
 
     for flag in REFUSED_FLAGS:
         parser.add_argument(flag, nargs="?", const=True, dest=argparse.SUPPRESS, help=argparse.SUPPRESS)
@@ -1110,8 +1236,12 @@ def parse_args(input_args=None):
     for flag, reason in REFUSED_FLAGS.items():
         if any(word.split("=")[0] == flag for word in given):
             parser.error(f"{flag} means nothing here: {reason}")
+    if "--push_only" in given:  # the run is finished, and zoodip_config.json knows how it was made
+        for action in parser._actions:
+            action.required = False
     args = parser.parse_args(input_args)
-    check_arguments(parser, args)
+    if not args.push_only:
+        check_arguments(parser, args)
     return args
 
 
@@ -1191,8 +1321,8 @@ def choose_precision(args, device):
         raise InputError("--mixed_precision fp16 is unusably slow on a CPU: leave the flag out (float32).")
     if name == "bf16" and args.perturbation_scale < 1e-2:
         logger.warning(
-            f"--perturbation_scale {args.perturbation_scale} is below the resolution of bf16: the loss differences drown"
-            " in rounding; the paper uses 1e-2 with bf16."
+            f"--perturbation_scale {args.perturbation_scale} is below the resolution of bf16: the loss differences"
+            " drown in rounding; the paper uses 1e-2 with bf16."
         )
     return {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[name]
 
@@ -1221,8 +1351,8 @@ def read_base(args):
         ) from None
     if "text_encoder_2" in index:
         raise InputError(
-            f"--pretrained_model_name_or_path {name!r} has two text encoders (SDXL); this script trains Stable Diffusion"
-            " 1.x and 2.x: choose one of those."
+            f"--pretrained_model_name_or_path {name!r} has two text encoders (SDXL); this script trains Stable"
+            " Diffusion 1.x and 2.x: choose one of those."
         )
     if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
         raise InputError(
@@ -1233,8 +1363,8 @@ def read_base(args):
     timesteps = scheduler.config.num_train_timesteps
     if args.puts_max_timestep > timesteps:
         raise InputError(
-            f"--puts_max_timestep {args.puts_max_timestep} is outside [0, {timesteps}), the timesteps of this model: give"
-            f" at most {timesteps}."
+            f"--puts_max_timestep {args.puts_max_timestep} is outside [0, {timesteps}), the timesteps of this model:"
+            f" give at most {timesteps}."
         )
     factor = 2 ** (len(vae_config["block_out_channels"]) - 1)
     args.resolution = args.resolution or unet_config["sample_size"] * factor
@@ -1248,16 +1378,16 @@ def read_base(args):
     args.sg_window = min(128, dimension // 6) if args.sg_window is None else args.sg_window
     if args.sg_window > args.num_vectors * dimension:
         raise InputError(
-            f"--sg_window {args.sg_window} (τ) is larger than the token's dimension {args.num_vectors * dimension}: give at"
-            f" most {dimension // 6}, a sixth of it, as the paper does."
+            f"--sg_window {args.sg_window} (τ) is larger than the token's dimension {args.num_vectors * dimension}:"
+            f" give at most {dimension // 6}, a sixth of it, as the paper does."
         )
 
     vocabulary, token = tokenizer.get_vocab(), args.placeholder_token
     for word in placeholder_names(token, args.num_vectors):
         if word in vocabulary or f"{word.lower()}</w>" in vocabulary:
             raise InputError(
-                f"--placeholder_token {token!r}: {word!r} is already in the vocabulary of the tokenizer: choose a new word,"
-                f' such as "<my-{token.strip("<>").lower()}>".'
+                f"--placeholder_token {token!r}: {word!r} is already in the vocabulary of the tokenizer: choose a new"
+                f' word, such as "<my-{token.strip("<>").lower()}>".'
             )
     if token != token.lower() or not (token.startswith("<") and token.endswith(">")):
         logger.warning(
@@ -1267,8 +1397,8 @@ def read_base(args):
     initializer = tokenizer.encode(args.initializer_token, add_special_tokens=False)
     if len(initializer) != 1:
         raise InputError(
-            f"--initializer_token {args.initializer_token!r} is {len(initializer)} tokens and must be one: choose a simpler"
-            " word for the same kind of thing."
+            f"--initializer_token {args.initializer_token!r} is {len(initializer)} tokens and must be one: choose a"
+            " simpler word for the same kind of thing."
         )
     if initializer[0] == tokenizer.unk_token_id and args.initializer_token != tokenizer.unk_token:
         raise InputError(
@@ -1290,6 +1420,9 @@ def read_base(args):
 
 
 def main(args):
+    if args.push_only:
+        return push_only(args)
+
     # 1. Everything that can be wrong is checked before anything slow starts.
     check_output_dir(args)
     output_dir = Path(args.output_dir)
@@ -1314,15 +1447,7 @@ def main(args):
         args.max_train_steps = args.num_train_epochs * updates_per_epoch if args.num_train_epochs else 30_000
     settings = trajectory_settings(args, accelerator, examples)
     checkpoint = find_checkpoint(args, settings)
-    repo_id = None
-    if args.push_to_hub and accelerator.is_main_process:
-        try:
-            wanted = args.hub_model_id or output_dir.resolve().name
-            repo_id = create_repo(
-                wanted, token=args.hub_token, private=args.hub_private_repo or None, exist_ok=True
-            ).repo_id
-        except Exception as error:  # HTTP, validation and connection errors alike
-            raise InputError(f"--push_to_hub cannot use the repository {wanted!r} ({error}).") from None
+    repo_id = prepare_hub(args) if args.push_to_hub and accelerator.is_main_process else None
 
     # 2. The VAE encodes every image and its flip once, then leaves before the UNet arrives.
     vae = load_vae(args, dtype).to(device)
@@ -1367,7 +1492,11 @@ def main(args):
         [theta], lr=learning_rate, betas=betas, eps=args.adam_epsilon, weight_decay=args.adam_weight_decay
     )
     lr_scheduler = get_scheduler(
-        args.lr_scheduler, optimizer, args.lr_warmup_steps, args.max_train_steps, num_cycles=args.lr_num_cycles
+        args.lr_scheduler,
+        optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=args.max_train_steps,
+        num_cycles=args.lr_num_cycles,
     )
     subspace = SubspaceGradient(args.sg_window, args.sg_threshold)
     # Each process draws its own data and directions; the global generator is never touched.
@@ -1486,8 +1615,8 @@ def main(args):
                     if accelerator.is_main_process:
                         save_embeds(output_dir / "learned_embeds.safetensors", args.placeholder_token, last_good)
                     raise InputError(
-                        f"the loss became {mean_loss} at step {step}: training stopped and the last good embedding is in"
-                        f" {args.output_dir}/learned_embeds.safetensors; try a smaller --learning_rate than"
+                        f"the loss became {mean_loss} at step {step}: training stopped and the last good embedding is"
+                        f" in {args.output_dir}/learned_embeds.safetensors; try a smaller --learning_rate than"
                         f" {args.learning_rate}, or --mixed_precision no."
                     )
                 last_good.copy_(theta)
@@ -1534,22 +1663,29 @@ def main(args):
         if args.save_a1111:
             save_a1111(output_dir / "learned_embeds.pt", args.placeholder_token, theta, steps)
         save_loss_curve(output_dir / "loss_curve.png", history)
-        sample_names = [f"image_{i}.png" for i in range(len(images or []))]
-        for name, image in zip(sample_names, images or []):
-            with atomic_path(output_dir / "samples" / name) as temporary:
+        if images:
+            shutil.rmtree(output_dir / "samples", ignore_errors=True)  # an earlier run may have made more of them
+        for i, image in enumerate(images or []):
+            with atomic_path(output_dir / "samples" / f"image_{i}.png") as temporary:
                 image.save(temporary)
         config = write_config(args, device, dtype, components, figures)
-        write_model_card(args, config, sample_names)
+        if args.push_reference_images:
+            shutil.rmtree(output_dir / "reference_images", ignore_errors=True)
+            for i, (_, pixels, _) in enumerate(examples):
+                with atomic_path(output_dir / "reference_images" / f"image_{i}.png") as temporary:
+                    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(temporary)
+        write_model_card(output_dir, config, repo_id)
         if args.save_as_full_pipeline:
             del unet, text_encoder, loss_of
             save_full_pipeline(args, dtype)
-        if args.push_to_hub:
-            logger.info(f"Pushed to {push_to_hub(args, repo_id)}")
         logger.info(
             f"Done: {steps} steps, {figures['forward_passes']} forward passes of one candidate, {seconds:.1f} s"
-            f" ({figures['steps_per_second']} it/s), peak memory {figures['peak_memory']}; results in {args.output_dir}"
+            f" ({figures['steps_per_second']} it/s), peak memory {figures['peak_memory']}; results in"
+            f" {args.output_dir}"
         )
     accelerator.end_training()
+    if repo_id is not None:
+        logger.info(f"Pushed to {push_to_hub(args, config, repo_id)}")
 
 
 def save_full_pipeline(args, dtype):
@@ -1566,4 +1702,4 @@ if __name__ == "__main__":
     except InputError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.exit_code)

@@ -8,13 +8,13 @@ import pytest
 import torch
 from scipy import stats
 
+import train_zoodip_textual_inversion as zoodip
 from train_zoodip_textual_inversion import (
     SubspaceGradient,
     estimate_gradient,
     normalize_estimate,
     sample_puts_timesteps,
 )
-import train_zoodip_textual_inversion as zoodip
 
 
 def generator(seed=0):

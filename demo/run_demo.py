@@ -1,0 +1,178 @@
+"""`make demo`: teach the demo base every subject of `demo/subjects`, offline, and judge the result.
+
+    python demo/run_demo.py                        # all subjects, a few minutes on two cores
+    python demo/run_demo.py --subjects striped_star --max_train_steps 300
+
+Each subject is trained by the real script (one `accelerate launch` per core, one thread each), starting from the
+plain word for its shape. Before and after, the same prompts and the same noise are drawn and scored by `demo/scorer`,
+a model that the base has never seen. Written to `demo/output/`: `before_after.png`, `scores.json`, and the whole
+output of each training run.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+import world
+from diffusers import StableDiffusionPipeline
+from PIL import Image, ImageDraw
+from scoring import Scorer
+from tqdm.auto import tqdm
+
+
+DEMO = Path(__file__).resolve().parent
+SCRIPT = DEMO.parent / "train_zoodip_textual_inversion.py"
+PLACEHOLDER = "<my-toy>"
+
+# The paper's method at the demo's scale: the token has 128 entries, not 768, so a sixth of them is the SG window
+# (the script's default) and a thousand steps go a long way. Many directions in one batched forward are cheap here.
+SETTINGS = {
+    "--max_train_steps": 1000,
+    "--num_perturbations": 4,
+    "--train_batch_size": 2,
+    "--perturbation_scale": 1e-2,
+    "--learning_rate": 2e-2,
+    "--lr_scheduler": "cosine",
+    "--validation_steps": 250,
+    "--num_validation_samples": 32,
+    "--checkpointing_steps": 1_000_000,  # a minute of training needs no checkpoints
+    "--save_steps": 1_000_000,
+    "--report_to": "none",
+}
+SCENES = ("on the beach", "in the snow", "on the grass", "in the night sky")
+SEEDS = 4  # images per scene and subject
+GUIDANCE, INFERENCE_STEPS = 4.0, 25
+
+
+def parse_args():
+    subjects = sorted(path.parent.name for path in (DEMO / "subjects").glob("*/metadata.jsonl"))
+    parser = argparse.ArgumentParser(description="Train and judge the demo subjects.")
+    parser.add_argument("--subjects", nargs="+", choices=subjects, default=subjects, help="Which; default: all.")
+    parser.add_argument(
+        "--max_train_steps", type=int, default=SETTINGS["--max_train_steps"], help="Steps per subject."
+    )
+    parser.add_argument("--output_dir", type=Path, default=DEMO / "output", help="Where results are written.")
+    parser.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1), help="Subjects trained at a time.")
+    return parser.parse_args()
+
+
+def train(subject, args):
+    """Runs the training script on one subject, its output in `train.log`; returns its zoodip_config.json."""
+    output = args.output_dir / subject
+    output.mkdir(parents=True, exist_ok=True)
+    flags = {
+        **SETTINGS,
+        "--max_train_steps": args.max_train_steps,
+        "--pretrained_model_name_or_path": DEMO / "base",
+        "--train_data_dir": DEMO / "subjects" / subject,
+        "--placeholder_token": PLACEHOLDER,
+        "--initializer_token": world.SUBJECTS[subject].shape,
+        "--output_dir": output,
+    }
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--mixed_precision=no"]
+    command += ["--num_machines=1", "--dynamo_backend=no", "--num_cpu_threads_per_process=1", str(SCRIPT)]
+    command += [str(word) for pair in flags.items() for word in pair]
+    with (output / "train.log").open("w") as log:
+        log.write(" ".join(command) + "\n")
+        log.flush()
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+    if done.returncode:
+        raise SystemExit(f"training {subject} failed (exit {done.returncode}): see {output / 'train.log'}")
+    return json.loads((output / "zoodip_config.json").read_text())
+
+
+def draw(pipeline, word):
+    """SEEDS images of `word` in each scene; the noise depends on scene and seed alone."""
+    images = []
+    for i, scene in enumerate(SCENES):
+        generators = [torch.Generator().manual_seed(1000 * i + seed) for seed in range(SEEDS)]
+        prompts = [f"a photo of a {word} {scene}"] * SEEDS
+        images += pipeline(
+            prompts, guidance_scale=GUIDANCE, num_inference_steps=INFERENCE_STEPS, generator=generators
+        ).images
+    return images
+
+
+def score(scorer, references, images, shape):
+    prompts = [f"a photo of a {shape} {scene}" for scene in SCENES for _ in range(SEEDS)]
+    return {
+        "CLIP-I": scorer.clip_i(references, images),
+        "identity": scorer.identity(references, images),
+        "CLIP-T": scorer.clip_t(prompts, images),
+    }
+
+
+def before_after_picture(rows, path, scale=2):
+    """One row per subject: two references, a "before" image per scene, an "after" image per scene."""
+    side, gap, top = 64 * scale, 16, 22
+    widths = [2, len(SCENES), len(SCENES)]
+    canvas = Image.new("RGB", (sum(widths) * side + 2 * gap, top + len(rows) * side), "white")
+    ink = ImageDraw.Draw(canvas)
+    x = 0
+    for title, count in zip(("references", "before: the plain word", "after: the learned token"), widths):
+        ink.text((x + 4, 5), title, fill="black", font_size=13)
+        for y, row in enumerate(rows):
+            images = row[title.split(":")[0]][:count]
+            for j, image in enumerate(images):
+                canvas.paste(image.resize((side, side), Image.Resampling.LANCZOS), (x + j * side, top + y * side))
+        x += count * side + gap
+    canvas.save(path)
+
+
+def main():
+    args = parse_args()
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    print(f"Training {len(args.subjects)} subjects, {args.jobs} at a time; logs: {args.output_dir}/*/train.log")
+    with ThreadPoolExecutor(args.jobs) as pool:
+        work = pool.map(lambda subject: train(subject, args), args.subjects)
+        configs = dict(zip(args.subjects, tqdm(work, total=len(args.subjects), desc="Subjects")))
+    training_seconds = time.perf_counter() - started
+
+    print("Drawing and scoring before/after images ...")
+    scorer, rows, scores = Scorer(), [], {}
+    pipeline = StableDiffusionPipeline.from_pretrained(DEMO / "base")
+    pipeline.set_progress_bar_config(disable=True)
+    for subject in tqdm(args.subjects, desc="Subjects"):
+        shape = world.SUBJECTS[subject].shape
+        references = [Image.open(path).convert("RGB") for path in sorted((DEMO / "subjects" / subject).glob("*.png"))]
+        before = draw(pipeline, shape)
+        pipeline.load_textual_inversion(str(args.output_dir / subject), weight_name="learned_embeds.safetensors")
+        after = draw(pipeline, PLACEHOLDER)
+        pipeline.unload_textual_inversion()
+        scores[subject] = {
+            "before": score(scorer, references, before, shape),
+            "after": score(scorer, references, after, shape),
+            "training": configs[subject]["figures"],
+        }
+        rows.append({"references": references, "before": before[::SEEDS], "after": after[::SEEDS]})
+    before_after_picture(rows, args.output_dir / "before_after.png")
+
+    names = ("CLIP-I", "identity", "CLIP-T")
+    print(f"\n{'subject':18}" + "".join(f"{name:>22}" for name in names))
+    for subject, result in scores.items():
+        pairs = (f"{result['before'][n]:.3f} -> {result['after'][n]:.3f}" for n in names)
+        print(f"{subject:18}" + "".join(f"{pair:>22}" for pair in pairs))
+    figures = {
+        "command": " ".join([Path(sys.executable).name, *sys.argv]),
+        "settings": {**SETTINGS, "--max_train_steps": args.max_train_steps},
+        "training_seconds": round(training_seconds, 1),
+        "total_seconds": round(time.perf_counter() - started, 1),
+        "hardware": {"cpus": os.cpu_count(), "jobs": args.jobs},
+        "versions": next(iter(configs.values()))["versions"],
+        "scores": scores,
+    }
+    (args.output_dir / "scores.json").write_text(json.dumps(figures, indent=2) + "\n")
+    print(f"\nTraining took {training_seconds:.0f} s, everything {figures['total_seconds']:.0f} s.")
+    print(f"Look at {args.output_dir / 'before_after.png'}")
+
+
+if __name__ == "__main__":
+    main()

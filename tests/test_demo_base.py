@@ -1,0 +1,234 @@
+"""The demo base: the procedural world, the recipe (a smoke run of it) and the committed weights and figures."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import world
+
+
+DEMO = Path(__file__).resolve().parent.parent / "demo"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+committed = pytest.mark.skipif(not (DEMO / "base" / "model_index.json").exists(), reason="demo/base is not built here")
+
+
+# -- the world -----------------------------------------------------------------------------------------------------
+
+
+def test_world_is_large_enough():
+    assert len(world.SHAPES) >= 8 and len(world.COLOURS) >= 12
+    assert len(world.PATTERNS) >= 5 and len(world.BACKGROUNDS) >= 8
+    assert len(world.HELD_OUT) >= 8
+
+
+@pytest.mark.parametrize("background", world.BACKGROUND_NAMES)
+def test_render_is_deterministic_and_varies_with_the_seed(background):
+    scene = world.Scene("star", "red", "white", "dotted", background)
+    first, again, other = (world.render(scene, np.random.default_rng(seed)) for seed in (1, 1, 2))
+    assert first.shape == (64, 64, 3) and first.dtype == np.uint8
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+@pytest.mark.parametrize("shape", world.SHAPES)
+@pytest.mark.parametrize("pattern", world.PATTERNS)
+def test_every_shape_shows_the_colours_of_every_pattern(shape, pattern):
+    second = "red" if pattern == "plain" else "cyan"
+    image = world.render(world.Scene(shape, "red", second, pattern, "snow"), np.random.default_rng(0)).astype(int)
+    for colour in {"red", second}:
+        near = np.abs(image - np.array(world.COLOURS[colour])).max(-1) < 60
+        assert near.sum() > 40, f"{colour} hardly shows in a {pattern} {shape}"
+
+
+def test_held_out_subjects_are_never_drawn_for_training():
+    rng = np.random.default_rng(0)
+    drawn = {world.sample_scene(rng).subject for _ in range(40_000)}
+    assert not drawn & world.HELD_OUT
+    assert len(drawn) > 2_000  # nearly all of the other 2208, so that their absence is no accident
+
+
+def test_held_out_scenes_are_drawn_on_request():
+    rng = np.random.default_rng(0)
+    assert {world.sample_scene(rng, held_out=True).subject for _ in range(500)} == world.HELD_OUT
+
+
+def test_captions_tell_what_they_say_they_tell():
+    rng = np.random.default_rng(0)
+    for _ in range(500):
+        scene = world.sample_scene(rng)
+        text, (colour, pattern, shape, background) = world.caption(scene, rng, return_told=True)
+        assert (scene.shape in text.split()) == shape
+        assert (world.BACKGROUNDS[scene.background] in text) == background
+        assert (scene.pattern in text) == pattern
+        if colour:
+            assert scene.colour in text and scene.colour2 in text
+        assert not re.search(r"\ba orange", text)
+
+
+def test_a_full_caption_reads_as_in_the_issue():
+    scene = world.Scene("star", "red", "white", "striped", "beach")
+    assert world.describe(scene) == "red and white striped star on the beach"
+
+
+# -- the recipe ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def smoke(tmp_path_factory):
+    """The folder of a smoke run of the whole recipe: the output folder, and the work folder beside it."""
+    folder = tmp_path_factory.mktemp("demo_smoke")
+    command = [sys.executable, str(DEMO / "build_demo_base.py"), "--smoke", "--device", "cpu", "--threads", "1"]
+    command += ["--out_dir", str(folder / "out"), "--work_dir", str(folder / "work")]
+    subprocess.run(command, check=True, env=ENVIRONMENT, capture_output=True, text=True)
+    return folder
+
+
+def test_smoke_run_gives_a_pipeline_that_generates(smoke):
+    import torch
+    from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
+
+    base = smoke / "out" / "base"
+    pipeline = StableDiffusionPipeline.from_pretrained(base, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    assert isinstance(pipeline.scheduler, DPMSolverMultistepScheduler) and pipeline.safety_checker is None
+    image = pipeline("a photo of a red star", num_inference_steps=2).images[0]
+    assert image.size == (64, 64)
+    noise = DDPMScheduler.from_pretrained(base, subfolder="scheduler")
+    assert noise.config.prediction_type == pipeline.scheduler.config.prediction_type == "v_prediction"
+    close = torch.isclose(noise.alphas_cumprod[:-1], pipeline.scheduler.alphas_cumprod[:-1])
+    assert close.all()  # the last is 0, which DPM-Solver replaces by a tiny number
+    record = json.loads((base / "demo_base.json").read_text())
+    assert record["stages"]["unet"]["steps"] == 2
+
+
+def test_smoke_run_writes_the_scorer_and_its_identity_encoder(smoke):
+    from scoring import Scorer
+
+    scorer = Scorer(smoke / "out" / "scorer")
+    rng = np.random.default_rng(0)
+    images = [world.render(world.sample_scene(rng), rng) for _ in range(3)]
+    assert scorer.image_features(images).shape[0] == 3
+    assert set(scorer.read(images)) == {"shape", "colour", "colour2", "pattern", "background"}
+    assert -1 <= scorer.clip_i(images[:2], images[2:]) <= 1
+    assert -1 <= scorer.identity(images[:2], images[2:]) <= 1
+    assert scorer.clip_t(["a photo of a star"] * 3, images) == pytest.approx(
+        float((scorer.text_features(["a photo of a star"]) @ scorer.image_features(images).T).mean()), abs=1e-5
+    )
+
+
+def test_an_interrupted_run_resumes_to_the_same_weights(tmp_path):
+    """Two steps, then two more, give what four steps at once give (the schedule being that of four throughout)."""
+    import build_demo_base as build
+    import torch
+
+    def run(folder, stops):
+        args = build.parse_args(["--smoke", "--device", "cpu", "--precision", "fp32", "--work_dir", str(folder)])
+        args.out_dir = folder
+        for stop in stops:
+            torch.manual_seed(0)
+            model = torch.nn.Linear(4, 4)
+
+            def loss_of(step, rng, generator, model=model, stop=stop):
+                if step == stop:
+                    raise KeyboardInterrupt
+                inputs = torch.from_numpy(rng.standard_normal((3, 4))).float()
+                noise = torch.randn(3, 4, generator=generator)
+                return (model(inputs) - noise).square().mean(), {}
+
+            args.checkpoint_every = 0
+            try:
+                build.train(args, "unet", model, loss_of, 4, 1e-2, ema_decay=0.9)
+            except KeyboardInterrupt:
+                continue
+        return model.state_dict()
+
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    once, twice = run(tmp_path / "a", [None]), run(tmp_path / "b", [2, None])
+    for name, value in once.items():
+        assert torch.equal(value, twice[name])
+
+
+# -- what is committed ---------------------------------------------------------------------------------------------
+
+
+@committed
+def test_every_caption_word_is_one_token_and_added_tokens_behave():
+    from build_demo_base import known_words
+    from transformers import CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(DEMO / "base", subfolder="tokenizer")
+    for word in known_words():
+        assert len(tokenizer.tokenize(word)) == 1, word
+    assert tokenizer.model_max_length == 32
+    assert tokenizer.bos_token == "<|startoftext|>" and tokenizer.eos_token == "<|endoftext|>"
+    ids = tokenizer("a xylophone, naïvely")["input_ids"]
+    assert tokenizer.eos_token_id not in ids[1:-1]  # unknown text falls back to pieces, never to the unknown token
+    count = len(tokenizer)
+    assert tokenizer.add_tokens(["<my-toy>"]) == 1 and len(tokenizer) == count + 1
+    assert tokenizer.convert_tokens_to_ids("<my-toy>") == count
+    assert "<my-toy>" in tokenizer.tokenize("a photo of a <my-toy> on the beach")
+
+
+@committed
+def test_committed_base_is_small_fp16_and_complete():
+    from safetensors import safe_open
+
+    weights = [*DEMO.glob("base/**/*.safetensors"), *DEMO.glob("scorer/**/*.safetensors")]
+    assert sum(path.stat().st_size for path in weights) <= 30e6
+    for path in weights:
+        with safe_open(path, "pt") as tensors:
+            kinds = {tensors.get_slice(key).get_dtype() for key in tensors.keys()}
+        assert "F32" not in kinds, path
+    index = json.loads((DEMO / "base" / "model_index.json").read_text())
+    assert index["_class_name"] == "StableDiffusionPipeline" and index["requires_safety_checker"] is False
+    assert (DEMO / "base" / "demo_base.json").exists()
+
+
+@committed
+def test_committed_base_generates():
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(DEMO / "base", torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(["a photo of a red star in the snow"], num_inference_steps=2, output_type="np").images
+    assert images.shape == (1, 64, 64, 3) and np.isfinite(images).all() and images.std() > 0.02
+
+
+@pytest.mark.skipif(not (DEMO / "quality.json").exists(), reason="check_demo_base.py has not been run here")
+def test_stored_quality_is_consistent():
+    from check_demo_base import TARGETS
+
+    quality = json.loads((DEMO / "quality.json").read_text())
+    assert set(quality) >= {"command", "config", "targets", "figures", "hardware", "versions", "definitions"}
+    assert set(quality["targets"]) == {".".join(key) for key in TARGETS}
+    for (section, name), least in TARGETS.items():
+        target = quality["targets"][f"{section}.{name}"]
+        assert target["at_least"] == least
+        assert target["measured"] == quality["figures"][section][name]
+        assert target["met"] == (target["measured"] >= least)
+    assert quality["figures"]["vae"]["renders"] >= 512 and quality["figures"]["generated"]["captions"] >= 256
+    assert (DEMO / "samples.png").exists()
+
+
+@pytest.mark.skipif(not (DEMO / "subjects").exists(), reason="demo/subjects is not built here")
+def test_subjects_are_held_out_and_load_with_datasets(tmp_path):
+    from datasets import load_dataset
+
+    folders = sorted(path for path in (DEMO / "subjects").iterdir() if path.is_dir())
+    assert len(folders) >= 4
+    for folder in folders:
+        assert world.SUBJECTS[folder.name].subject in world.HELD_OUT
+        lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+        assert len(lines) == 5 == len({line["text"] for line in lines})
+        for line in lines:
+            assert (folder / line["file_name"]).exists()
+            assert line["text"].count("{}") == 1
+            assert any(phrase in line["text"] for phrase in world.BACKGROUNDS.values())
+    data = load_dataset("imagefolder", data_dir=str(folders[0]), split="train", cache_dir=str(tmp_path))
+    assert len(data) == 5 and data[0]["image"].size == (64, 64) and "{}" in data[0]["text"]

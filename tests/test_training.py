@@ -1,0 +1,332 @@
+"""Whole runs on the demo base: outputs, resuming, processes, and that nothing ever runs backwards."""
+
+import ast
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import SCRIPT, as_arguments
+from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import CLIPTextModel
+
+import train_zoodip_textual_inversion as zoodip
+
+
+def embeds(folder, name="learned_embeds.safetensors"):
+    return load_file(folder / name)["<my-toy>"]
+
+
+def test_launch_writes_everything_and_diffusers_reads_it(launch, basics, demo_base):
+    basics |= {"--validation_prompt": "a photo of {} on the beach", "--validation_steps": 2, "--num_vectors": 2}
+    basics |= {
+        "--num_validation_images": 2,
+        "--num_inference_steps": 2,
+        "--save_steps": 2,
+        "--report_to": "tensorboard",
+    }
+    basics |= {"--checkpointing_steps": 1, "--checkpoints_total_limit": 2, "--logging_steps": 1, "--save_a1111": True}
+    output = launch(*as_arguments(basics)).stderr
+    out = Path(basics["--output_dir"])
+    written = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file() and "logs" not in p.parts}
+    parts = {"state.pt", "settings.json", "generators_0.pt"}
+    assert written == {
+        "learned_embeds.safetensors",
+        "learned_embeds-best.safetensors",
+        "learned_embeds-steps-2.safetensors",
+        "learned_embeds.pt",
+        "loss_curve.png",
+        "zoodip_config.json",
+        "README.md",
+        "samples/image_0.png",
+        "samples/image_1.png",
+        "validation/step-000000.png",
+        "validation/step-000002.png",
+        "validation/step-000003.png",
+        *(f"checkpoint-{step}/{part}" for step in (2, 3) for part in parts),
+    }
+    assert list((out / "logs").rglob("events.out.tfevents*"))
+    assert "unet:" in output and "of parameters quantized" in output and "Traceback" not in output
+    config = json.loads((out / "zoodip_config.json").read_text())
+    assert config["figures"]["steps"] == 3 and config["figures"]["forward_passes"] == 9
+    assert config["components"]["unet"]["quantized_share"] > 0.9
+
+    pipeline = StableDiffusionPipeline.from_pretrained(demo_base, torch_dtype=torch.float32)
+    pipeline.load_textual_inversion(str(out))
+    learned = embeds(out)
+    assert learned.shape[0] == 2 and learned.dtype == torch.float32
+    ids = pipeline.tokenizer.convert_tokens_to_ids(["<my-toy>", "<my-toy>_1"])
+    torch.testing.assert_close(pipeline.text_encoder.get_input_embeddings().weight[ids].float(), learned)
+    a1111 = torch.load(out / "learned_embeds.pt", weights_only=True)
+    assert torch.equal(a1111["string_to_param"]["*"], learned)
+
+
+def test_every_vector_is_trained_and_all_else_is_frozen(train, demo_base, monkeypatch):
+    seen = []
+    original = zoodip.candidate_losses
+
+    def watched(candidates, batch, text_encoder, unet, **rest):
+        assert torch.is_inference_mode_enabled()
+        tensors = [candidates, *batch.values(), *text_encoder.parameters(), *unet.parameters()]
+        assert not any(tensor.requires_grad for tensor in tensors)
+        losses = original(candidates, batch, text_encoder, unet, **rest)
+        assert losses.dtype == torch.float32 and not losses.requires_grad
+        seen.append((text_encoder, unet))
+        return losses
+
+    monkeypatch.setattr(zoodip, "candidate_losses", watched)
+    learned = embeds(train(num_vectors=3, quantization="none"))
+    assert len(seen) >= 3
+    text_encoder, unet = seen[0]
+    start = text_encoder.get_input_embeddings().weight[zoodip_ids(demo_base, "star")]
+    moved = (learned - start).abs().amax(dim=1)
+    assert (moved > 1e-6).all() and len(set(moved.tolist())) == 3
+    fresh = UNet2DConditionModel.from_pretrained(demo_base, subfolder="unet")
+    assert all(torch.equal(a, b) for a, b in zip(unet.state_dict().values(), fresh.state_dict().values()))
+
+
+def zoodip_ids(demo_base, word):
+    from transformers import CLIPTokenizer
+
+    return CLIPTokenizer.from_pretrained(demo_base, subfolder="tokenizer").convert_tokens_to_ids(word + "</w>")
+
+
+@pytest.fixture(scope="module")
+def demo_loss(demo_base):
+    """The demo base in float32 with a fixed batch: `(loss_of(candidates, **), embedding start, placeholder id)`."""
+    where = {"pretrained_model_name_or_path": demo_base}
+    text_encoder = CLIPTextModel.from_pretrained(demo_base, subfolder="text_encoder", dtype=torch.float32).eval()
+    unet = UNet2DConditionModel.from_pretrained(demo_base, subfolder="unet", torch_dtype=torch.float32).eval()
+    scheduler = DDPMScheduler.from_pretrained(demo_base, subfolder="scheduler")
+    assert where
+    first = text_encoder.get_input_embeddings().num_embeddings
+    text_encoder.resize_token_embeddings(first + 600, mean_resizing=False)
+    text_encoder.requires_grad_(False), unet.requires_grad_(False)
+    g = torch.Generator().manual_seed(0)
+    vocabulary = zoodip.CLIPTokenizer.from_pretrained(demo_base, subfolder="tokenizer")
+    prompt = vocabulary("a photo of a star on the beach", padding="max_length", return_tensors="pt").input_ids
+    prompt = torch.where(prompt == zoodip_ids(demo_base, "star"), first, prompt)
+    assert (prompt == first).sum() == 1
+    latents = torch.randn(1, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size, generator=g)
+    batch = zoodip.noise_batch(latents, prompt, torch.tensor([600]), g, scheduler, "cpu")
+    start = text_encoder.get_input_embeddings().weight[zoodip_ids(demo_base, "star")][None].clone()
+
+    def loss_of(candidates, **rest):
+        return zoodip.candidate_losses(candidates, batch, text_encoder, unet, first, **rest)
+
+    return loss_of, start, (text_encoder, unet, batch, first)
+
+
+def test_split_and_batched_candidates_agree(demo_loss):
+    loss_of, start, _ = demo_loss
+    candidates = start + 0.05 * torch.randn(7, *start.shape, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        whole = loss_of(candidates)
+        for size in (1, 2, 3, 7, 10):
+            torch.testing.assert_close(loss_of(candidates, max_candidates=size), whole, rtol=1e-5, atol=1e-6)
+    assert len(whole.unique()) == 7
+
+
+def test_mean_estimate_points_along_autograds_gradient(demo_loss):
+    """4,000 directions on the demo base: cosine above 0.95 with backpropagation through text encoder and UNet."""
+    loss_of, start, (text_encoder, unet, batch, first) = demo_loss
+    theta = start.clone().requires_grad_(True)
+    table = text_encoder.get_input_embeddings().weight
+    rows = torch.cat([table[:first].detach(), theta, table[first + 1 :].detach()])
+    name = next(n for n, p in text_encoder.named_parameters() if p is table)
+    hidden = torch.func.functional_call(text_encoder, {name: rows}, (batch["prompt_ids"],))[0]
+    prediction = unet(batch["noisy_latents"], batch["timesteps"], hidden).sample
+    loss = torch.nn.functional.mse_loss(prediction, batch["target"])
+    (gradient,) = torch.autograd.grad(loss, theta)
+
+    g, total = torch.Generator().manual_seed(2), torch.zeros_like(start)
+    with torch.inference_mode():
+        assert loss_of(start).item() == pytest.approx(loss.item(), rel=1e-4)
+        for _ in range(10):
+            total += zoodip.estimate_gradient(lambda c: loss_of(c, max_candidates=101), start, 400, 1e-2, g)[0]
+    cosine = torch.cosine_similarity(total.flatten(), gradient.flatten(), dim=0)
+    assert cosine > 0.95, float(cosine)
+
+
+RESUME = {"--max_train_steps": 14, "--checkpointing_steps": 4, "--sg_window": 3, "--validation_steps": 5}
+RESUME |= {"--num_vectors": 2, "--gradient_accumulation_steps": 2, "--lr_scheduler": "cosine", "--train_batch_size": 2}
+
+
+def test_resumed_run_equals_the_uninterrupted_one(train, tmp_path):
+    flags = {name.lstrip("-"): value for name, value in RESUME.items()}
+    whole = train(**flags, output_dir=tmp_path / "whole")
+    parts = tmp_path / "parts"
+    train(**flags | {"output_dir": parts})
+    for leftover in ("learned_embeds.safetensors", "learned_embeds-best.safetensors"):
+        (parts / leftover).unlink()
+    (parts / "checkpoint-12").rename(parts / ".tmp-checkpoint-12")  # as if killed while writing it
+    train(**flags | {"output_dir": parts, "resume_from_checkpoint": "latest"})
+    for name in ("learned_embeds.safetensors", "learned_embeds-best.safetensors"):
+        if (parts / name).is_file():
+            assert (parts / name).read_bytes() == (whole / name).read_bytes()
+    assert (parts / "learned_embeds.safetensors").is_file()
+    first, second = (json.loads((d / "zoodip_config.json").read_text())["figures"] for d in (whole, parts))
+    same = ("steps", "forward_passes", "best_validation_loss", "best_step", "final_loss")
+    assert {k: first[k] for k in same} == {k: second[k] for k in same}
+
+
+def test_killed_run_resumes_bit_identical(run_script, basics, tmp_path):
+    flags = basics | RESUME | {"--max_train_steps": 160, "--checkpointing_steps": 10, "--validation_steps": 50}
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    command = [sys.executable, str(SCRIPT), *as_arguments(flags | {"--output_dir": killed})]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 240
+    while not (killed / "checkpoint-20").exists() and time.time() < deadline and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (killed / "learned_embeds.safetensors").exists(), "the run ended before it could be killed"
+    resumed = run_script(
+        *as_arguments(flags | {"--output_dir": killed, "--resume_from_checkpoint": "latest", "--report_to": "none"})
+    )
+    assert "Resumed from" in resumed.stderr
+    run_script(*as_arguments(flags | {"--output_dir": whole}))
+    name = "learned_embeds.safetensors"
+    assert (killed / name).read_bytes() == (whole / name).read_bytes()
+
+
+RANK_DUMP = """
+import sys, torch
+import train_zoodip_textual_inversion as zoodip
+original = zoodip.save_checkpoint
+def dump(args, accelerator, step, shared, *rest):
+    torch.save({"theta": shared["theta"], "processes": accelerator.num_processes},
+               f"{args.output_dir}/rank-{accelerator.process_index}-step-{step}.pt")
+    original(args, accelerator, step, shared, *rest)
+zoodip.save_checkpoint = dump
+zoodip.main(zoodip.parse_args(sys.argv[1:]))
+"""
+
+
+def test_two_processes_stay_identical(basics, repo, tmp_path):
+    driver = tmp_path / "driver.py"
+    driver.write_text(f"import sys; sys.path.insert(0, {str(repo)!r})\n" + RANK_DUMP)
+    flags = basics | {"--max_train_steps": 8, "--checkpointing_steps": 4, "--sg_window": 3}
+    # On CPUs `accelerate launch` starts one process only; torchrun starts two, and accelerate picks up its variables.
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(driver), *as_arguments(flags)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    out = tmp_path / "out"
+    for step in (4, 8):
+        first, second = (torch.load(out / f"rank-{r}-step-{step}.pt", weights_only=True) for r in (0, 1))
+        assert first["processes"] == 2
+        assert torch.equal(first["theta"], second["theta"])
+    states = [torch.load(out / "checkpoint-8" / f"generators_{r}.pt", weights_only=True) for r in (0, 1)]
+    assert not torch.equal(states[0]["perturbations"], states[1]["perturbations"])  # each drew its own directions
+    assert json.loads((out / "zoodip_config.json").read_text())["figures"]["forward_passes"] == 8 * 3 * 2
+
+
+def test_validation_does_not_disturb_training(train, tmp_path):
+    quiet = train(output_dir=tmp_path / "quiet", num_validation_samples=0, validation_steps=100)
+    busy = train(
+        output_dir=tmp_path / "busy",
+        validation_steps=1,
+        validation_prompt="a photo of <my-toy>",
+        num_inference_steps=1,
+        num_validation_images=1,
+    )
+    assert torch.equal(embeds(quiet), embeds(busy))
+
+
+def test_early_stopping_and_the_best_embedding(train, monkeypatch):
+    """A held-out loss that only ever rises: the start stays the best, and patience ends the run."""
+    out = train(
+        learning_rate=5.0,
+        max_train_steps=50,
+        validation_steps=1,
+        early_stopping_patience=2,
+        num_validation_samples=4,
+        adam_epsilon=1e-8,
+    )
+    figures = json.loads((out / "zoodip_config.json").read_text())["figures"]
+    assert figures["steps"] < 50
+    assert figures["steps"] == figures["best_step"] + 2
+    assert not torch.equal(embeds(out), embeds(out, "learned_embeds-best.safetensors"))
+
+
+def test_nan_stops_and_keeps_the_last_good_embedding(train, tmp_path):
+    with pytest.raises(zoodip.InputError, match=r"the loss became .* at step \d+: .*learning_rate"):
+        train(learning_rate=1e30, max_train_steps=40, logging_steps=1, num_validation_samples=0)
+    assert embeds(tmp_path / "out").isfinite().all()
+
+
+def test_resume_under_other_settings_is_refused(train, tmp_path):
+    train(max_train_steps=2, checkpointing_steps=1)
+    with pytest.raises(zoodip.InputError, match=r"other settings: learning_rate \(0.005, now 0.001\)"):
+        train(resume_from_checkpoint="latest", learning_rate=1e-3)
+    with pytest.raises(zoodip.InputError, match="is not a checkpoint"):
+        train(resume_from_checkpoint=str(tmp_path / "nowhere"))
+    train(resume_from_checkpoint="checkpoint-1", max_train_steps=3)  # a longer run is not another run
+
+
+def test_checkpoints_are_rotated(train):
+    out = train(max_train_steps=5, checkpointing_steps=1, checkpoints_total_limit=2)
+    assert [p.name for p in zoodip.list_checkpoints(out)] == ["checkpoint-4", "checkpoint-5"]
+
+
+def test_full_pipeline_knows_the_word(train):
+    out = train(save_as_full_pipeline=True)
+    pipeline = StableDiffusionPipeline.from_pretrained(out / "pipeline")
+    assert "<my-toy>" in pipeline.tokenizer.get_vocab()
+    image = pipeline("a photo of <my-toy>", num_inference_steps=2, output_type="np").images
+    assert np.isfinite(image).all()
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "quanto-int8", "none"])
+def test_other_backends_train(train, quantization):
+    assert embeds(train(quantization=quantization)).isfinite().all()
+
+
+def test_spsa_and_bf16_train(train):
+    out = train(gradient_estimator="spsa", mixed_precision="bf16", perturbation_scale=1e-2)
+    assert json.loads((out / "zoodip_config.json").read_text())["figures"]["forward_passes"] == 3 * 4
+
+
+def test_epochs_count_repeats_and_accumulation(train, subject):
+    out = train(max_train_steps=None, num_train_epochs=1, repeats=4, train_batch_size=2, gradient_accumulation_steps=2)
+    images = len(list(subject.glob("*.png")))
+    steps = json.loads((out / "zoodip_config.json").read_text())["figures"]["steps"]
+    assert steps == -(-images * 4 // 4)
+
+
+def test_every_flag_is_read():
+    """Each destination of the parser is used outside the parser: as `args.name` or by name in a settings list."""
+    tree = ast.parse(SCRIPT.read_text(encoding="utf-8"))
+    readers = [
+        n for n in tree.body if not (isinstance(n, ast.FunctionDef) and n.name in ("parse_args", "check_arguments"))
+    ]
+    read = {
+        node.attr
+        for reader in readers
+        for node in ast.walk(reader)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args"
+    }
+    parsed = vars(
+        zoodip.parse_args(
+            ["--pretrained_model_name_or_path", "x", "--train_data_dir", "x", "--placeholder_token", "<x>"]
+            + ["--initializer_token", "x"]
+        )
+    )
+    assert len(parsed) > 50
+    assert set(parsed) - read == set()
+
+
+def test_validation_grid_shows_every_image(train):
+    out = train(validation_prompt="a photo of {}", num_validation_images=3, num_inference_steps=1)
+    with Image.open(out / "validation" / "step-000000.png") as grid:
+        assert grid.size == (3 * 64, 64)

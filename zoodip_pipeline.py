@@ -1,0 +1,173 @@
+# Copyright 2026 The ZOODiP textual inversion authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
+# an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
+"""Stable Diffusion that knows concepts learned with ZOODiP (or any other textual inversion).
+
+    pipeline = DiffusionPipeline.from_pretrained(
+        "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        custom_pipeline="./zoodip_pipeline.py",  # or the concept's repository: "user/concept"
+        trust_remote_code=True,
+        learned_embeds="./my-dog-concept",  # a file, a folder, a repository, or a list of them
+    )
+    pipeline("a photo of <my-dog> on the beach", negative_prompt="<bad-hands>").images[0].save("dog.png")
+
+The images are those of `load_textual_inversion`; what this class adds is that a concept which does not fit the base
+model is refused in plain words, or warned about, before it silently does nothing.
+"""
+
+import json
+import re
+from pathlib import Path
+
+from diffusers import StableDiffusionPipeline
+from diffusers.loaders.textual_inversion import load_textual_inversion_state_dicts
+from diffusers.utils import logging
+from huggingface_hub import hf_hub_download
+
+
+logger = logging.get_logger(__name__)
+
+
+class ZOODiPPipeline(StableDiffusionPipeline):
+    """`StableDiffusionPipeline` with the keyword `learned_embeds`; everything else is inherited.
+
+    Args:
+        learned_embeds: a concept or a list of them, each a safetensors (or `.pt`, `.bin`) file, a folder with
+            `learned_embeds.safetensors`, or a repository on the Hub. More can be added with `load_learned_embeds`
+            and taken away with `unload_textual_inversion`.
+
+    Attributes:
+        concepts: by placeholder token, the concept's `zoodip_config.json` ({} where it has none).
+    """
+
+    def __init__(
+        self,
+        vae,
+        text_encoder,
+        tokenizer,
+        unet,
+        scheduler,
+        safety_checker,
+        feature_extractor,
+        image_encoder=None,
+        requires_safety_checker=True,
+        learned_embeds=None,
+    ):
+        super().__init__(
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            unet=unet,
+            scheduler=scheduler,
+            safety_checker=safety_checker,
+            feature_extractor=feature_extractor,
+            image_encoder=image_encoder,
+            requires_safety_checker=requires_safety_checker,
+        )
+        self.concepts = {}
+        if learned_embeds is not None:
+            self.load_learned_embeds(learned_embeds)
+
+    def load_learned_embeds(self, learned_embeds):
+        """Adds one concept or a list of them to tokenizer and text encoder.
+
+        Raises:
+            OSError: no embedding is found there.
+            ValueError: it does not fit this base model: another dimension, or a name that is taken.
+        """
+        for source in learned_embeds if isinstance(learned_embeds, (list, tuple)) else [learned_embeds]:
+            try:
+                (content,) = load_textual_inversion_state_dicts([str(source)])
+            except Exception as error:  # Hub, safetensors, pickle and OS errors alike
+                raise OSError(
+                    f"learned_embeds {str(source)!r} is neither an embedding file, nor a folder or a repository on the"
+                    f" Hub with a learned_embeds.safetensors ({' '.join(str(error).split())[:300]})."
+                ) from error
+            if "string_to_param" in content:  # Automatic1111
+                token, embedding = content["name"], content["string_to_param"]["*"]
+            elif len(content) == 1:
+                ((token, embedding),) = content.items()
+            else:
+                raise ValueError(
+                    f"learned_embeds {str(source)!r} holds {sorted(content)} and not one token with its embedding:"
+                    " files of other kinds, such as those of SDXL, do not fit Stable Diffusion 1.x and 2.x."
+                )
+            config = _read_config(source, token)
+            self._check_fit(source, token, embedding.reshape(-1, embedding.shape[-1]).shape, config)
+            self.load_textual_inversion(content)
+            self.concepts[token] = config
+            self._warn_about_other_base(token)
+
+    def unload_textual_inversion(self, tokens=None, tokenizer=None, text_encoder=None):
+        """Takes concepts away again: those named, with *all* their vectors, or by default every one."""
+        tokenizer = tokenizer or self.tokenizer
+        if tokens is not None:
+            wanted = "|".join(re.escape(token) for token in ([tokens] if isinstance(tokens, str) else tokens))
+            added = [str(name) for name in tokenizer.added_tokens_encoder]
+            tokens = [name for name in added if re.fullmatch(rf"({wanted})(_\d+)?", name)]
+            if not tokens:  # an empty list would mean every token
+                raise ValueError(f"nothing to unload: the concepts loaded here are {list(self.concepts)}.")
+        super().unload_textual_inversion(tokens, tokenizer=tokenizer, text_encoder=text_encoder)
+        left = tokenizer.get_vocab()
+        self.concepts = {token: config for token, config in self.concepts.items() if token in left}
+
+    def register_to_config(self, **kwargs):
+        super().register_to_config(**kwargs)
+        if "_name_or_path" in kwargs:  # the last thing `from_pretrained` does: only now is the base's name known
+            for token in self.concepts:
+                self._warn_about_other_base(token)
+
+    def to_json_string(self):
+        # A saved pipeline holds its concepts in tokenizer and text encoder, so it is an ordinary Stable Diffusion.
+        # Under this class's name, which diffusers does not know, it could not be loaded again.
+        content = json.loads(super().to_json_string())
+        return json.dumps({**content, "_class_name": "StableDiffusionPipeline"}, indent=2, sort_keys=True) + "\n"
+
+    def _check_fit(self, source, token, shape, config):
+        expected = self.text_encoder.get_input_embeddings().embedding_dim
+        if shape[1] != expected:
+            origin = f" ({config['base_model']!r})" if config.get("base_model") else ""
+            raise ValueError(
+                f"learned_embeds {str(source)!r} does not fit this base model: its vectors have {shape[1]} entries and"
+                f" this text encoder takes {expected}; load the base it was learned on{origin}."
+            )
+        vocabulary = self.tokenizer.get_vocab()
+        for name in [token, *(f"{token}_{i}" for i in range(1, shape[0]))]:
+            if name in vocabulary or f"{name.lower()}</w>" in vocabulary:
+                raise ValueError(
+                    f"learned_embeds {str(source)!r} cannot be added: this tokenizer already knows the name {name!r};"
+                    " unload that concept first, or give this one another name with"
+                    f' load_textual_inversion({str(source)!r}, token="<another-name>").'
+                )
+
+    def _warn_about_other_base(self, token):
+        trained_on, here = self.concepts[token].get("base_model"), self.name_or_path
+        if not trained_on or not here:
+            return
+        # Of a local folder only its name is published, so only names can be compared then.
+        if self.concepts[token].get("base_model_is_local") or Path(here).is_dir():
+            same = Path(trained_on).name == Path(here).resolve().name
+        else:
+            same = trained_on == here
+        if not same:
+            logger.warning(
+                f"{token} was learned on {trained_on!r} and this base model is {str(here)!r}: the concept may look"
+                " different or not appear at all."
+            )
+
+
+def _read_config(source, token):
+    """The `zoodip_config.json` beside a concept, if it speaks of this token; else {}."""
+    try:
+        path = Path(source)
+        folder = path if path.is_dir() else path.parent
+        file = folder / "zoodip_config.json" if path.exists() else hf_hub_download(str(source), "zoodip_config.json")
+        config = json.loads(Path(file).read_text(encoding="utf-8"))
+        return config if config.get("placeholder_token") == token else {}
+    except (OSError, ValueError, AttributeError):  # not there, or not ours
+        return {}
