@@ -877,7 +877,7 @@ def write_model_card(output_dir, config, repo_id=None):
         ValueError: the template uses a variable that is not given (`from_template` would leave a blank).
     """
     if not MODEL_CARD_TEMPLATE.is_file():
-        logger.warning(f"{MODEL_CARD_TEMPLATE.name} is not beside the script: no model card was written.")
+        logging.warning(f"{MODEL_CARD_TEMPLATE.name} is not beside the script: no model card was written.")
         return
     output_dir, settings = Path(output_dir), config["settings"]
     local, base, token = config["base_model_is_local"], config["base_model"], config["placeholder_token"]
@@ -1319,9 +1319,10 @@ def choose_precision(args, device):
     name = args.mixed_precision or ("fp16" if device.type == "cuda" else "no")
     if name == "fp16" and device.type == "cpu":
         raise InputError("--mixed_precision fp16 is unusably slow on a CPU: leave the flag out (float32).")
-    if name == "bf16" and args.perturbation_scale < 1e-2:
+    coarse = "bf16" if name == "bf16" else "nf4 on a CPU" if args.quantization == "nf4" and device.type == "cpu" else None
+    if coarse and args.perturbation_scale < 1e-2:  # bitsandbytes' CPU kernel of nf4 computes in bf16, too
         logger.warning(
-            f"--perturbation_scale {args.perturbation_scale} is below the resolution of bf16: the loss differences"
+            f"--perturbation_scale {args.perturbation_scale} is below the resolution of {coarse}: the loss differences"
             " drown in rounding; the paper uses 1e-2 with bf16."
         )
     return {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[name]
@@ -1421,7 +1422,7 @@ def read_base(args):
 
 def main(args):
     if args.push_only:
-        return push_only(args)
+        return push_only(args) if os.environ.get("RANK", "0") == "0" else None
 
     # 1. Everything that can be wrong is checked before anything slow starts.
     check_output_dir(args)

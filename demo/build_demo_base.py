@@ -553,6 +553,10 @@ def make_unet():
         layers_per_block=1,
         cross_attention_dim=128,
         attention_head_dim=4,  # the number of heads: diffusers' historic misnomer
+        # The pooled text joins the time embedding, computed by the UNet itself from the same text states (as in
+        # DeepFloyd IF): through cross-attention alone, shapes do not follow the text within hours of a CPU.
+        addition_embed_type="text",
+        addition_embed_type_num_heads=8,
         norm_num_groups=16,
     )
 
@@ -583,7 +587,7 @@ def stage_unet(args):
     moments = torch.from_numpy(np.load(args.work_dir / "latents.npy"))
     scaling_factor = json.loads((args.work_dir / "latents.json").read_text())["scaling_factor"]
     tokenizer, encoder = load_text_encoder(args)
-    unet = make_unet().to(args.device, memory_format=torch.channels_last)
+    unet = make_unet().to(args.device)
     forward = torch.compile(unet) if args.compile else unet
     alphas = alphas_cumprod(args.device)
     batch = args.unet_batch // rank_and_count()[1]
@@ -605,12 +609,11 @@ def stage_unet(args):
         with autocast(args):
             with torch.no_grad():
                 text = encoder(tokenize(tokenizer, captions, device)).last_hidden_state
-            output = forward(noisy.contiguous(memory_format=torch.channels_last), timesteps, text).sample
+            output = forward(noisy, timesteps, text).sample
         errors = (output.float() - target).square().mean((1, 2, 3))
-        # min-SNR weights for v-prediction (Hang et al. 2023): min(snr, 5) / (snr + 1), here floored so that the pure
-        # noise end, where the text alone says what to draw, is trained too.
-        snr = (alpha / (1 - alpha)).flatten()
-        weight = (snr.clamp(max=5) / (snr + 1)).clamp(min=0.3)
+        # Low noise counts less, as in min-SNR (Hang et al. 2023); high noise, where the text alone says what to
+        # draw, keeps its full weight.
+        weight = (5 / ((alpha / (1 - alpha)).flatten() + 5)).clamp(min=0.25)
         return (weight * errors).mean(), {"mse": errors.detach().mean()}
 
     exported = [time.time()]
@@ -774,6 +777,10 @@ def export_base(args):
     )
     folder = fresh_folder(args.out_dir / ".base.tmp")
     pipeline.to(torch.float16).save_pretrained(folder)
+    # transformers 5 loads a model in the dtype its config names, diffusers loads the rest in float32: name float32, or a
+    # plain `from_pretrained` gets a float16 text encoder beside a float32 UNet and fails at the first image.
+    config_file = Path(folder) / "text_encoder" / "config.json"
+    config_file.write_text(json.dumps(json.loads(config_file.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
     (folder / "demo_base.json").write_text(json.dumps(record_of(args), indent=2) + "\n")
     replace_folder(folder, args.out_dir / "base")
     print(f"export: {args.out_dir / 'base'}", flush=True)

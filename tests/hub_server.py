@@ -4,9 +4,9 @@
         subprocess.run(..., env={**os.environ, **hub.environment(tmp_path)})
         hub.repos["alice/my-toy"].files["README.md"]
 
-What can go wrong is set on the server: `hub.fail("/commit/", 500)` makes it answer so from then on ("cut" for the number:
-no answer at all), `hub.dies_after_lfs = True` makes it fall silent once a large file has arrived, and `hub.heal()` ends
-all of it.
+What can go wrong is set on the server. `hub.fail("/commit/", 500)` makes it answer so from then on ("cut" for the
+number: no answer at all), `hub.dies_after_lfs = True` makes it fall silent once a large file has arrived, and
+`hub.heal()` ends all of it.
 """
 
 import base64
@@ -45,7 +45,7 @@ class HubServer:
 
     def environment(self, home, token=TOKEN):
         """Environment variables that point a fresh process at this server and at nothing else."""
-        switches = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1"}
+        switches = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "OMP_NUM_THREADS": "1"}
         where = {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
         return {**where, **switches, "HF_TOKEN": token}
 
