@@ -124,7 +124,7 @@ def estimate_gradient(loss_fn, theta, num_perturbations, perturbation_scale, gen
         theta: the point θ, any shape; it is read, never changed.
         num_perturbations: n, the number of Gaussian directions e_i.
         perturbation_scale: μ, the step of the finite difference.
-        generator: source of the directions (and of nothing else).
+        generator: source of the directions (and of nothing else); None takes the global one.
         estimator: "rge", forward differences, n + 1 losses (Eq. 3), or "spsa", central differences, 2n (Eq. S11).
 
     Returns:
@@ -134,8 +134,8 @@ def estimate_gradient(loss_fn, theta, num_perturbations, perturbation_scale, gen
     Raises:
         ValueError: unknown estimator.
     """
-    directions = torch.randn((num_perturbations, *theta.shape), generator=generator, device=generator.device)
-    directions = directions.to(theta)
+    draw_device = generator.device if generator is not None else theta.device
+    directions = torch.randn((num_perturbations, *theta.shape), generator=generator, device=draw_device).to(theta)
     steps = perturbation_scale * directions
     if estimator == "rge":
         losses = loss_fn(torch.cat([theta[None], theta + steps]))
@@ -900,7 +900,6 @@ def write_model_card(output_dir, config, repo_id=None):
         "name": name,
         "concept": repo_id or f"./{name}",
         "pipeline_source": repo_id or "./zoodip_pipeline.py",
-        "local_pipeline": f"./{name}" if repo_id else "./zoodip_pipeline.py",  # on the Hub it is called pipeline.py
         "base_model": f"path/to/{base}" if local else base,
         "base_link": f"the local model `{base}`" if local else f"[{base}](https://huggingface.co/{base})",
         "base_is_local": local,
@@ -1049,6 +1048,13 @@ REFUSED_FLAGS = {
 }
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that say something."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 # Piecewise constant would need rules of its own on the command line.
 LR_SCHEDULERS = [s.value for s in SchedulerType if s is not SchedulerType.PIECEWISE_CONSTANT]
 
@@ -1064,167 +1070,155 @@ def parse_args(input_args=None):
     """Parses and checks the command line (of the process, or a list of strings); bad input exits with code 2."""
     parser = OneSentenceParser(
         description="ZOODiP: textual inversion on a quantized Stable Diffusion with forward passes only.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        usage="%(prog)s --pretrained_model_name_or_path MODEL --train_data_dir FOLDER --placeholder_token TOKEN"
+        " --initializer_token WORD [options]",
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
 
-    group = parser.add_argument_group("model")
-    group.add_argument(
+    add = parser.add_argument_group("model").add_argument
+    add(
         "--pretrained_model_name_or_path",
         required=True,
         help="Stable Diffusion 1.x or 2.x in diffusers format: a local folder or a model id on the Hub.",
     )
-    group.add_argument("--revision", help="Branch, tag or commit of the model on the Hub.")
-    group.add_argument("--variant", help='Variant of the weight files, such as "fp16".')
-    group.add_argument("--tokenizer_name", help="Tokenizer folder or id, if not the model's own.")
-    group.add_argument(
+    add("--revision", help="Branch, tag or commit of the model on the Hub.")
+    add("--variant", help='Variant of the weight files, such as "fp16".')
+    add("--tokenizer_name", help="Tokenizer folder or id, if not the model's own.")
+    add(
         "--quantization",
         choices=["int8", "nf4", "quanto-int8", "none"],
         default="int8",
         help="Weights of UNet and text encoder: int8 (Linear and Conv2d, per output channel), nf4 (bitsandbytes 4-bit"
         " Linear, int8 Conv2d), quanto-int8 (as the official code) or none.",
     )
-    group.add_argument(
+    add(
         "--mixed_precision",
         choices=["no", "fp16", "bf16"],
         help="Activations; the loss is always float32. Default: fp16 on CUDA, no (float32) elsewhere.",
     )
-    group.add_argument("--allow_tf32", action="store_true", help="Allow TF32 in float32 products on CUDA.")
+    add("--allow_tf32", action="store_true", help="Allow TF32 in float32 products on CUDA.")
 
-    group = parser.add_argument_group("data")
-    group.add_argument(
+    add = parser.add_argument_group("data").add_argument
+    add(
         "--train_data_dir",
         help="Folder of images, with captions in metadata.jsonl or metadata.csv (fields file_name, text) if you have"
         " them; {} or the placeholder marks the concept in a caption.",
     )
-    group.add_argument("--dataset_name", help="Instead of a folder: a dataset id on the Hub (its train split).")
-    group.add_argument("--dataset_config_name", help="Configuration of the dataset.")
-    group.add_argument("--image_column", default="image", help="Column of the dataset that holds the images.")
-    group.add_argument("--caption_column", default="text", help="Column of the dataset that holds captions, if any.")
-    group.add_argument("--placeholder_token", required=True, help='The new word, such as "<my-dog>".')
-    group.add_argument("--initializer_token", required=True, help="Existing one-token word to start from: dog.")
-    group.add_argument("--num_vectors", type=int, default=1, help="k: embedding vectors of the new word.")
-    group.add_argument(
+    add("--dataset_name", help="Instead of a folder: a dataset id on the Hub (its train split).")
+    add("--dataset_config_name", help="Configuration of the dataset.")
+    add("--image_column", default="image", help="Column of the dataset that holds the images.")
+    add("--caption_column", default="text", help="Column of the dataset that holds captions, if any.")
+    add("--placeholder_token", required=True, help='The new word, such as "<my-dog>".')
+    add("--initializer_token", required=True, help="Existing one-token word to start from: dog.")
+    add("--num_vectors", type=int, default=1, help="k: embedding vectors of the new word.")
+    add(
         "--learnable_property",
         choices=["object", "style"],
         default="object",
         help="Which Textual Inversion templates caption the images that have no caption.",
     )
-    group.add_argument("--repeats", type=int, default=100, help="Times an epoch shows every image.")
-    group.add_argument("--resolution", type=int, help="Side of the training images. Default: the model's own.")
-    group.add_argument(
+    add("--repeats", type=int, default=100, help="Times an epoch shows every image.")
+    add("--resolution", type=int, help="Side of the training images. Default: the model's own.")
+    add(
         "--center_crop", action="store_true", help="Crop the centre square; otherwise images are squeezed to a square."
     )
-    group.add_argument("--flip_probability", type=float, default=0.5, help="How often an image is mirrored; 0: never.")
+    add("--flip_probability", type=float, default=0.5, help="How often an image is mirrored; 0: never.")
 
-    group = parser.add_argument_group("zeroth-order optimization")
-    group.add_argument("--num_perturbations", type=int, default=2, help="n: random directions per estimate.")
-    group.add_argument(
-        "--perturbation_scale", type=float, default=1e-3, help="μ: finite-difference step (1e-2 with bf16 or nf4)."
-    )
-    group.add_argument(
+    add = parser.add_argument_group("zeroth-order optimization").add_argument
+    add("--num_perturbations", type=int, default=2, help="n: random directions per estimate.")
+    add("--perturbation_scale", type=float, default=1e-3, help="μ: finite-difference step (1e-2 with bf16 or nf4).")
+    add(
         "--gradient_estimator",
         choices=["rge", "spsa"],
         default="rge",
         help="rge: forward differences, n + 1 losses a step (Eq. 3); spsa: central differences, 2n losses (Eq. S11).",
     )
-    group.add_argument(
+    add(
         "--max_candidates_per_forward",
         type=int,
         help="Split the step's candidates (θ and its perturbations) into forward passes of at most this many; less"
         " memory, same result. Default: all in one.",
     )
-    group.add_argument(
+    add(
         "--sg_window",
         type=int,
         help="τ of Subspace Gradient: updates between rebuilds of the subspace; 0 switches SG off. Default: 128, but"
         " at most a sixth of the token's dimension.",
     )
-    group.add_argument("--sg_threshold", type=float, default=1e-3, help="ν of SG: share of variance that is noise.")
-    group.add_argument("--puts_min_timestep", type=int, default=500, help="T_L of PUTS, inclusive.")
-    group.add_argument("--puts_max_timestep", type=int, default=900, help="T_U of PUTS, exclusive; 0/1000 is uniform.")
+    add("--sg_threshold", type=float, default=1e-3, help="ν of SG: share of variance that is noise.")
+    add("--puts_min_timestep", type=int, default=500, help="T_L of PUTS, inclusive.")
+    add("--puts_max_timestep", type=int, default=900, help="T_U of PUTS, exclusive; 0/1000 is uniform.")
 
-    group = parser.add_argument_group("training")
-    group.add_argument("--output_dir", default="text-inversion-model", help="Where everything is written.")
-    group.add_argument("--seed", type=int, default=0, help="Of data, noise and perturbations.")
-    group.add_argument("--train_batch_size", type=int, default=1, help="Examples per step and process.")
-    group.add_argument("--num_train_epochs", type=int, help="Length in epochs, if --max_train_steps is not given.")
-    group.add_argument("--max_train_steps", type=int, help="Updates in all. Default: 30000, as in the paper.")
-    group.add_argument(
-        "--gradient_accumulation_steps", type=int, default=1, help="Estimates averaged before one update."
-    )
-    group.add_argument("--learning_rate", type=float, default=5e-3, help="Learning rate of ZO-Adam.")
-    group.add_argument(
+    add = parser.add_argument_group("training").add_argument
+    add("--output_dir", default="text-inversion-model", help="Where everything is written.")
+    add("--seed", type=int, default=0, help="Of data, noise and perturbations.")
+    add("--train_batch_size", type=int, default=1, help="Examples per step and process.")
+    add("--num_train_epochs", type=int, help="Length in epochs, if --max_train_steps is not given.")
+    add("--max_train_steps", type=int, help="Updates in all. Default: 30000, as in the paper.")
+    add("--gradient_accumulation_steps", type=int, default=1, help="Estimates averaged before one update.")
+    add("--learning_rate", type=float, default=5e-3, help="Learning rate of ZO-Adam.")
+    add(
         "--scale_lr",
         action="store_true",
         help="Multiply the learning rate by processes x accumulation steps x batch size.",
     )
-    group.add_argument(
-        "--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="Learning-rate schedule."
-    )
-    group.add_argument("--lr_warmup_steps", type=int, default=0, help="Warm-up updates of the schedule.")
-    group.add_argument("--lr_num_cycles", type=int, default=1, help="Restarts of cosine_with_restarts.")
-    group.add_argument("--adam_beta1", type=float, default=0.9, help="β1 of Adam.")
-    group.add_argument("--adam_beta2", type=float, default=0.999, help="β2 of Adam.")
-    group.add_argument("--adam_weight_decay", type=float, default=0.0, help="Weight decay of Adam.")
-    group.add_argument(
-        "--adam_epsilon", type=float, default=1e-3, help="ε of Adam; large, so that a tiny gradient is a tiny step."
-    )
+    add("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="Learning-rate schedule.")
+    add("--lr_warmup_steps", type=int, default=0, help="Warm-up updates of the schedule.")
+    add("--lr_num_cycles", type=int, default=1, help="Restarts of cosine_with_restarts.")
+    add("--adam_beta1", type=float, default=0.9, help="β1 of Adam.")
+    add("--adam_beta2", type=float, default=0.999, help="β2 of Adam.")
+    add("--adam_weight_decay", type=float, default=0.0, help="Weight decay of Adam.")
+    add("--adam_epsilon", type=float, default=1e-3, help="ε of Adam; large, so that a tiny gradient is a tiny step.")
 
-    group = parser.add_argument_group("validation and logging")
-    group.add_argument("--validation_prompt", help="Prompt of the validation images; {} or the placeholder in it.")
-    group.add_argument("--num_validation_images", type=int, default=4, help="Images per validation.")
-    group.add_argument("--validation_steps", type=int, default=500, help="Updates between validations.")
-    group.add_argument(
+    add = parser.add_argument_group("validation and logging").add_argument
+    add("--validation_prompt", help="Prompt of the validation images; {} or the placeholder in it.")
+    add("--num_validation_images", type=int, default=4, help="Images per validation.")
+    add("--validation_steps", type=int, default=500, help="Updates between validations.")
+    add(
         "--num_validation_samples",
         type=int,
         default=16,
         help="Fixed (image, noise, timestep) triples of the held-out loss, which picks the best embedding; 0: none.",
     )
-    group.add_argument(
+    add(
         "--early_stopping_patience",
         type=int,
         default=0,
         help="Stop after this many validations without a better held-out loss; 0: never.",
     )
-    group.add_argument("--num_inference_steps", type=int, default=25, help="Denoising steps of validation images.")
-    group.add_argument("--guidance_scale", type=float, default=7.5, help="Guidance of validation images.")
-    group.add_argument("--logging_steps", type=int, default=10, help="Updates between read-outs of the loss.")
-    group.add_argument("--logging_dir", default="logs", help="Tracker folder inside --output_dir.")
-    group.add_argument(
-        "--report_to", default="tensorboard", help='Any tracker of accelerate that is installed, "all" or "none".'
-    )
+    add("--num_inference_steps", type=int, default=25, help="Denoising steps of validation images.")
+    add("--guidance_scale", type=float, default=7.5, help="Guidance of validation images.")
+    add("--logging_steps", type=int, default=10, help="Updates between read-outs of the loss.")
+    add("--logging_dir", default="logs", help="Tracker folder inside --output_dir.")
+    add("--report_to", default="tensorboard", help='Any tracker of accelerate that is installed, "all" or "none".')
 
-    group = parser.add_argument_group("saving and resuming")
-    group.add_argument(
-        "--save_steps", type=int, default=500, help="Updates between learned_embeds-steps-N.safetensors."
-    )
-    group.add_argument("--save_a1111", action="store_true", help="Also save a .pt for the Automatic1111 web UI.")
-    group.add_argument(
+    add = parser.add_argument_group("saving and resuming").add_argument
+    add("--save_steps", type=int, default=500, help="Updates between learned_embeds-steps-N.safetensors.")
+    add("--save_a1111", action="store_true", help="Also save a .pt for the Automatic1111 web UI.")
+    add(
         "--save_as_full_pipeline",
         action="store_true",
         help="Also save an unquantized pipeline with the new word to --output_dir/pipeline.",
     )
-    group.add_argument("--checkpointing_steps", type=int, default=500, help="Updates between checkpoints.")
-    group.add_argument("--checkpoints_total_limit", type=int, help="Keep only this many checkpoints.")
-    group.add_argument(
-        "--resume_from_checkpoint", help='A checkpoint-N folder, or "latest" (which starts afresh if there is none).'
-    )
+    add("--checkpointing_steps", type=int, default=500, help="Updates between checkpoints.")
+    add("--checkpoints_total_limit", type=int, help="Keep only this many checkpoints.")
+    add("--resume_from_checkpoint", help='A checkpoint-N folder, or "latest" (which starts afresh if there is none).')
 
-    group = parser.add_argument_group("hub")
-    group.add_argument("--push_to_hub", action="store_true", help="Upload the result, a few files, to the Hub.")
-    group.add_argument(
+    add = parser.add_argument_group("hub").add_argument
+    add("--push_to_hub", action="store_true", help="Upload the result, a few files, to the Hub.")
+    add(
         "--push_only",
         action="store_true",
         help="Upload the finished run in --output_dir, train nothing; only the flags of this group count beside it.",
     )
-    group.add_argument("--hub_model_id", help="Repository to push to. Default: the name of --output_dir.")
-    group.add_argument("--hub_private_repo", action="store_true", help="Make a new repository private.")
-    group.add_argument(
+    add("--hub_model_id", help="Repository to push to. Default: the name of --output_dir.")
+    add("--hub_private_repo", action="store_true", help="Make a new repository private.")
+    add(
         "--hub_token",
         help="Token to push with. Better: hf auth login or HF_TOKEN, since shells and trackers record command lines.",
     )
-    group.add_argument(
+    add(
         "--push_reference_images",
         action="store_true",
         help="Publish the training images too (as trained on, without their metadata); otherwise they stay private.",
@@ -1319,7 +1313,9 @@ def choose_precision(args, device):
     name = args.mixed_precision or ("fp16" if device.type == "cuda" else "no")
     if name == "fp16" and device.type == "cpu":
         raise InputError("--mixed_precision fp16 is unusably slow on a CPU: leave the flag out (float32).")
-    coarse = "bf16" if name == "bf16" else "nf4 on a CPU" if args.quantization == "nf4" and device.type == "cpu" else None
+    coarse = (
+        "bf16" if name == "bf16" else "nf4 on a CPU" if args.quantization == "nf4" and device.type == "cpu" else None
+    )
     if coarse and args.perturbation_scale < 1e-2:  # bitsandbytes' CPU kernel of nf4 computes in bf16, too
         logger.warning(
             f"--perturbation_scale {args.perturbation_scale} is below the resolution of {coarse}: the loss differences"
@@ -1656,6 +1652,7 @@ def main(args):
         "steps_per_second": round(steps / max(seconds, 1e-9), 3),
         "best_validation_loss": progress["best_loss"] if held_out_batches else None,
         "best_step": progress["best_step"],
+        "validation_losses": history["validation_loss"],
         "final_loss": history["loss"][-1][1] if history["loss"] else None,
         "peak_memory": peak_memory(device),
     }
@@ -1704,3 +1701,6 @@ if __name__ == "__main__":
         if os.environ.get("RANK", "0") == "0":
             print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("Stopped; --resume_from_checkpoint latest goes on from the last checkpoint.", file=sys.stderr)
+        sys.exit(130)

@@ -67,10 +67,8 @@ def main():
     path.write_text(json.dumps(result, indent=2, sort_keys=True) + "\n")
     for quantization, run in runs.items():
         figures = run["figures"]
-        rate = figures["seconds"] / figures["steps"]
-        print(
-            f"{quantization}: {rate:.1f} s/step, peak {figures['peak_memory']['process_mb']} MB (imports {bare.stdout.strip()})"
-        )
+        rate, peak = figures["seconds"] / figures["steps"], figures["peak_memory"]["process_mb"]
+        print(f"{quantization}: {rate:.1f} s/step, peak {peak} MB (imports alone {bare.stdout.strip()} MB)")
     print(f"Wrote {path}")
 
 

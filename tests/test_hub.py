@@ -198,8 +198,7 @@ def test_three_ways_to_load_in_a_fresh_process_give_the_same_image(hub, launched
 def test_a_server_that_dies_after_the_lfs_upload(here, run, run_script, tmp_path):
     before = (run / "learned_embeds.safetensors").read_bytes()
     here.dies_after_lfs = True
-    environment = here.environment(tmp_path / "home")
-    done = run_script("--push_only", "--output_dir", run, expect=3, env=environment)
+    done = run_script("--push_only", "--output_dir", run, expect=3, env=here.environment(tmp_path / "home"))
     assert "Traceback" not in done.stderr and TOKEN not in done.stderr + done.stdout
     command = f"--push_only --output_dir {run} --hub_model_id alice/{run.name}"
     assert command in done.stderr
@@ -208,7 +207,7 @@ def test_a_server_that_dies_after_the_lfs_upload(here, run, run_script, tmp_path
     assert (run / "learned_embeds.safetensors").read_bytes() == before
 
     here.heal()
-    run_script(*command.split(), env=environment)
+    zoodip.main(zoodip.parse_args(command.split()))
     assert repo.files["learned_embeds.safetensors"] == before and len(repo.commits) == 2
     push_only(run)
     assert len(repo.commits) == 2  # nothing changed, so no new commit
@@ -285,6 +284,18 @@ def test_only_the_main_process_talks_to_the_hub(here, basics, monkeypatch):
     before = len(here.requests)
     zoodip.main(zoodip.parse_args(as_arguments({**basics, "--push_to_hub": True})))
     assert len(here.requests) == before and not files_under(basics["--output_dir"])
+
+
+def test_push_only_by_several_processes_pushes_once(here, run, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    push_only(run)
+    assert f"alice/{run.name}" not in here.repos
+
+
+def test_a_hub_that_cannot_tell_of_rights_is_trusted(here, run):
+    here.fail("/auth-check/", 404)
+    push_only(run)
+    assert "README.md" in here.repos[f"alice/{run.name}"].files
 
 
 def test_push_only_needs_a_finished_run(tmp_path):

@@ -1,0 +1,38 @@
+"""The README says what the stored results say, and what the parser says."""
+
+import importlib.util
+import re
+
+import train_zoodip_textual_inversion as zoodip
+
+
+def test_tables_are_generated_from_the_results(repo):
+    spec = importlib.util.spec_from_file_location("make_tables", repo / "benchmarks" / "make_tables.py")
+    make_tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make_tables)
+    text = (repo / "README.md").read_text(encoding="utf-8")
+    assert make_tables.fill(text) == text, "run python benchmarks/make_tables.py"
+
+
+def test_flags_of_the_readme_exist(repo):
+    text = (repo / "README.md").read_text(encoding="utf-8")
+    source = (repo / "train_zoodip_textual_inversion.py").read_text(encoding="utf-8")
+    table = text[text.index("## Flags worth knowing") : text.index("## How it works")]
+    flags = set(re.findall(r"`(--[a-z_0-9]+)", table))
+    assert len(flags) > 10
+    for flag in flags - {"--help"}:
+        assert f'"{flag}"' in source, flag
+
+
+def test_files_the_readme_shows_are_there(repo):
+    text = (repo / "README.md").read_text(encoding="utf-8")
+    for path in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text):
+        assert (repo / path).is_file(), path
+
+
+def test_functions_the_readme_names_are_there(repo):
+    text = (repo / "README.md").read_text(encoding="utf-8")
+    table = text[text.index("## How it works") : text.index("Nothing in the loop requires")]
+    names = [n for cell in re.findall(r"\| ([^|]*) \|\n", table) for n in re.findall(r"`([A-Za-z_0-9]+)`", cell)]
+    assert len(names) > 6
+    assert all(hasattr(zoodip, name) for name in names), names
