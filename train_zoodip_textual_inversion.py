@@ -845,7 +845,8 @@ def write_config(args, device, dtype, components, figures):
     for package in "torch diffusers transformers accelerate huggingface_hub bitsandbytes optimum-quanto".split():
         with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    host = f"{os.cpu_count()} cores, {platform.machine()}"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else host
     config = {
         "method": "ZOODiP (arXiv 2503.14868)",
         "base_model": public_settings(args)["pretrained_model_name_or_path"],

@@ -1,6 +1,12 @@
 """Fixtures shared by all tests: the repository's demo data, and the ways to run the training script."""
 
 import os
+
+
+# Tests run side by side (pytest-xdist), so each process, and each one it starts, keeps to one thread: threads that
+# share a core spend their time waiting for each other.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +20,7 @@ import train_zoodip_textual_inversion as zoodip
 REPO = Path(__file__).resolve().parent.parent
 SCRIPT = REPO / "train_zoodip_textual_inversion.py"
 
-# Two test processes may share two cores with other work; one thread each is also what makes runs comparable.
-torch.set_num_threads(min(2, torch.get_num_threads()))
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
