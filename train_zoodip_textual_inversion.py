@@ -769,12 +769,11 @@ def generate_images(args, base, text_encoder, unet, theta, device, dtype):
 def log_images(accelerator, images, step):
     """The validation images, in the trackers that take images."""
     for tracker in accelerator.trackers:
-        if tracker.name in ("tensorboard", "wandb", "trackio"):
-            with contextlib.suppress(AttributeError, NotImplementedError):
-                stacked = np.stack([np.asarray(i) for i in images])
-                values = stacked if tracker.name == "tensorboard" else images
-                extra = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                tracker.log_images({"validation": values}, step=step, **extra)
+        if tracker.name == "tensorboard":
+            stacked = np.stack([np.asarray(image) for image in images])
+            tracker.log_images({"validation": stacked}, step=step, dataformats="NHWC")
+        elif tracker.name == "wandb":
+            tracker.log_images({"validation": images}, step=step)
 
 
 def load_vae(args, dtype):

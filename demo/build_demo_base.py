@@ -2,8 +2,8 @@
 
 The whole recipe, in the order in which Stable Diffusion came to be, resumable at any moment (run it again)::
 
-    python demo/build_demo_base.py                  # everything; hours of a 2-core CPU are in the unet stage
-    python demo/build_demo_base.py --smoke          # seconds, to see that it runs; writes to --out_dir as well
+    python demo/build_demo_base.py --processes 2            # everything, about 1.5 h of a 2-core CPU
+    python demo/build_demo_base.py --smoke --out_dir /tmp/demo --work_dir /tmp/demo/work    # seconds: does it run
 
 Stages (`--stages`): data (pre-rendered scenes), clip (text encoder, contrastive), vae, latents (cached moments),
 scorer (an independent CLIPModel), identity (an image encoder of objects), unet, export (`base/`, `scorer/`,
@@ -69,11 +69,11 @@ def parse_args(argv=None):
     parser.add_argument("--num_renders", type=int, default=50_000, help="pre-rendered training scenes")
     parser.add_argument("--clip_steps", type=int, default=1500)
     parser.add_argument("--vae_steps", type=int, default=4000)
-    parser.add_argument("--scorer_steps", type=int, default=2500)
-    parser.add_argument("--identity_steps", type=int, default=800)
-    parser.add_argument("--unet_steps", type=int, default=8000)
-    parser.add_argument("--unet_batch", type=int, default=64)
-    parser.add_argument("--unet_lr", type=float, default=1.2e-3)
+    parser.add_argument("--scorer_steps", type=int, default=1100)
+    parser.add_argument("--identity_steps", type=int, default=400)
+    parser.add_argument("--unet_steps", type=int, default=4300)
+    parser.add_argument("--unet_batch", type=int, default=32)
+    parser.add_argument("--unet_lr", type=float, default=1e-3)
     parser.add_argument("--checkpoint_every", type=float, default=90, help="seconds between checkpoints")
     parser.add_argument("--export_every", type=float, default=0, help="seconds between exports during unet; 0: never")
     parser.add_argument("--compile", action="store_true", help="torch.compile the UNet")
