@@ -197,7 +197,12 @@ def make_tokenizer(folder):
         pad_token="<|endoftext|>",
         model_max_length=MAX_LENGTH,
     )
-    tokenizer.save_pretrained(folder)
+    part = fresh_folder(folder.with_name(f".{folder.name}.{os.getpid()}"))  # several processes may come here at once
+    tokenizer.save_pretrained(part)
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in part.iterdir():
+        os.replace(file, folder / file.name)
+    part.rmdir()
     return CLIPTokenizer.from_pretrained(folder)
 
 
