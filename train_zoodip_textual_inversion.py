@@ -1123,7 +1123,12 @@ def parse_args(input_args=None):
     add(
         "--center_crop", action="store_true", help="Crop the centre square; otherwise images are squeezed to a square."
     )
-    add("--flip_probability", type=float, default=0.5, help="How often an image is mirrored; 0: never.")
+    add(
+        "--flip_probability",
+        type=float,
+        default=0.5,
+        help="How often an image is mirrored; 0 if left and right matter.",
+    )
 
     add = parser.add_argument_group("zeroth-order optimization").add_argument
     add("--num_perturbations", type=int, default=2, help="n: random directions per estimate.")

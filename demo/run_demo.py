@@ -34,6 +34,7 @@ PLACEHOLDER = "<my-toy>"
 # forward pass are cheap on a small model, and a few hundred steps go a long way.
 SETTINGS = {
     "--max_train_steps": 500,
+    "--flip_probability": 0,  # a moon mirrored is another moon: with flips that subject is hardly learned
     "--num_perturbations": 4,
     "--train_batch_size": 2,
     "--learning_rate": 1e-2,  # the official script's; the paper's 5e-3 ends a little behind it here
