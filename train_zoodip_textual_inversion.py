@@ -807,13 +807,14 @@ def save_loss_curve(path, history):
 
 def peak_memory(device):
     """Peak memory so far, in MB: of the process, and of the CUDA allocator where there is one."""
-    figures = {}
-    try:
+    figures, status = {}, Path("/proc/self/status")
+    if status.is_file():  # Linux; getrusage would count the launcher that this process was forked from, too
+        figures["process_mb"] = round(int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) / 2**10)
+    elif sys.platform == "darwin":
         import resource
 
-        unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, kilobytes elsewhere
-        figures["process_mb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
-    except ImportError:  # Windows
+        figures["process_mb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+    else:  # Windows
         import psutil
 
         figures["process_mb"] = round(psutil.Process().memory_info().peak_wset / 2**20)

@@ -19,7 +19,9 @@ from random_base import HERE, build
 
 
 SCRIPT = HERE.parent / "train_zoodip_textual_inversion.py"
-BARE_IMPORT = "import resource, train_zoodip_textual_inversion; print(resource.getrusage(0).ru_maxrss // 1024)"
+BARE_IMPORT = (
+    "import torch, train_zoodip_textual_inversion as z; print(z.peak_memory(torch.device('cpu'))['process_mb'])"
+)
 
 
 def cpu_name():
