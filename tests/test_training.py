@@ -102,11 +102,9 @@ def zoodip_ids(demo_base, word):
 @pytest.fixture(scope="module")
 def demo_loss(demo_base):
     """The demo base in float32 with a fixed batch: `(loss_of(candidates, **), embedding start, placeholder id)`."""
-    where = {"pretrained_model_name_or_path": demo_base}
     text_encoder = CLIPTextModel.from_pretrained(demo_base, subfolder="text_encoder", dtype=torch.float32).eval()
     unet = UNet2DConditionModel.from_pretrained(demo_base, subfolder="unet", torch_dtype=torch.float32).eval()
     scheduler = DDPMScheduler.from_pretrained(demo_base, subfolder="scheduler")
-    assert where
     first = text_encoder.get_input_embeddings().num_embeddings
     text_encoder.resize_token_embeddings(first + 600, mean_resizing=False)
     text_encoder.requires_grad_(False), unet.requires_grad_(False)
