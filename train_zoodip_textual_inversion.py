@@ -207,9 +207,10 @@ class SubspaceGradient:
     def state_dict(self):
         return {"buffer": list(self.buffer), "removed": self.removed}
 
-    def load_state_dict(self, state):
-        self.buffer = list(state["buffer"])
-        self.removed = state["removed"]
+    def load_state_dict(self, state, device="cpu"):
+        """Restores a state, on θ's device."""
+        self.buffer = [theta.to(device) for theta in state["buffer"]]
+        self.removed = None if state["removed"] is None else state["removed"].to(device)
 
 
 def normalize_estimate(gradient, num_directions, num_removed):
@@ -1516,7 +1517,7 @@ def main(args):
         theta.copy_(state["theta"])
         optimizer.load_state_dict(state["optimizer"])
         lr_scheduler.load_state_dict(state["lr_scheduler"])
-        subspace.load_state_dict(state["subspace"])
+        subspace.load_state_dict(state["subspace"], device)
         progress, history = state["progress"], state["history"]
         own = torch.load(checkpoint / f"generators_{accelerator.process_index}.pt", weights_only=True)
         for name, generator in generators.items():
@@ -1530,6 +1531,7 @@ def main(args):
         first_placeholder_id=base["first_placeholder_id"],
         max_candidates=args.max_candidates_per_forward,
     )
+    directions = args.num_perturbations * args.gradient_accumulation_steps * accelerator.num_processes
     timestep_bounds = (args.puts_min_timestep, args.puts_max_timestep)
     held_out = torch.Generator().manual_seed(args.seed + 1_000_003)
     held_out_batches = []
@@ -1539,7 +1541,7 @@ def main(args):
         timesteps = sample_puts_timesteps(size, *timestep_bounds, generator=held_out)
         held_out_batches.append(noise_batch(latents, ids, timesteps, held_out, base["scheduler"], "cpu"))
 
-    if accelerator.trackers or args.report_to != "none":
+    if args.report_to != "none":
         plain = {n: v if isinstance(v, (int, float, str, bool)) else str(v) for n, v in public_settings(args).items()}
         accelerator.init_trackers("zoodip", config=plain)
     logger.info(f"{len(examples)} images, {len(prompt_ids)} prompts, {per_step} candidates a step ({per_pass} a pass)")
@@ -1600,7 +1602,6 @@ def main(args):
                 estimate += gradient / args.gradient_accumulation_steps
                 interval_loss += loss / args.gradient_accumulation_steps
             estimate = accelerator.reduce(estimate, reduction="mean")
-            directions = args.num_perturbations * args.gradient_accumulation_steps * accelerator.num_processes
             num_removed = 0 if subspace.removed is None else len(subspace.removed)
             theta.grad = normalize_estimate(subspace.project(estimate), directions, num_removed)
             optimizer.step()
@@ -1611,8 +1612,10 @@ def main(args):
             bar.update()
             last = step == args.max_train_steps
 
-            if step % args.logging_steps == 0 or last:
-                # The one read-out of the device: everything above runs without waiting for it.
+            # The one read-out of the device: everything above runs without waiting for it. It also comes before
+            # anything is judged or saved, so that no NaN ever replaces a good checkpoint or ends in the result.
+            due = (args.logging_steps, args.validation_steps, args.save_steps, args.checkpointing_steps)
+            if last or any(step % every == 0 for every in due):
                 mean_loss = accelerator.reduce(interval_loss / interval, reduction="mean").item()
                 if not math.isfinite(mean_loss) or not bool(theta.isfinite().all()):
                     if accelerator.is_main_process:

@@ -198,6 +198,9 @@ def test_subspace_state_survives_a_file(tmp_path):
     torch.save(half.state_dict(), tmp_path / "state.pt")
     resumed = SubspaceGradient(10, 1e-2)
     resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    elsewhere = SubspaceGradient(10, 1e-2)
+    elsewhere.load_state_dict(half.state_dict(), "meta")  # any other device: everything must follow θ there
+    assert elsewhere.removed.is_meta and all(theta.is_meta for theta in elsewhere.buffer)
     for theta in walk[13:]:
         resumed.update(theta)
     assert torch.equal(resumed.removed, whole.removed) and len(resumed.buffer) == len(whole.buffer) == 5

@@ -263,6 +263,17 @@ def test_nan_stops_and_keeps_the_last_good_embedding(train, tmp_path):
     assert embeds(tmp_path / "out").isfinite().all()
 
 
+def test_a_nan_is_never_saved_or_taken_for_the_result(train, tmp_path):
+    """Between two read-outs of the loss the token may break: no checkpoint and no early stop may pass it on."""
+    flags = {"learning_rate": 1e30, "logging_steps": 100, "max_train_steps": 40, "num_validation_samples": 2}
+    with pytest.raises(zoodip.InputError, match="the loss became"):
+        train(**flags, validation_steps=3, early_stopping_patience=1, checkpointing_steps=3, save_steps=3)
+    out = tmp_path / "out"
+    assert embeds(out).isfinite().all() and embeds(out, "learned_embeds-best.safetensors").isfinite().all()
+    for checkpoint in zoodip.list_checkpoints(out):
+        assert torch.load(checkpoint / "state.pt", weights_only=True)["theta"].isfinite().all()
+
+
 def test_resume_under_other_settings_is_refused(train, tmp_path):
     train(max_train_steps=2, checkpointing_steps=1)
     with pytest.raises(zoodip.InputError, match=r"other settings: learning_rate \(0.005, now 0.001\)"):
