@@ -39,6 +39,7 @@ import re
 import shlex
 import shutil
 import sys
+import tempfile
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -1306,9 +1307,8 @@ def check_output_dir(args):
     folder = Path(args.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with atomic_path(folder / "writable") as temporary:
-            temporary.touch()
-        (folder / "writable").unlink()
+        with tempfile.TemporaryFile(dir=folder):  # a name of its own: every process of a launch passes here at once
+            pass
     except OSError as error:
         raise InputError(
             f"--output_dir {args.output_dir!r} cannot be written ({error.strerror}): choose another."
