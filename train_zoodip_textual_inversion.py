@@ -28,6 +28,7 @@ is ever run. The result is a few kilobytes that `StableDiffusionPipeline.load_te
 import argparse
 import contextlib
 import csv
+import ctypes
 import functools
 import hashlib
 import json
@@ -41,12 +42,14 @@ import shutil
 import sys
 import tempfile
 import time
+import weakref
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import datasets
 import jinja2
 import numpy as np
+import psutil
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, init_empty_weights
@@ -61,6 +64,8 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from diffusers.hooks import apply_group_offloading
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.utils import make_image_grid
 from huggingface_hub import (
@@ -72,10 +77,14 @@ from huggingface_hub import (
     snapshot_download,
     upload_folder,
 )
+from huggingface_hub.constants import HF_HOME
 from huggingface_hub.utils import HfHubHTTPError, HFValidationError, validate_repo_id
+from huggingface_hub.utils.sha import sha_fileobj
 from PIL import Image, ImageOps
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -136,7 +145,10 @@ def estimate_gradient(loss_fn, theta, num_perturbations, perturbation_scale, gen
         ValueError: unknown estimator.
     """
     draw_device = generator.device if generator is not None else theta.device
-    directions = torch.randn((num_perturbations, *theta.shape), generator=generator, device=draw_device).to(theta)
+    pinned = draw_device.type == "cpu" and theta.device.type == "cuda"  # the copy must not make the host wait
+    directions = torch.randn(
+        (num_perturbations, *theta.shape), generator=generator, device=draw_device, pin_memory=pinned
+    ).to(theta, non_blocking=True)
     steps = perturbation_scale * directions
     if estimator == "rge":
         losses = loss_fn(torch.cat([theta[None], theta + steps]))
@@ -248,16 +260,17 @@ def dequantize(weight, scale):
     """int8 weight times scale, in the scale's dtype.
 
     The result lives in one buffer that the next call overwrites: fresh memory for every layer costs several times the
-    arithmetic. (Where autograd may need the weight later, it gets memory of its own.) The scale is applied before
-    the product, not after it: the unscaled product of int8 values overflows float16.
+    arithmetic. (Where autograd may need the weight later, or a compiler plans the memory, it is a new tensor.) The
+    scale is applied before the product, not after it: the unscaled product of int8 values overflows float16.
     """
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.compiler.is_exporting():
         return weight.to(scale.dtype) * scale
     key = (weight.device, scale.dtype)
     if key not in _scratch or _scratch[key].numel() < weight.numel():
         with torch.inference_mode(False):  # an ordinary tensor may be overwritten inside and outside inference mode
             _scratch[key] = torch.empty(weight.numel(), dtype=scale.dtype, device=weight.device)
-    return _scratch[key][: weight.numel()].view(weight.shape).copy_(weight).mul_(scale)
+    # as_strided rather than view keeps channels-last weights channels-last
+    return _scratch[key].as_strided(weight.shape, weight.stride()).copy_(weight).mul_(scale)
 
 
 class Int8Linear(torch.nn.Module):
@@ -293,23 +306,24 @@ class Int8Conv2d(torch.nn.Module):
 
 
 def quantize_layer(layer, quantization, dtype):
-    """The quantized stand-in of a Linear or Conv2d whose weight is loaded ("int8" or "nf4"), computing in `dtype`."""
+    """The quantized stand-in of a Linear or Conv2d ("int8" or "nf4"), computing in `dtype` (on meta, its shell)."""
     if quantization == "nf4" and isinstance(layer, torch.nn.Linear):
         import bitsandbytes as bnb
 
-        nf4 = bnb.nn.Linear4bit(
-            layer.in_features, layer.out_features, bias=False, compute_dtype=dtype, quant_type="nf4", device="meta"
-        )
+        shape = (layer.in_features, layer.out_features)
+        nf4 = bnb.nn.Linear4bit(*shape, bias=False, compute_dtype=dtype, quant_type="nf4", device="meta")
         nf4.weight = bnb.nn.Params4bit(layer.weight.data.to(dtype), requires_grad=False, quant_type="nf4")
         nf4.bias = layer.bias
-        return nf4  # bitsandbytes packs the weight when it is moved to its device
+        # bitsandbytes packs the weight when it is moved to its device. In evaluation mode its CPU kernel would compute
+        # in bfloat16, which drowns the differences between candidates.
+        return nf4.train()
     quantized = Int8Linear(layer) if isinstance(layer, torch.nn.Linear) else Int8Conv2d(layer)
     quantized.scale = quantized.scale.to(dtype)
     return quantized
 
 
 def quantize_in_place(model, quantization, dtype):
-    """Quantizes every Linear and Conv2d of a loaded model on the CPU (the text encoder, or anything for quanto)."""
+    """Quantizes every Linear and Conv2d of a model, loaded on the CPU or empty on meta."""
     if quantization == "quanto-int8":
         from optimum.quanto import freeze, qint8, quantize
 
@@ -322,12 +336,13 @@ def quantize_in_place(model, quantization, dtype):
     return model
 
 
-def find_weight_files(args, subfolder, stem="diffusion_pytorch_model"):
+def find_weight_files(args, subfolder):
     """The safetensors files (one, or its shards) of a component, from a local folder or the Hub.
 
     Raises:
         InputError: the component has no safetensors weights (of that variant).
     """
+    stem = "model" if subfolder == "text_encoder" else "diffusion_pytorch_model"
     variant = f".{args.variant}" if args.variant else ""
     shard = "-[0-9]*-of-[0-9]*"
     patterns = [f"{stem}{variant}.safetensors", f"{stem}{variant}{shard}.safetensors"]
@@ -345,41 +360,192 @@ def find_weight_files(args, subfolder, stem="diffusion_pytorch_model"):
     return files
 
 
-def load_unet(args, device, dtype):
-    """Loads the UNet tensor by tensor, quantizing each on its way, so that no full-precision copy is ever whole.
+def stored_tensors(files):
+    """(name, tensor) of safetensors files, one memory-mapped tensor at a time."""
+    for path in files:
+        with safe_open(path, framework="pt") as tensors:
+            names = list(tensors.keys())
+        for name in names:
+            with safe_open(
+                path, framework="pt"
+            ) as tensors:  # opened anew, so that pages read before leave the process
+                value = tensors.get_tensor(name)
+            yield name.removeprefix("text_model."), value  # a prefix that transformers dropped in its version 5
+
+
+def int8_tensors(model, tensors, dtype):
+    """(name, tensor) of the INT8 model, one at a time: a quantized layer's weight and scale, all else in `dtype`."""
+    for name, value in tensors:
+        layer, _, leaf = name.rpartition(".")
+        if leaf == "weight" and isinstance(model.get_submodule(layer), (Int8Linear, Int8Conv2d)):
+            weight, scale = quantize_per_channel(value)
+            yield name, weight
+            yield f"{layer}.scale", scale.to(dtype)
+        else:
+            yield name, value.to(dtype)
+
+
+def write_int8_file(path, model, tensors, dtype):
+    """Streams an INT8 model into a safetensors file; never more than one layer of it is in memory.
+
+    safetensors' own `save_file` wants the whole model at once. The format is an 8-byte length, a JSON header with
+    every tensor's place, and the data; wide types come first, so that all are aligned.
+    """
+    names = {torch.int8: "I8", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    empty = {n: t.to(dtype) if t.is_floating_point() else t for n, t in model.state_dict().items()}
+    for name, tensor in sorted(empty.items(), key=lambda item: -item[1].element_size()):
+        end = offset + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    missing = set(empty)
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        file.truncate(8 + len(encoded) + offset)
+        for name, tensor in int8_tensors(model, tensors, dtype):
+            file.seek(8 + len(encoded) + header[name]["data_offsets"][0])
+            file.write(tensor.contiguous().flatten().view(torch.uint8).numpy())
+            missing.discard(name)
+        if missing:
+            raise InputError(f"the weights lack {min(missing)!r}: the file is cut; get it again.")
+
+
+def source_digest(files, cache_dir):
+    """SHA-256 over the contents of weight files; the Hub's cache names its files by it, others are read only once."""
+    digests = []
+    for path in map(Path.resolve, files):
+        if re.fullmatch(r"[0-9a-f]{64}", path.name):
+            digests.append(path.name)
+            continue
+        stamp = repr((str(path), path.stat().st_size, path.stat().st_mtime_ns))
+        note = Path(cache_dir) / f"source-{hashlib.sha256(stamp.encode()).hexdigest()[:16]}.sha256"
+        if not note.is_file():
+            with path.open("rb") as file, atomic_path(note) as temporary:
+                temporary.write_text(sha_fileobj(file).hex())
+        digests.append(note.read_text())
+    return hashlib.sha256(" ".join(digests).encode()).hexdigest()
+
+
+def cached_int8_file(args, files, model, dtype, name):
+    """The INT8 copy of weight files in `--quantized_cache_dir`, made on first use, named by what it is made of."""
+    kind = str(dtype).removeprefix("torch.")
+    path = Path(args.quantized_cache_dir) / f"{name}-int8-{kind}-{source_digest(files, args.quantized_cache_dir)[:20]}"
+    path = path.with_suffix(".safetensors")
+    if not path.is_file():
+        logging.info(f"Quantizing the {name} once, into {path}")
+        known = model.state_dict()
+        write_int8_file(path, model, ((n, t) for n, t in stored_tensors(files) if n in known), dtype)
+    return path
+
+
+def empty_model(args, subfolder):
+    """UNet ("unet") or text encoder ("text_encoder") as its config describes it, frozen, on the meta device."""
+    name, where = args.pretrained_model_name_or_path, {"subfolder": subfolder, "revision": args.revision}
+    with init_empty_weights():
+        if subfolder == "unet":
+            model = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(name, **where))
+        else:
+            model = CLIPTextModel(CLIPTextConfig.from_pretrained(name, **where))
+    return model.requires_grad_(False).eval()
+
+
+def load_frozen(args, subfolder, device, dtype):
+    """Loads UNet or text encoder tensor by tensor, each quantized on its way: no full-precision copy is ever whole.
+
+    With "int8" on the CPU the weights are the memory-mapped pages of a file in `--quantized_cache_dir`. The text
+    encoder comes without its token table, see `PromptRows`.
 
     Returns:
-        The frozen UNet on `device`, and the share of its parameters that is quantized.
+        The frozen module on `device`, and the share of its parameters that is quantized.
     """
-    config = UNet2DConditionModel.load_config(
-        args.pretrained_model_name_or_path, subfolder="unet", revision=args.revision
-    )
-    with init_empty_weights():
-        unet = UNet2DConditionModel.from_config(config).requires_grad_(False).eval()
-    share = quantizable_share(unet) if args.quantization != "none" else 0.0
-    streams = args.quantization in ("int8", "nf4")
+    model = empty_model(args, subfolder)
+    share = quantizable_share(model) if args.quantization != "none" else 0.0
+    files = find_weight_files(args, subfolder)
+    if subfolder == "text_encoder":
+        model.set_input_embeddings(torch.nn.Identity())
+    if args.quantization in ("int8", "nf4"):
+        quantize_in_place(model, args.quantization, dtype)
+    known = model.state_dict()
+    if args.quantization == "int8" and args.quantized_cache_dir != "none":
+        path = cached_int8_file(args, files, model, dtype, subfolder)
+        with safe_open(path, framework="pt") as file:
+            tensors = [(name, file.get_tensor(name)) for name in file.keys()]
+    else:
+        tensors = ((n, t) for n, t in stored_tensors(files) if n in known)
+        if args.quantization in ("int8", "nf4"):
+            tensors = int8_tensors(model, tensors, dtype)
     staging = "cpu" if args.quantization == "quanto-int8" else device  # quanto quantizes whole models: on the host
-    for path in find_weight_files(args, "unet"):
-        with safe_open(path, framework="pt") as tensors:
-            for key in tensors.keys():
-                name, _, leaf = key.rpartition(".")
-                layer, value = unet.get_submodule(name), tensors.get_tensor(key)
-                if streams and leaf == "weight" and isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)):
-                    layer.weight = torch.nn.Parameter(value, requires_grad=False)
-                    bias, layer.bias = layer.bias, None  # the bias travels by its own key; on meta it cannot move
-                    quantized = quantize_layer(layer, args.quantization, dtype).to(device)
-                    quantized.bias = bias
-                    unet.set_submodule(name, quantized)
-                else:
-                    set_module_tensor_to_device(unet, key, staging, value=value, dtype=dtype)
-    missing = [name for name, parameter in unet.named_parameters() if parameter.is_meta]
+    for name, value in tensors:
+        layer, _, leaf = name.rpartition(".")
+        layer = model.get_submodule(layer)
+        if type(layer).__name__ == "Linear4bit" and leaf == "weight":
+            layer.weight = type(layer.weight)(value.to(dtype), requires_grad=False, quant_type="nf4").to(device)
+        else:
+            set_module_tensor_to_device(model, name, staging, value=value, dtype=dtype)
+    del tensors
+    missing = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
     if missing:
         raise InputError(
-            f"the UNet weights of {args.pretrained_model_name_or_path!r} lack {missing[0]!r}: they are cut."
+            f"the {subfolder} weights of {args.pretrained_model_name_or_path!r} lack {missing[0]!r}: they are cut."
         )
     if args.quantization == "quanto-int8":
-        quantize_in_place(unet, args.quantization, dtype).to(device)
-    return unet.requires_grad_(False), share
+        quantize_in_place(model, args.quantization, dtype)
+    return model.requires_grad_(False).to(device), share
+
+
+def load_token_table(args):
+    """The token table `[vocabulary, d]` of the text encoder, memory-mapped, as stored."""
+    files = find_weight_files(args, "text_encoder")
+    return next(value for name, value in stored_tensors(files) if name == "embeddings.token_embedding.weight")
+
+
+class PromptRows(torch.nn.Module):
+    """The text encoder's token table, cut down to the rows of the prompts in use and those of the candidates.
+
+    Stable Diffusion's table has 49,408 rows; a run looks up some dozens of them.
+
+    Args:
+        table: the whole table `[vocabulary, d]`, memory-mapped; only the rows in use are ever read.
+        prompt_ids: ids of every prompt that will be encoded, any shape.
+        first_placeholder_id: candidates for the placeholder's k vectors own the ids from here on.
+        num_rows: how many such rows, k times the candidates of one pass.
+        device, dtype: of the rows.
+    """
+
+    def __init__(self, table, prompt_ids, first_placeholder_id, num_rows, device, dtype):
+        super().__init__()
+        ids = prompt_ids.unique()
+        ids = ids[ids < first_placeholder_id]
+        index = torch.full((first_placeholder_id + num_rows,), -1)  # an id that was not announced fails loudly
+        index[ids] = torch.arange(len(ids))
+        index[first_placeholder_id:] = len(ids) + torch.arange(num_rows)
+        rows = torch.cat([table[ids].to(dtype), torch.zeros(num_rows, table.shape[1], dtype=dtype)])
+        self.register_buffer("index", index.to(device), persistent=False)
+        self.register_buffer("weight", rows.to(device), persistent=False)
+        self.first_candidate = len(ids)
+
+    def write(self, candidates):
+        """Puts candidates `[m, k, d]` into the placeholder's rows, the first where the prompts' own ids point."""
+        rows = candidates.flatten(0, 1)
+        self.weight[self.first_candidate : self.first_candidate + len(rows)] = rows.to(self.weight)
+
+    def forward(self, ids):
+        return F.embedding(self.index[ids], self.weight)
+
+
+def stream_weights(unet, device, folder):
+    """`--low_vram`: the UNet's weights come layer by layer for every pass and leave again (diffusers' offloading).
+
+    A forward-only method reads every weight once per pass, whatever n and the batch are, so that all candidates share
+    the cost. On CUDA they come from pinned host memory, the next layer while one computes; on a CPU from `folder`.
+    """
+    if device.type == "cpu":
+        how = {"offload_to_disk_path": str(folder)}
+    else:
+        how = {"use_stream": True, "record_stream": True}
+    apply_group_offloading(unet, onload_device=device, offload_type="leaf_level", **how)
 
 
 def quantizable_share(model):
@@ -395,6 +561,111 @@ def module_bytes(module):
 
 
 # =====================================================================================================
+# The UNet in OpenVINO: nothing here needs autograd, so any engine that computes a forward pass will do.
+# =====================================================================================================
+
+# torch.export finds that diffusers' upsampling branches at 64 examples; one graph serves every batch below.
+OPENVINO_MAX_BATCH = 63
+
+
+def export_openvino(unet, latent_size, prompt_length):
+    """The UNet as an OpenVINO model with a free batch size, its INT8 weights as they are.
+
+    `torch.export` runs on fake tensors: beside the weights this takes some 100 MB, where tracing takes gigabytes.
+    """
+    import openvino
+
+    class Positional(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.unet = unet
+
+        def forward(self, sample, timestep, encoder_hidden_states):
+            return self.unet(sample, timestep, encoder_hidden_states, return_dict=False)[0]
+
+    sample = torch.zeros(2, unet.config.in_channels, latent_size, latent_size)
+    context = torch.zeros(2, prompt_length, unet.config.cross_attention_dim)
+    batch = torch.export.Dim("batch", min=1, max=OPENVINO_MAX_BATCH)
+    example = (sample, torch.zeros(2), context)
+    with torch.no_grad():
+        program = torch.export.export(Positional().eval(), example, dynamic_shapes=({0: batch},) * 3)
+    model = openvino.convert_model(program)
+    for node, tensor in zip(model.inputs, example):  # the graph keeps only the batch open, its inputs should say so
+        node.get_node().set_partial_shape(openvino.PartialShape([-1, *tensor.shape[1:]]))
+    model.validate_nodes_and_infer_types()
+    return model
+
+
+class OpenVINOUNet(torch.nn.Module):
+    """A UNet that OpenVINO computes, called like the torch one by training and by `StableDiffusionPipeline`.
+
+    Args:
+        model: an `openvino.Model`, or the path of its `.xml`.
+        config: the torch UNet's.
+        engine: OpenVINO's device: CPU, GPU, NPU.
+        dtype: torch.float32, or torch.bfloat16 to let OpenVINO compute in it.
+        device: torch device of what is returned.
+    """
+
+    def __init__(self, model, config, engine, dtype, device):
+        super().__init__()
+        import openvino
+
+        self.config, self.dtype, self.device = config, dtype, device
+        core = openvino.Core()
+        settings = {"INFERENCE_PRECISION_HINT": "bf16" if dtype == torch.bfloat16 else "f32"}
+        optional = {
+            # By default products are computed in INT8, which drowns the differences between candidates.
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        }
+        supported = core.get_property(engine, "SUPPORTED_PROPERTIES")
+        settings |= {name: value for name, value in optional.items() if name in supported}
+        self.compiled = core.compile_model(model, engine, settings)
+
+    def forward(self, sample, timestep, encoder_hidden_states, return_dict=True, **unused):
+        timesteps = torch.as_tensor(timestep).float().expand(len(sample))
+        inputs = [x.float().cpu().numpy() for x in (sample, timesteps, encoder_hidden_states)]
+        prediction = torch.from_numpy(self.compiled(inputs)[0]).to(sample)
+        return UNet2DConditionOutput(sample=prediction) if return_dict else (prediction,)
+
+
+def load_openvino_unet(args, device, dtype, latent_size, prompt_length):
+    """Compiles the UNet for `--openvino_device`; the exported graph is kept in `--quantized_cache_dir`.
+
+    Returns:
+        The `OpenVINOUNet`, the share of its parameters that is quantized, and the bytes of its weights as stored.
+    """
+    import openvino
+
+    unet, cpu = empty_model(args, "unet"), torch.device("cpu")
+    config, share = unet.config, quantizable_share(unet) if args.quantization == "int8" else 0.0
+    path = None
+    if args.quantized_cache_dir != "none":
+        made_of = [
+            source_digest(find_weight_files(args, "unet"), args.quantized_cache_dir),
+            json.dumps(dict(config), sort_keys=True),
+        ]
+        made_of += [args.quantization, latent_size, prompt_length, openvino.__version__]
+        key = hashlib.sha256(repr(made_of).encode()).hexdigest()[:20]
+        path = Path(args.quantized_cache_dir) / f"unet-openvino-{key}.xml"
+    if path is None or not path.is_file():
+        logging.info("Exporting the UNet to OpenVINO" + (f" once, into {path}" if path else ""))
+        unet, _ = load_frozen(args, "unet", cpu, torch.float32)
+        graph = export_openvino(unet, latent_size, prompt_length)
+        if path is None:
+            size = module_bytes(unet)
+            return OpenVINOUNet(graph, config, args.openvino_device, dtype, device), share, size
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            openvino.save_model(graph, Path(folder) / "unet.xml", compress_to_fp16=False)
+            os.replace(Path(folder) / "unet.bin", path.with_suffix(".bin"))
+            os.replace(Path(folder) / "unet.xml", path)
+        del unet, graph
+    size = path.with_suffix(".bin").stat().st_size
+    return OpenVINOUNet(path, config, args.openvino_device, dtype, device), share, size
+
+
+# =====================================================================================================
 # The frozen model as a function of θ
 # =====================================================================================================
 
@@ -402,7 +673,7 @@ def module_bytes(module):
 def candidate_losses(candidates, batch, text_encoder, unet, first_placeholder_id, max_candidates=None):
     """Denoising losses of m candidates for the placeholder's vectors, all on the same batch, in one forward pass.
 
-    Each candidate owns rows of the text encoder's embedding table: candidate j of a chunk sits at
+    Each candidate owns rows of the text encoder's token table (`PromptRows`): candidate j of a chunk sits at
     `first_placeholder_id + j·k` and its prompts use those ids, so m candidates are just a larger batch.
 
     Args:
@@ -415,17 +686,19 @@ def candidate_losses(candidates, batch, text_encoder, unet, first_placeholder_id
     Returns:
         float32 losses `[m]`: mean over b examples and all latent entries (‖ε − ε_φ(z_t, t, c(y*))‖²).
     """
-    table = text_encoder.get_input_embeddings().weight
+    table = text_encoder.get_input_embeddings()
     num_vectors = candidates.shape[1]
     losses = []
     for chunk in candidates.split(max_candidates or len(candidates)):
         m = len(chunk)
-        table[first_placeholder_id : first_placeholder_id + m * num_vectors] = chunk.flatten(0, 1).to(table)
-        shift = num_vectors * torch.arange(m, device=table.device).view(m, 1, 1)
+        table.write(chunk)
+        shift = num_vectors * torch.arange(m, device=chunk.device).view(m, 1, 1)
         ids = batch["prompt_ids"].expand(m, -1, -1)
         ids = torch.where(ids >= first_placeholder_id, ids + shift, ids).flatten(0, 1)
         conditioning = text_encoder(ids)[0]
         noisy = batch["noisy_latents"].repeat(m, 1, 1, 1).to(conditioning)
+        if noisy.is_cuda:
+            noisy = noisy.contiguous(memory_format=torch.channels_last)
         prediction = unet(noisy, batch["timesteps"].repeat(m), conditioning, return_dict=False)[0]
         target = batch["target"].repeat(m, 1, 1, 1)
         losses.append(F.mse_loss(prediction.float(), target, reduction="none").view(m, -1).mean(dim=1))
@@ -451,7 +724,228 @@ def noise_batch(latents, prompt_ids, timesteps, generator, scheduler, device):
     predicts_noise = scheduler.config.prediction_type == "epsilon"
     target = noise if predicts_noise else scheduler.get_velocity(latents, noise, timesteps)
     batch = {"noisy_latents": noisy, "target": target, "timesteps": timesteps, "prompt_ids": prompt_ids}
-    return {name: tensor.to(device) for name, tensor in batch.items()}
+    return {name: to_device(tensor, device) for name, tensor in batch.items()}
+
+
+def to_device(tensor, device):
+    """Moves a tensor of the host without making the host wait (only pinned memory travels by itself)."""
+    if torch.device(device).type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+# =====================================================================================================
+# Predicting memory, without loading a weight
+# =====================================================================================================
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensors alive while a model runs on the meta device; `peak` is the most there were at once.
+
+    Args:
+        blocked_convolutions: count, beside a convolution, what oneDNN needs for it on a CPU: its own copies of input,
+            weight and output in blocked layouts.
+    """
+
+    def __init__(self, blocked_convolutions):
+        super().__init__()
+        self.blocked_convolutions = blocked_convolutions
+        self.live = self.peak = 0
+        self.known = set()
+
+    def _forget(self, key, size):
+        self.known.discard(key)
+        self.live -= size
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        tensors = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
+        for storage in (t.untyped_storage() for t in tensors):
+            if storage._cdata not in self.known:
+                self.known.add(storage._cdata)
+                self.live += storage.nbytes()
+                weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
+        copies = 0
+        if self.blocked_convolutions and func is torch.ops.aten.convolution.default:
+            copies = sum(t.numel() * t.element_size() for t in (args[0], args[1], *tensors))
+        self.peak = max(self.peak, self.live + copies)
+        return result
+
+
+def activation_bytes(run, device):
+    """Peak bytes of the tensors that `run()` makes on the meta device, as they would be on `device`."""
+
+    def fused(query, *args, **kwargs):  # PyTorch's fused attention: only the result takes memory
+        return torch.empty_like(query)
+
+    attention = F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = fused
+    try:
+        with torch.no_grad(), LiveBytes(blocked_convolutions=device.type == "cpu") as live:
+            run()
+    finally:
+        F.scaled_dot_product_attention = attention
+        for key in [key for key in _scratch if key[0].type == "meta"]:
+            del _scratch[key]
+    return live.peak
+
+
+def weight_bytes(model, quantization, dtype):
+    """Bytes of an empty model's weights once quantized: INT8 and a scale per output channel, NF4 and one per 64."""
+    total = 0
+    for layer in model.modules():
+        linear, conv = isinstance(layer, torch.nn.Linear), isinstance(layer, torch.nn.Conv2d)
+        for name, parameter in layer.named_parameters(recurse=False):
+            if quantization == "none" or name != "weight" or not (linear or conv):
+                total += parameter.numel() * dtype.itemsize
+            elif quantization == "nf4" and linear:
+                total += parameter.numel() * 33 // 64
+            else:
+                total += parameter.numel() + len(parameter) * dtype.itemsize
+    return total
+
+
+# Beside tensors: the code and caches of PyTorch's CPU kernels, measured; CUDA's context is not counted.
+CPU_KERNEL_BYTES = 30 * 2**20
+
+
+def estimate_memory(args, base, device, dtype):
+    """The memory that a run will need, computed from the configs alone.
+
+    Args:
+        args: settings, completed by `read_base`.
+        base: what `read_base` returned.
+        device, dtype: where and in what activations are computed.
+
+    Returns:
+        dict of bytes. "libraries" (this process now; 0 on CUDA), "VAE", "VAE activations", "text encoder", "UNet",
+        "activations"; "mapped": the part of the weights that are pages of files, which the system can drop; "peak":
+        the largest sum of what is there at one time.
+    """
+    name, where = args.pretrained_model_name_or_path, {"subfolder": "vae", "revision": args.revision}
+    on_cpu, quantization = device.type == "cpu", args.quantization
+    text_encoder, unet = empty_model(args, "text_encoder"), empty_model(args, "unet")
+    text_encoder.set_input_embeddings(torch.nn.Identity())
+    with init_empty_weights():
+        vae = AutoencoderKL.from_config(AutoencoderKL.load_config(name, **where)).eval()
+    weights = {
+        "VAE": weight_bytes(vae, "none", dtype),
+        "text encoder": weight_bytes(text_encoder, quantization, dtype),
+    }
+    weights["UNet"] = weight_bytes(unet, quantization, dtype)
+    layers = [m.weight.numel() for m in unet.modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))]
+    if quantization == "int8":
+        quantize_in_place(unet, quantization, dtype)
+    for model in (vae, unet):
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+
+    examples = candidates_per_pass(args) * args.train_batch_size
+    meta = {"device": "meta", "dtype": dtype}
+    size = base["latent_size"]
+    sample = torch.empty(examples, unet.config.in_channels, size, size, **meta)
+    context = torch.empty(examples, base["tokenizer"].model_max_length, unet.config.cross_attention_dim, **meta)
+    activations = activation_bytes(lambda: unet(sample, torch.empty(examples, device="meta"), context), device)
+    if quantization in ("nf4", "quanto-int8"):  # their dequantized layers are not tensors that meta sees
+        activations += max(layers) * dtype.itemsize
+    pixels, latent = torch.empty(1, 3, args.resolution, args.resolution, **meta), sample[:1]
+    encoding = activation_bytes(lambda: vae.encode(pixels).latent_dist.parameters, device)
+    decoding = activation_bytes(lambda: vae.decode(latent), device) if args.validation_prompt else 0
+    vae.decoder = None  # as while encoding
+    encoding_peak = max(weights["VAE"] if on_cpu else 0, weight_bytes(vae, "none", dtype) + encoding)
+
+    mapped = 0
+    if args.unet_backend == "openvino":  # it unpacks all weights to float32 and keeps the stored ones beside them
+        weights["UNet"] += 4 * sum(layers)
+    elif args.low_vram:  # one layer and the next one, as stored
+        weights["UNet"] = 2 * max(layers) * (dtype.itemsize if quantization == "none" else 1)
+    elif on_cpu and quantization == "int8" and args.quantized_cache_dir != "none":
+        mapped = weights["UNet"]
+    if on_cpu and quantization == "int8" and args.quantized_cache_dir != "none":
+        mapped += weights["text encoder"]
+    resident = weights["text encoder"] + weights["UNet"]
+    phases = {
+        "encoding the images": encoding_peak,
+        "training": resident + activations,
+        "validation images": resident + weights["VAE"] + decoding if args.validation_prompt else 0,
+    }
+    libraries = process_memory()["rss"] + CPU_KERNEL_BYTES if on_cpu else 0
+    return {
+        "libraries": libraries,
+        **weights,
+        "VAE activations": max(encoding, decoding),
+        "activations": activations,
+        "mapped": mapped,
+        "phases": phases,
+        "peak": libraries + max(phases.values()),
+    }
+
+
+def candidates_per_pass(args):
+    """How many candidates go through the model as one batch."""
+    per_step = args.num_perturbations + 1 if args.gradient_estimator == "rge" else 2 * args.num_perturbations
+    return min(per_step, args.max_candidates_per_forward or per_step)
+
+
+def return_freed_memory():
+    """Lets glibc give freed blocks above 1 MB back to the system at once.
+
+    By itself it keeps blocks of up to 32 MB, the size of most activations, for later: at 512 px the process then
+    needs 60 % more memory for them.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
+        m_mmap_threshold = -3
+        ctypes.CDLL("libc.so.6").mallopt(m_mmap_threshold, 2**20)
+
+
+def process_memory():
+    """Bytes this process has in memory: "rss" in all, "anonymous" what is no page of a file (None where unknown)."""
+    rss, status = psutil.Process().memory_info().rss, Path("/proc/self/status")
+    anonymous = re.search(r"RssAnon:\s+(\d+)", status.read_text()) if status.is_file() else None
+    return {"rss": rss, "anonymous": int(anonymous[1]) * 1024 if anonymous else None}
+
+
+def warn_if_too_large(args, base, device, dtype):
+    """Says before anything is loaded that the device has less memory than the run needs, and which flags would fit."""
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = psutil.virtual_memory().available + process_memory()["rss"]
+
+    def need(**changes):
+        figures = estimate_memory(argparse.Namespace(**{**vars(args), **changes}), base, device, dtype)
+        return figures["peak"] - figures["mapped"]
+
+    needed = need()
+    if needed <= free:
+        return
+    ways = [{"quantization": "int8"}, {"max_candidates_per_forward": 1}, {"low_vram": True, "unet_backend": "torch"}]
+    flags, changes = [], {}
+    for way in ways:
+        changes |= way
+        new = {name: value for name, value in way.items() if getattr(args, name) != value}
+        flags += [f"--{name}" + ("" if value is True else f" {value}") for name, value in new.items()]
+        if need(**changes) <= free:
+            mend = " ".join(flags) + " would fit."
+            break
+    else:
+        mend = "no choice of flags makes it fit; try a smaller --resolution."
+    logger.warning(
+        f"This run needs about {needed / 2**20:.0f} MB and the {device.type} has {free / 2**20:.0f} MB free: {mend}"
+    )
+
+
+def print_estimate(args, figures, device):
+    """The prediction as a table, in MB (2^20 bytes)."""
+    print(f"Predicted peak on {device.type}, {args.resolution} px, {candidates_per_pass(args)} candidates a pass:")
+    for name in ("libraries", "VAE", "VAE activations", "text encoder", "UNet", "activations"):
+        print(f"  {name:<22}{figures[name] / 2**20:8.0f} MB")
+    for name, size in figures["phases"].items():
+        if size:
+            print(f"  while {name:<19}: {(figures['libraries'] + size) / 2**20:8.0f} MB")
+    mapped = figures["mapped"] / 2**20
+    note = f", {mapped:.0f} MB of it pages of files that the system can drop" if mapped else ""
+    print(f"  peak                  {figures['peak'] / 2**20:8.0f} MB{note}")
 
 
 # =====================================================================================================
@@ -606,6 +1100,16 @@ def build_prompts(args, examples, tokenizer):
     return prompt_ids, prompts_of_image
 
 
+def validation_ids(args, tokenizer):
+    """Flat ids of what the validation images need beside the captions: their prompt and the empty, negative one."""
+    prompt = (args.validation_prompt or "").replace("{}", args.placeholder_token)
+    prompt = prompt.replace(
+        args.placeholder_token, " ".join(placeholder_names(args.placeholder_token, args.num_vectors))
+    )
+    limit = {"padding": "max_length", "truncation": True, "max_length": tokenizer.model_max_length}
+    return tokenizer([prompt, ""], return_tensors="pt", **limit).input_ids.flatten()
+
+
 def placeholder_names(token, num_vectors):
     """The names diffusers gives the vectors of a multi-vector token: tok, tok_1, tok_2, ..."""
     return [token] + [f"{token}_{i}" for i in range(1, num_vectors)]
@@ -630,9 +1134,12 @@ def atomic_path(path):
     """Yields a temporary path beside `path` (same suffix) and renames it into place when the block succeeds."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{path.name}")
-    yield temporary
-    os.replace(temporary, path)
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")  # two runs may fill the same cache
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(path, content):
@@ -655,11 +1162,11 @@ def save_a1111(path, placeholder_token, theta, step):
 
 # Settings that decide a run's trajectory: a checkpoint only resumes under the same ones.
 TRAJECTORY_SETTINGS = (
-    "pretrained_model_name_or_path revision variant tokenizer_name quantization mixed_precision placeholder_token"
-    " initializer_token num_vectors learnable_property resolution center_crop flip_probability train_batch_size"
-    " gradient_accumulation_steps seed num_perturbations perturbation_scale gradient_estimator sg_window sg_threshold"
-    " puts_min_timestep puts_max_timestep learning_rate scale_lr lr_scheduler lr_warmup_steps lr_num_cycles"
-    " adam_beta1 adam_beta2 adam_weight_decay adam_epsilon"
+    "pretrained_model_name_or_path revision variant tokenizer_name quantization unet_backend mixed_precision"
+    " placeholder_token initializer_token num_vectors learnable_property resolution center_crop flip_probability"
+    " train_batch_size gradient_accumulation_steps seed num_perturbations perturbation_scale gradient_estimator"
+    " sg_window sg_threshold puts_min_timestep puts_max_timestep learning_rate scale_lr lr_scheduler lr_warmup_steps"
+    " lr_num_cycles adam_beta1 adam_beta2 adam_weight_decay adam_epsilon"
 ).split()
 
 
@@ -739,9 +1246,7 @@ def save_checkpoint(args, accelerator, step, shared, generators, settings):
 @torch.inference_mode()
 def generate_images(args, base, text_encoder, unet, theta, device, dtype):
     """Images of `--validation_prompt` with θ in place; the VAE is here only while it decodes."""
-    first = base["first_placeholder_id"]
-    table = text_encoder.get_input_embeddings().weight
-    table[first : first + args.num_vectors] = theta.to(table)
+    text_encoder.get_input_embeddings().write(theta[None])
     pipeline = StableDiffusionPipeline(
         vae=load_vae(args, dtype),
         text_encoder=text_encoder,
@@ -755,17 +1260,19 @@ def generate_images(args, base, text_encoder, unet, theta, device, dtype):
     pipeline.set_progress_bar_config(disable=True)
     pipeline.vae.to(device)
     generators = [torch.Generator().manual_seed(args.seed + i) for i in range(args.num_validation_images)]
-    return [
-        pipeline(
-            args.validation_prompt.replace("{}", args.placeholder_token),
-            height=args.resolution,
-            width=args.resolution,
-            num_inference_steps=args.num_inference_steps,
-            guidance_scale=args.guidance_scale,
-            generator=generator,
-        ).images[0]
-        for generator in generators
-    ]
+    eager = torch.compiler.set_stance("force_eager") if args.torch_compile else contextlib.nullcontext()
+    with eager:  # another shape than training's would be compiled for minutes
+        return [
+            pipeline(
+                args.validation_prompt.replace("{}", args.placeholder_token),
+                height=args.resolution,
+                width=args.resolution,
+                num_inference_steps=args.num_inference_steps,
+                guidance_scale=args.guidance_scale,
+                generator=generator,
+            ).images[0]
+            for generator in generators
+        ]
 
 
 def log_images(accelerator, images, step):
@@ -838,7 +1345,7 @@ def public_settings(args):
     return settings
 
 
-LOCAL_PATHS = ("train_data_dir", "output_dir", "logging_dir", "resume_from_checkpoint")
+LOCAL_PATHS = ("train_data_dir", "quantized_cache_dir", "output_dir", "logging_dir", "resume_from_checkpoint")
 
 
 def write_config(args, device, dtype, components, figures):
@@ -1100,6 +1607,35 @@ def parse_args(input_args=None):
         choices=["no", "fp16", "bf16"],
         help="Activations; the loss is always float32. Default: fp16 on CUDA, no (float32) elsewhere.",
     )
+    add(
+        "--quantized_cache_dir",
+        default=os.path.join(HF_HOME, "zoodip"),
+        help="Folder of INT8 weights, quantized once and memory-mapped by every later run (0.9 GB for SD 1.5);"
+        ' "none" keeps none.',
+    )
+    add(
+        "--unet_backend",
+        choices=["torch", "openvino"],
+        default="torch",
+        help="What computes the UNet. openvino (pip install openvino) is faster on CPUs and takes more memory; it is"
+        " exported once into --quantized_cache_dir.",
+    )
+    add("--openvino_device", default="CPU", help="OpenVINO's device: CPU, GPU or NPU.")
+    add(
+        "--low_vram",
+        action="store_true",
+        help="Stream the UNet's weights layer by layer, from pinned host memory (CUDA) or from disk (CPU).",
+    )
+    add(
+        "--torch_compile",
+        action="store_true",
+        help="Compile the UNet (static shapes, CUDA graphs); the first step takes minutes. Worth it on CUDA only.",
+    )
+    add(
+        "--estimate_memory",
+        action="store_true",
+        help="Print the memory that this run would need, by component, and exit; no weight is loaded.",
+    )
     add("--allow_tf32", action="store_true", help="Allow TF32 in float32 products on CUDA.")
 
     add = parser.add_argument_group("data").add_argument
@@ -1135,7 +1671,16 @@ def parse_args(input_args=None):
 
     add = parser.add_argument_group("zeroth-order optimization").add_argument
     add("--num_perturbations", type=int, default=2, help="n: random directions per estimate.")
-    add("--perturbation_scale", type=float, default=1e-3, help="μ: finite-difference step (1e-2 with bf16 or nf4).")
+    add(
+        "--perturbation_scale",
+        type=float,
+        help="μ: finite-difference step. Default: by the precision of the activations (docs/results.md).",
+    )
+    add(
+        "--allow_noisy_estimates",
+        action="store_true",
+        help="Train in a precision that was measured to drown the loss differences, such as bf16 at a small μ.",
+    )
     add(
         "--gradient_estimator",
         choices=["rge", "spsa"],
@@ -1285,6 +1830,15 @@ def check_arguments(parser, args):
         )
     if (args.train_data_dir is None) == (args.dataset_name is None):
         parser.error("give either --train_data_dir, a folder of images, or --dataset_name, a dataset on the Hub.")
+    if args.unet_backend == "openvino" and args.quantization not in ("int8", "none"):
+        parser.error(f"--unet_backend openvino takes --quantization int8 or none, not {args.quantization}.")
+    if args.low_vram and args.quantization not in ("int8", "none"):
+        parser.error(f"--low_vram streams --quantization int8 or none, not {args.quantization}: choose one of them.")
+    if args.low_vram and (args.torch_compile or args.unet_backend == "openvino"):
+        other = "--torch_compile" if args.torch_compile else "--unet_backend openvino"
+        parser.error(f"--low_vram and {other} exclude each other: a compiled UNet needs its weights in one place.")
+    if args.torch_compile and args.unet_backend == "openvino":
+        parser.error("--torch_compile has nothing to compile with --unet_backend openvino: drop one of them.")
     if not args.placeholder_token or len(args.placeholder_token.split()) != 1 or "{}" in args.placeholder_token:
         parser.error(f'--placeholder_token {args.placeholder_token!r} must be one word, such as "<my-dog>".')
     if args.early_stopping_patience and not args.num_validation_samples:
@@ -1315,27 +1869,61 @@ def check_output_dir(args):
         ) from None
 
 
+# How small μ may be for losses in this precision: the default, and the least at which loss differences still correlate
+# with the true directional derivatives by 0.9 or more (benchmarks/bench_signal.py, docs/results.md).
+PERTURBATION_SCALES = {"no": (1e-3, 0.0), "fp16": (1e-3, 3e-4), "bf16": (1e-2, 3e-3)}
+
+
 def choose_precision(args, device):
-    """The dtype of activations: float32 on CPU, float16 on CUDA, unless asked otherwise."""
-    name = args.mixed_precision or ("fp16" if device.type == "cuda" else "no")
-    if name == "fp16" and device.type == "cpu":
+    """The dtype of activations: float32 on CPU, float16 on CUDA, unless asked otherwise; fills in its default μ.
+
+    Raises:
+        InputError: losses in this precision cannot tell candidates apart at this μ.
+    """
+    name = args.mixed_precision or ("fp16" if device.type == "cuda" and args.unet_backend == "torch" else "no")
+    if name == "fp16" and (device.type == "cpu" or args.unet_backend == "openvino"):
         raise InputError("--mixed_precision fp16 is unusably slow on a CPU: leave the flag out (float32).")
-    coarse = (
-        "bf16" if name == "bf16" else "nf4 on a CPU" if args.quantization == "nf4" and device.type == "cpu" else None
-    )
-    if coarse and args.perturbation_scale < 1e-2:  # bitsandbytes' CPU kernel of nf4 computes in bf16, too
-        logger.warning(
-            f"--perturbation_scale {args.perturbation_scale} is below the resolution of {coarse}: the loss differences"
-            " drown in rounding; the paper uses 1e-2 with bf16."
+    default, least = PERTURBATION_SCALES[name]
+    if args.perturbation_scale is None:
+        args.perturbation_scale = default
+    if args.perturbation_scale < least and not args.allow_noisy_estimates:
+        raise InputError(
+            f"--perturbation_scale {args.perturbation_scale} is too small for {name} activations, whose rounding"
+            f" drowns the loss differences (correlation with the true ones below 0.9): give at least {least}, best"
+            f" {default}, or --mixed_precision no; --allow_noisy_estimates trains all the same."
         )
     return {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[name]
+
+
+def check_backend(args, device):
+    """Makes sure that the engine of the UNet is there and can do what is asked.
+
+    Raises:
+        InputError: it cannot.
+    """
+    if args.torch_compile and device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+        raise InputError("--torch_compile needs a C++ compiler on a CPU: install g++ or leave the flag out.")
+    if args.unet_backend != "openvino":
+        return
+    try:
+        import openvino
+    except ImportError:
+        raise InputError("--unet_backend openvino is not installed: pip install openvino.") from None
+    devices = openvino.Core().available_devices
+    if args.openvino_device not in devices:
+        raise InputError(f"--openvino_device {args.openvino_device!r} is not there: choose from {', '.join(devices)}.")
+    if candidates_per_pass(args) * args.train_batch_size > OPENVINO_MAX_BATCH:
+        raise InputError(
+            f"--unet_backend openvino takes at most {OPENVINO_MAX_BATCH} examples a pass and gets"
+            f" {candidates_per_pass(args) * args.train_batch_size}: split them with --max_candidates_per_forward."
+        )
 
 
 def read_base(args):
     """Reads the base model's small files, fills in the defaults that depend on them and checks the rest against them.
 
     Returns:
-        dict: tokenizer (placeholder added), scheduler, first_placeholder_id, initializer_id.
+        dict: tokenizer (placeholder added), scheduler, first_placeholder_id, initializer_id, latent_size.
     """
     name, where = args.pretrained_model_name_or_path, {"revision": args.revision}
     try:
@@ -1415,6 +2003,7 @@ def read_base(args):
         "scheduler": scheduler,
         "first_placeholder_id": first,
         "initializer_id": initializer[0],
+        "latent_size": args.resolution // factor,
     }
 
 
@@ -1428,6 +2017,7 @@ def main(args):
         return push_only(args) if os.environ.get("RANK", "0") == "0" else None
 
     # 1. Everything that can be wrong is checked before anything slow starts.
+    return_freed_memory()
     check_output_dir(args)
     output_dir = Path(args.output_dir)
     accelerator = Accelerator(
@@ -1439,8 +2029,14 @@ def main(args):
     logging.basicConfig(format="%(asctime)s - %(levelname)s - %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     dtype = choose_precision(args, device)
-    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    check_backend(args, device)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
     base = read_base(args)
+    if args.estimate_memory:
+        if accelerator.is_main_process:
+            print_estimate(args, estimate_memory(args, base, device, dtype), device)
+        return
+    warn_if_too_large(args, base, device, dtype)
     if args.validation_prompt and not re.search(r"\{\}|" + re.escape(args.placeholder_token), args.validation_prompt):
         logger.warning(f"--validation_prompt {args.validation_prompt!r} does not contain {args.placeholder_token}.")
     examples = read_folder(args) if args.train_data_dir else read_dataset(args)
@@ -1454,7 +2050,10 @@ def main(args):
     repo_id = prepare_hub(args) if args.push_to_hub and accelerator.is_main_process else None
 
     # 2. The VAE encodes every image and its flip once, then leaves before the UNet arrives.
-    vae = load_vae(args, dtype).to(device)
+    vae = load_vae(args, dtype)
+    components = {"vae": {"bytes": module_bytes(vae), "quantized_share": 0.0}}
+    vae.decoder = None  # 60 % of it, and not needed here
+    vae.to(device)
     with torch.inference_mode():
         moments = encode_images(vae, examples, device)
     concept = {
@@ -1464,26 +2063,36 @@ def main(args):
         "prompt_ids": prompt_ids,
         "prompts_of_image": prompts_of_image,
     }
-    components = {"vae": {"bytes": module_bytes(vae), "quantized_share": 0.0}}
     del vae
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
-    # 3. Text encoder and UNet, frozen and quantized; the embedding table gets rows for every candidate of a pass.
-    where = {"subfolder": "text_encoder", "revision": args.revision, "variant": args.variant}
-    text_encoder = CLIPTextModel.from_pretrained(args.pretrained_model_name_or_path, dtype=dtype, **where)
-    text_encoder.requires_grad_(False).eval()
+    # 3. Text encoder and UNet, frozen and quantized; of the token table, the rows of the prompts and the candidates.
     per_step = args.num_perturbations + 1 if args.gradient_estimator == "rge" else 2 * args.num_perturbations
-    per_pass = min(per_step, args.max_candidates_per_forward or per_step)
-    rows = len(base["tokenizer"]) + (per_pass - 1) * args.num_vectors
-    old_rows = text_encoder.get_input_embeddings().num_embeddings
-    text_encoder.resize_token_embeddings(max(rows, old_rows), mean_resizing=False)
-    initial = text_encoder.get_input_embeddings().weight[base["initializer_id"]].float().to(device)
-    share = quantizable_share(text_encoder) if args.quantization != "none" else 0.0
-    quantize_in_place(text_encoder, args.quantization, dtype).requires_grad_(False).to(device)
-    components["text_encoder"] = {"bytes": module_bytes(text_encoder), "quantized_share": round(share, 4)}
-    unet, share = load_unet(args, device, dtype)
-    components["unet"] = {"bytes": module_bytes(unet), "quantized_share": round(share, 4)}
+    per_pass = candidates_per_pass(args)
+    with accelerator.local_main_process_first():  # the first process fills the cache, the others read it
+        text_encoder, text_share = load_frozen(args, "text_encoder", device, dtype)
+        if args.unet_backend == "openvino":
+            length = base["tokenizer"].model_max_length
+            unet, share, size = load_openvino_unet(args, device, dtype, base["latent_size"], length)
+        else:
+            unet, share = load_frozen(args, "unet", torch.device("cpu") if args.low_vram else device, dtype)
+            size = module_bytes(unet)
+    components["text_encoder"] = {"bytes": module_bytes(text_encoder), "quantized_share": round(text_share, 4)}
+    components["unet"] = {"bytes": size, "quantized_share": round(share, 4)}
+    if device.type == "cuda" and args.unet_backend == "torch":
+        unet.to(memory_format=torch.channels_last)  # what cuDNN's half-precision convolutions want
+    if args.low_vram:
+        layers_on_disk = tempfile.TemporaryDirectory(prefix=".tmp-layers-", dir=output_dir)
+        stream_weights(unet, device, layers_on_disk.name)
+    if args.torch_compile:
+        unet.compile(mode="reduce-overhead", dynamic=False)
+    table = load_token_table(args)
+    in_use = torch.cat([prompt_ids.flatten(), validation_ids(args, base["tokenizer"])])
+    rows = per_pass * args.num_vectors
+    text_encoder.set_input_embeddings(PromptRows(table, in_use, base["first_placeholder_id"], rows, device, dtype))
+    initial = table[base["initializer_id"]].float().to(device)
+    del table
     for name, facts in components.items():
         stays = "leaves after encoding" if name == "vae" else f"{facts['quantized_share']:.1%} of parameters quantized"
         logger.info(f"{name}: {facts['bytes'] / 1e6:.1f} MB, {stays}")

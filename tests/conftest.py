@@ -1,7 +1,14 @@
 """Fixtures shared by all tests: the repository's demo data, and the ways to run the training script."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
+
+# What the script caches between runs belongs to the test that runs it, not to the user.
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="zoodip-tests-")
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 # Tests run side by side (pytest-xdist), so each process, and each one it starts, keeps to one thread: threads that
 # share a core spend their time waiting for each other.
@@ -97,6 +104,7 @@ def train(basics):
         zoodip.main(zoodip.parse_args(as_arguments(chosen)))
         return Path(chosen["--output_dir"])
 
+    run.folder = Path(basics["--output_dir"]).parent
     return run
 
 

@@ -21,7 +21,7 @@ def no_models(monkeypatch):
 
     for owner in (zoodip.CLIPTextModel, zoodip.AutoencoderKL, zoodip.UNet2DConditionModel):
         monkeypatch.setattr(owner, "from_pretrained", refuse)
-    monkeypatch.setattr(zoodip, "load_unet", refuse)
+    monkeypatch.setattr(zoodip, "stored_tensors", refuse)
 
 
 @pytest.fixture
@@ -57,6 +57,14 @@ def fault(basics, no_models, capsys):
         ({"sg_window": 100_000}, "--sg_window 100000 (τ) is larger than the token's dimension"),
         ({"sg_window": 1}, "--sg_window 1 holds no trajectory"),
         ({"sg_window": -1}, "--sg_window -1 must be at least 0"),
+        ({"unet_backend": "openvino", "quantization": "nf4"}, "--unet_backend openvino takes --quantization int8 or"),
+        ({"low_vram": True, "quantization": "quanto-int8"}, "--low_vram streams --quantization int8 or none"),
+        ({"low_vram": True, "torch_compile": True}, "--low_vram and --torch_compile exclude each other"),
+        ({"low_vram": True, "unet_backend": "openvino"}, "--low_vram and --unet_backend openvino exclude each other"),
+        ({"torch_compile": True, "unet_backend": "openvino"}, "--torch_compile has nothing to compile"),
+        ({"unet_backend": "openvino", "openvino_device": "TOASTER"}, "--openvino_device 'TOASTER' is not there: "),
+        ({"unet_backend": "openvino", "train_batch_size": 22}, "at most 63 examples a pass and gets 66"),
+        ({"mixed_precision": "bf16", "perturbation_scale": 1e-4}, "--perturbation_scale 0.0001 is too small for bf16"),
         ({"puts_min_timestep": 900, "puts_max_timestep": 500}, "--puts_min_timestep 900 must be at least 0 and below"),
         ({"puts_min_timestep": -1}, "--puts_min_timestep -1 must be at least 0"),
         ({"puts_max_timestep": 1001}, "--puts_max_timestep 1001 is outside [0, 1000)"),
@@ -268,12 +276,19 @@ def test_warnings_for_placeholders_that_match_inside_words(basics, caplog):
         assert any("upper-case or without <>" in r.message for r in caplog.records) == warned
 
 
-def test_bf16_with_a_small_step_is_warned_about(basics, caplog):
-    zoodip.Accelerator()
-    args = zoodip.parse_args(as_arguments(basics | {"--mixed_precision": "bf16"}))
-    with caplog.at_level("WARNING"):
-        assert zoodip.choose_precision(args, torch.device("cpu")) is torch.bfloat16
-    assert any("drown in rounding" in record.message for record in caplog.records)
+@pytest.mark.parametrize("precision, default", [(None, 1e-3), ("no", 1e-3), ("bf16", 1e-2)])
+def test_the_perturbation_scale_follows_from_the_precision(basics, precision, default):
+    args = zoodip.parse_args(as_arguments(basics | {"--mixed_precision": precision}))
+    zoodip.choose_precision(args, torch.device("cpu"))
+    assert args.perturbation_scale == default
+
+
+def test_a_step_that_drowns_in_rounding_is_refused(basics):
+    flags = basics | {"--mixed_precision": "bf16", "--perturbation_scale": 1e-3}
+    with pytest.raises(zoodip.InputError, match="too small for bf16 activations"):
+        zoodip.choose_precision(zoodip.parse_args(as_arguments(flags)), torch.device("cpu"))
+    allowed = zoodip.parse_args(as_arguments(flags | {"--allow_noisy_estimates": True}))
+    assert zoodip.choose_precision(allowed, torch.device("cpu")) is torch.bfloat16
 
 
 def test_the_command_line_answers_in_one_sentence_and_exit_code_2(run_script, basics):

@@ -1,9 +1,15 @@
 """Weight-only INT8 layers, NF4 and quanto, and the loading that never holds a full-precision UNet."""
 
+import hashlib
+import shutil
+import weakref
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 
 import train_zoodip_textual_inversion as zoodip
 from train_zoodip_textual_inversion import Int8Conv2d, Int8Linear, dequantize, quantize_per_channel
@@ -75,14 +81,18 @@ def unet_inputs(unet):
     return sample, torch.tensor([500, 800]), torch.randn(2, 8, width, generator=g)
 
 
-# bitsandbytes computes its 4-bit products in bfloat16 on CPUs, so NF4 is the coarsest.
+def settings(base, *more):
+    words = ["--pretrained_model_name_or_path", str(base), "--train_data_dir", ".", "--placeholder_token", "<t>"]
+    return zoodip.parse_args([*words, "--initializer_token", "star", *map(str, more)])
+
+
+def load(base, *more, part="unet", dtype=torch.float32):
+    return zoodip.load_frozen(settings(base, *more), part, torch.device("cpu"), dtype)
+
+
 @pytest.mark.parametrize("quantization, error", [("none", 1e-6), ("int8", 0.05), ("nf4", 0.35), ("quanto-int8", 0.05)])
-def test_load_unet(demo_base, quantization, error):
-    args = zoodip.parse_args(
-        ["--pretrained_model_name_or_path", demo_base, "--train_data_dir", ".", "--placeholder_token", "<t>"]
-        + ["--initializer_token", "star", "--quantization", quantization]
-    )
-    unet, share = zoodip.load_unet(args, torch.device("cpu"), torch.float32)
+def test_load_frozen_unet(demo_base, quantization, error):
+    unet, share = load(demo_base, "--quantization", quantization)
     reference = UNet2DConditionModel.from_pretrained(demo_base, subfolder="unet").eval()
     with torch.inference_mode():
         out, expected = (model(*unet_inputs(model))[0] for model in (unet, reference))
@@ -90,6 +100,8 @@ def test_load_unet(demo_base, quantization, error):
     assert not any(p.requires_grad for p in unet.parameters())
 
     full, stored = zoodip.module_bytes(reference), zoodip.module_bytes(unet)
+    predicted = zoodip.weight_bytes(zoodip.empty_model(settings(demo_base), "unet"), quantization, torch.float32)
+    assert stored == pytest.approx(predicted, rel=0.03)
     if quantization == "none":
         assert share == 0 and stored == full
         return
@@ -101,37 +113,111 @@ def test_load_unet(demo_base, quantization, error):
     assert plain == []
 
 
-def test_int8_loading_never_holds_the_whole_float_unet(demo_base, monkeypatch):
-    """Counts the float weights alive while loading: one layer at a time, not a model."""
-    alive, peak = [0], [0]
-    original = zoodip.quantize_layer
+def test_nf4_layers_compute_in_the_activations_precision(demo_base):
+    """In evaluation mode bitsandbytes' CPU kernel rounds to bfloat16, which drowns the differences of losses."""
+    layer = next(m for m in load(demo_base, "--quantization", "nf4")[0].modules() if type(m).__name__ == "Linear4bit")
+    from bitsandbytes.functional import dequantize_4bit
 
-    def watched(layer, quantization, dtype):
-        alive[0] = layer.weight.numel()
-        quantized = original(layer, quantization, dtype)
-        assert quantized.weight.dtype == torch.int8
-        peak[0] = max(peak[0], alive[0])
-        return quantized
+    x = torch.randn(5, layer.in_features, generator=torch.Generator().manual_seed(0))
+    expected = torch.nn.functional.linear(x, dequantize_4bit(layer.weight.data, layer.weight.quant_state), layer.bias)
+    with torch.inference_mode():
+        torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
 
-    monkeypatch.setattr(zoodip, "quantize_layer", watched)
-    args = zoodip.parse_args(
-        ["--pretrained_model_name_or_path", demo_base, "--train_data_dir", ".", "--placeholder_token", "<t>"]
-        + ["--initializer_token", "star"]
-    )
-    unet, _ = zoodip.load_unet(args, torch.device("cpu"), torch.float32)
-    floats = sum(p.numel() for p in unet.parameters())
-    total = floats + sum(b.numel() for b in unet.buffers() if b.dtype == torch.int8)
-    assert floats < 0.1 * total and peak[0] < 0.2 * total
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_the_cached_int8_file_holds_what_loading_without_it_gives(demo_base, tmp_path, part):
+    plain, _ = load(demo_base, "--quantized_cache_dir", "none", part=part)
+    first, _ = load(demo_base, "--quantized_cache_dir", tmp_path, part=part)
+    (path,) = tmp_path.glob("*.safetensors")
+    written = path.stat().st_mtime_ns
+    second, _ = load(demo_base, "--quantized_cache_dir", tmp_path, part=part)
+    assert path.stat().st_mtime_ns == written and len(list(tmp_path.glob("*.safetensors"))) == 1
+    expected = plain.state_dict()
+    stored = load_file(path)
+    assert stored.keys() == expected.keys()
+    for state in (stored, first.state_dict(), second.state_dict()):
+        assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
+    if Path("/proc/self/maps").is_file():  # the weights are the file's pages, not a copy of them
+        assert path.name in Path("/proc/self/maps").read_text()
+
+
+def test_the_cache_is_keyed_by_the_weights_and_the_precision(demo_base, tmp_path):
+    base, cache = tmp_path / "base", tmp_path / "cache"
+    shutil.copytree(demo_base, base)
+    for dtype in (torch.float32, torch.bfloat16):
+        load(base, "--quantized_cache_dir", cache, dtype=dtype)
+    weights = base / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    tensors["conv_in.bias"] += 1
+    save_file(tensors, weights)
+    changed, _ = load(base, "--quantized_cache_dir", cache)
+    assert torch.equal(changed.conv_in.bias, tensors["conv_in.bias"])
+    assert len(list(cache.glob("unet-int8-*.safetensors"))) == 3
+
+
+def test_files_of_the_hubs_cache_are_not_read_to_know_their_hash(tmp_path):
+    blob = tmp_path / ("0" * 63 + "1")
+    blob.touch()
+    (tmp_path / "model.safetensors").symlink_to(blob)
+    digest = zoodip.source_digest([tmp_path / "model.safetensors"], tmp_path)
+    assert digest == hashlib.sha256(blob.name.encode()).hexdigest() and not list(tmp_path.glob("source-*"))
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_int8_loading_never_holds_the_whole_float_unet(demo_base, monkeypatch, tmp_path, cached):
+    """Counts the bytes of stored tensors alive while loading: one or two at a time, not a model."""
+    alive, peak, total, largest, original = [0], [0], [0], [0], zoodip.stored_tensors
+
+    def forget(size):
+        alive[0] -= size
+
+    def watched(files):
+        for name, tensor in original(files):
+            size = tensor.numel() * tensor.element_size()
+            alive[0] += size
+            weakref.finalize(tensor, forget, size)
+            peak[0], total[0], largest[0] = max(peak[0], alive[0]), total[0] + size, max(largest[0], size)
+            yield name, tensor
+            del tensor
+
+    monkeypatch.setattr(zoodip, "stored_tensors", watched)
+    load(demo_base, "--quantized_cache_dir", tmp_path if cached else "none")
+    # The small float tensors (norms, biases) stay; of the others one is read while the last one is let go.
+    assert peak[0] <= 2.2 * largest[0] + 0.1 * total[0] < 0.5 * total[0]
 
 
 def test_missing_weights_are_one_sentence(demo_base, tmp_path):
-    import shutil
-
     shutil.copytree(demo_base, tmp_path / "base")
-    next((tmp_path / "base" / "unet").glob("*.safetensors")).unlink()
-    args = zoodip.parse_args(
-        ["--pretrained_model_name_or_path", str(tmp_path / "base"), "--train_data_dir", ".", "--placeholder_token"]
-        + ["<t>", "--initializer_token", "star"]
-    )
+    weights = next((tmp_path / "base" / "unet").glob("*.safetensors"))
+    tensors = load_file(weights)
+    del tensors["conv_in.bias"]
+    save_file(tensors, weights)
+    for cache in ("none", tmp_path / "cache"):
+        with pytest.raises(zoodip.InputError, match="conv_in.bias"):
+            load(tmp_path / "base", "--quantized_cache_dir", cache)
+    assert not list((tmp_path / "cache").glob("*.safetensors"))
+    weights.unlink()
     with pytest.raises(zoodip.InputError, match="safetensors in unet/"):
-        zoodip.load_unet(args, torch.device("cpu"), torch.float32)
+        load(tmp_path / "base")
+
+
+def test_prompt_rows_look_up_what_the_whole_table_holds():
+    table = torch.randn(50, 4)
+    rows = zoodip.PromptRows(table, torch.tensor([[3, 7, 40], [7, 48, 49]]), 48, 6, "cpu", torch.float32)
+    assert rows.weight.shape == (3 + 6, 4)
+    candidates = torch.randn(3, 2, 4)
+    rows.write(candidates)
+    assert torch.equal(rows(torch.tensor([[40, 3, 7]])), table[[40, 3, 7]][None])
+    assert torch.equal(rows(torch.arange(48, 54)), candidates.flatten(0, 1))
+    with pytest.raises(IndexError):
+        rows(torch.tensor([5]))  # not announced
+
+
+def test_channels_last_weights_stay_so_and_change_nothing():
+    layer = zoodip.quantize_layer(torch.nn.Conv2d(8, 12, 3, padding=1), "int8", torch.float32)
+    x = torch.randn(2, 8, 9, 9, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        expected = layer(x)
+        layer.to(memory_format=torch.channels_last)
+        assert dequantize(layer.weight, layer.scale).is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(layer(x), expected)

@@ -1,0 +1,528 @@
+"""Peak memory of whole processes, loading included, and whether `--estimate_memory` had predicted it.
+
+    python benchmarks/bench_memory.py                          # Stable Diffusion 1.5, every row: an hour on two cores
+    python benchmarks/bench_memory.py --reduced                # or: make benchmark; some minutes
+    python benchmarks/bench_memory.py --rows int8 nf4 official --resolutions 512
+
+Each row is a fresh process on a real architecture with random weights: the training script itself, the official loop
+or gradient Textual Inversion (`baselines.py`), all for two steps, or the loading of the UNet alone. While it runs,
+this process samples what the kernel says about it. MB are 2^20 bytes.
+
+The result, `benchmarks/results/memory_cpu.json` (or `memory_cuda.json`), is written after every row; a rerun replaces
+its own entries (same architecture, row, resolution, n and batch size) and keeps the others.
+"""
+
+import argparse
+import contextlib
+import datetime
+import itertools
+import json
+import math
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import baselines
+import numpy as np
+import torch
+from bench_real_photos import cpu_name
+from bench_signal import installed
+from PIL import Image
+from random_base import HERE, build
+
+
+ROOT = HERE.parent
+sys.path.append(str(ROOT))
+
+import train_zoodip_textual_inversion as zoodip  # noqa: E402
+
+
+CACHE = HERE / ".cache"  # on disk: a folder in memory would count as somebody's memory
+SCRIPT = ROOT / "train_zoodip_textual_inversion.py"
+MB = 2**20
+STEPS = 2  # the second step of gradient Textual Inversion holds AdamW's moments, too
+SAMPLE_SECONDS = 0.005
+KEY = ("architecture", "row", "resolution", "num_perturbations", "batch_size")
+MODULE = "import json, train_zoodip_textual_inversion as z; "
+IMPORTS = MODULE + "print(json.dumps(z.process_memory()))"
+# The script's own --estimate_memory, with its figures as JSON instead of a table.
+ESTIMATE = (
+    MODULE + "z.print_estimate = lambda args, figures, device: print(json.dumps(figures)); z.main(z.parse_args())"
+)
+
+
+class Row(NamedTuple):
+    """What one process does: "script", "official", "ti" or "load", with flags (script) or keyword arguments."""
+
+    kind: str
+    settings: dict
+    cache: str = "kept"  # --quantized_cache_dir: a folder that stays filled, a "fresh" one, or "none"
+    num_perturbations: int | None = None  # instead of the command line's
+    cpu_only: bool = False
+
+
+OPENVINO = {"quantization": "int8", "unet_backend": "openvino"}
+VALIDATION = {"validation_prompt": "a photo of {}", "num_validation_images": 1, "num_inference_steps": 1}
+ROWS = {
+    "int8-first": Row("script", {"quantization": "int8"}, "fresh"),
+    "int8": Row("script", {"quantization": "int8"}),
+    "int8-no-cache": Row("script", {"quantization": "int8"}, "none"),
+    "int8-bf16": Row("script", {"quantization": "int8", "mixed_precision": "bf16"}),
+    "int8-low-vram": Row("script", {"quantization": "int8", "low_vram": True}),
+    "int8-images": Row("script", {"quantization": "int8", **VALIDATION}),
+    "int8-n8": Row("script", {"quantization": "int8"}, num_perturbations=8),
+    "int8-n8-split": Row("script", {"quantization": "int8", "max_candidates_per_forward": 1}, num_perturbations=8),
+    "nf4": Row("script", {"quantization": "nf4"}),
+    "quanto-int8": Row("script", {"quantization": "quanto-int8"}),
+    "none": Row("script", {"quantization": "none"}),
+    "none-low-vram": Row("script", {"quantization": "none", "low_vram": True}),
+    "openvino-first": Row("script", OPENVINO, "fresh", cpu_only=True),
+    "openvino": Row("script", OPENVINO, cpu_only=True),
+    "official": Row("official", {}),
+    "ti-fp32": Row("ti", {"dtype": "float32"}),
+    "ti-fp32-checkpointing": Row("ti", {"dtype": "float32", "gradient_checkpointing": True}),
+    "ti-bf16": Row("ti", {"dtype": "bfloat16"}),
+    "ti-bf16-checkpointing": Row("ti", {"dtype": "bfloat16", "gradient_checkpointing": True}),
+    "load-int8-first": Row("load", {}, "fresh"),
+    "load-int8-no-cache": Row("load", {}, "none"),
+    "load-int8": Row("load", {}),
+}
+REDUCED = ["int8", "openvino", "none", "official", "ti-fp32"]
+# Lines of the script (and of the children below) that begin a phase; before the first of them it is "start".
+PHASES = {
+    "Quantizing the text_encoder": "quantizing the text encoder",
+    "Quantizing the unet": "quantizing the UNet",
+    "Exporting the UNet": "exporting the UNet",
+    "candidates a step": "training",
+    "Steps: 100%": "results",
+    "phase: ": None,  # the name follows
+}
+
+
+# =====================================================================================================
+# A process, watched
+# =====================================================================================================
+
+
+class Sample(NamedTuple):
+    """A process at one moment; bytes, and `time.monotonic()`, which is the same clock in all processes."""
+
+    time: float
+    rss: int
+    anonymous: int
+    high_water: int  # of rss, by the kernel: it misses nothing between samples
+
+
+class Watched(NamedTuple):
+    samples: list
+    lines: list  # (time, line) of what it printed
+    seconds: float
+    children: int  # most bytes (rss) that its children had together
+    gpu: int | None  # most MB in use on the GPU, above what was in use before; None: no nvidia-smi
+
+
+def read_status(pid):
+    """A `Sample`, or None once the process has ended."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    fields = dict(re.findall(r"^(VmHWM|VmRSS|RssAnon):\s+(\d+) kB", status, re.MULTILINE))
+    if len(fields) < 3:  # a zombie
+        return None
+    return Sample(time.monotonic(), *(1024 * int(fields[name]) for name in ("VmRSS", "RssAnon", "VmHWM")))
+
+
+def children_rss(pid):
+    """Bytes of all direct children."""
+    total = 0
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            for child in path.read_text().split():
+                sample = read_status(child)
+                total += sample.rss if sample else 0
+    return total
+
+
+@contextlib.contextmanager
+def watch_gpu(device):
+    """Yields a list that fills with the GPU's memory in use (MB) until the end of the block."""
+    used = []
+    if device != "cuda" or not shutil.which("nvidia-smi"):
+        yield used
+        return
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] or "0"
+    query = ["nvidia-smi", "-i", first, "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-lms", "50"]
+    process = subprocess.Popen(query, stdout=subprocess.PIPE, text=True)
+    reader = threading.Thread(
+        target=lambda: used.extend(int(line) for line in process.stdout if line.strip().isdigit())
+    )
+    reader.start()
+    time.sleep(0.5)  # the first readings are those before
+    try:
+        yield used
+    finally:
+        process.terminate()
+        reader.join()
+        process.wait()
+
+
+def watch(command, device):
+    """Runs a command and samples its process until the end.
+
+    Raises:
+        RuntimeError: it failed; the message ends with what it printed last.
+    """
+    # One process whose allocator behaves as at home: nothing is inherited that tunes it.
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    if device == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    samples, lines, children, started = [], [], 0, time.monotonic()
+
+    def read(stream):
+        for line in stream:  # text mode: the carriage returns of a progress bar end lines, too
+            lines.append((time.monotonic(), line.rstrip()))
+
+    with watch_gpu(device) as gpu:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+        reader = threading.Thread(target=read, args=(process.stdout,))
+        reader.start()
+        try:
+            while process.poll() is None:
+                if sample := read_status(process.pid):
+                    samples.append(sample)
+                if len(samples) % 50 == 1:
+                    children = max(children, children_rss(process.pid))
+                time.sleep(SAMPLE_SECONDS)
+        finally:
+            process.kill()
+            process.wait()
+            reader.join()
+    seconds = time.monotonic() - started
+    if process.returncode:
+        last = "\n".join(line for _, line in lines[-15:])
+        raise RuntimeError(f"exit code {process.returncode}: {shlex.join(command)}\n{last}")
+    return Watched(samples, lines, seconds, children, max(gpu) - gpu[0] if gpu else None)
+
+
+def megabytes(size):
+    return round(size / MB, 1)
+
+
+def divide_phases(watched):
+    """Per phase in order of time: when it began, and the largest of what was sampled in it."""
+    begins = [(watched.samples[0].time, "start")]
+    for moment, line in watched.lines:
+        for mark, name in PHASES.items():
+            if mark in line:
+                name = name or line.split(mark)[1]
+                if name not in [known for _, known in begins]:
+                    begins.append((moment, name))
+    phases = {}
+    for (moment, name), (end, _) in itertools.zip_longest(begins, begins[1:], fillvalue=(math.inf, "")):
+        inside = [s for s in watched.samples if moment <= s.time < end]
+        if inside:
+            phases[name] = {
+                "begins_s": round(moment - begins[0][0], 1),
+                "rss_at_begin_mb": megabytes(inside[0].rss),
+                "anonymous_at_begin_mb": megabytes(inside[0].anonymous),
+                "peak_rss_mb": megabytes(max(s.rss for s in inside)),
+                "peak_anonymous_mb": megabytes(max(s.anonymous for s in inside)),
+            }
+    return phases
+
+
+def summarize(watched, imports=None):
+    """The headline figures and the phases of a process; `imports` is that of the bare imports."""
+    result = {
+        "peak_rss_mb": megabytes(max(s.high_water for s in watched.samples)),
+        "peak_rss_sampled_mb": megabytes(max(s.rss for s in watched.samples)),
+        "peak_anonymous_mb": megabytes(max(s.anonymous for s in watched.samples)),
+        "children_mb": megabytes(watched.children),
+        "phases": divide_phases(watched),
+    }
+    if imports:
+        for name in ("peak_rss_mb", "peak_anonymous_mb"):
+            result[f"{name.removesuffix('_mb')}_above_imports_mb"] = round(result[name] - imports[name], 1)
+    if watched.gpu is not None:
+        result["gpu_used_mb"] = watched.gpu
+    return result
+
+
+def last_json(watched):
+    """The last line that is a JSON object."""
+    return json.loads(next(line for _, line in reversed(watched.lines) if line.startswith("{")))
+
+
+# =====================================================================================================
+# What the processes do
+# =====================================================================================================
+
+
+def script_flags(row, base, images, output, cache, resolution, n, batch_size):
+    """The training script's arguments."""
+    flags = {
+        "pretrained_model_name_or_path": base,
+        "train_data_dir": images,
+        "output_dir": output,
+        "placeholder_token": "<my-toy>",
+        "initializer_token": "star",
+        "quantized_cache_dir": cache,
+        "resolution": resolution,
+        "num_perturbations": n,
+        "train_batch_size": batch_size,
+        "max_train_steps": STEPS,
+        "num_validation_samples": 0,
+        "report_to": "none",
+        **row.settings,
+    }
+    words = [[f"--{name}"] if value is True else [f"--{name}", str(value)] for name, value in flags.items()]
+    return list(itertools.chain.from_iterable(words))
+
+
+def run_child(kind, settings):
+    """`--child`: a baseline or the loading of the UNet, in this process; prints a JSON object at the end."""
+    base, device = settings.pop("base"), settings.pop("device")
+    if kind == "load":
+        load_unet(base, torch.device(device), settings.pop("cache"))
+        return
+    dtype = getattr(torch, settings.pop("dtype", "float16" if device == "cuda" else "float32"))
+    make = baselines.OfficialLoop if kind == "official" else baselines.GradientTextualInversion
+    loop = make(base, device=device, dtype=dtype, **settings)
+    print("phase: training")
+    for _ in range(STEPS):
+        print(f"loss {loop.step().item():.4f}")
+    print("phase: results")
+    print(json.dumps(zoodip.peak_memory(torch.device(device))))
+
+
+def load_unet(base, device, cache):
+    """Loads the INT8 UNet as the script does, and says how large it and its largest layer in float32 are."""
+    words = ["--pretrained_model_name_or_path", base, "--train_data_dir", base, "--quantized_cache_dir", cache]
+    args = zoodip.parse_args([*words, "--placeholder_token", "<my-toy>", "--initializer_token", "star"])
+    zoodip.return_freed_memory()  # as `main` does before anything else
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    layers = [
+        m for m in zoodip.empty_model(args, "unet").modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))
+    ]
+    largest = 4 * max(layer.weight.numel() for layer in layers)
+    print("phase: loading")
+    time.sleep(10 * SAMPLE_SECONDS)  # what was there before must be sampled
+    started = time.perf_counter()
+    unet, _ = zoodip.load_frozen(args, "unet", device, dtype)
+    seconds = time.perf_counter() - started
+    time.sleep(10 * SAMPLE_SECONDS)
+    print("phase: results")
+    facts = {"quantized_mb": megabytes(zoodip.module_bytes(unet)), "largest_layer_mb": megabytes(largest)}
+    print(json.dumps({**facts, "load_seconds": round(seconds, 1)}))
+
+
+def predict(flags, device):
+    """What `--estimate_memory` says about a run with the same flags, in MB."""
+    environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})}
+    command = [sys.executable, "-c", ESTIMATE, *flags, "--estimate_memory"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    figures = json.loads(done.stdout.splitlines()[-1])
+    libraries, phases = figures["libraries"], figures.pop("phases")  # a phase of 0 bytes does not take place
+    sums = {f"while {name}": megabytes(size + libraries) for name, size in phases.items() if size}
+    return {name: megabytes(size) for name, size in figures.items()} | sums
+
+
+def measure_script(row, where, place, device, imports):
+    """The training script in a process of its own, beside its own prediction."""
+    architecture, _, resolution, n, batch_size = where
+    output, cache = place["scratch"] / "output", place[row.cache]
+    sizes = (resolution, n, batch_size)
+    flags = script_flags(row, place["base"], place["images"], output, cache, *sizes)
+    predicted = predict(flags, device)
+    command = [sys.executable, str(SCRIPT), *flags]
+    watched = watch(command, device)
+    if row.cache == "kept" and any("once, into" in line for _, line in watched.lines):
+        watched = watch(command, device)  # that run has filled the cache; this one finds it filled
+    config = json.loads((output / "zoodip_config.json").read_text())
+    shutil.rmtree(output)
+    measured = summarize(watched, imports)
+    training = measured["phases"]["training"]
+    measured["activations_mb"] = round(training["peak_anonymous_mb"] - training["anonymous_at_begin_mb"], 1)
+    measured["reported"] = config["figures"]["peak_memory"]
+    measured["components_mb"] = {name: megabytes(c["bytes"]) for name, c in config["components"].items()}
+    # On CUDA the prediction is of tensors; the CUDA context and the allocator's reserve are not part of it.
+    peak = measured["peak_rss_mb"] if device == "cpu" else measured["reported"]["cuda_allocated_mb"]
+    deviation = round(100 * (predicted["peak"] / peak - 1), 1)
+    return command, watched, {"measured": measured, "predicted_mb": predicted, "deviation_percent": deviation}
+
+
+def measure_child(row, where, place, device, imports):
+    """A baseline, or the loading of the UNet."""
+    architecture, _, resolution, n, batch_size = where
+    settings = {"base": str(place["base"]), "device": device, **row.settings}
+    if row.kind == "load":
+        settings["cache"] = str(place[row.cache])
+    else:
+        settings |= {"resolution": resolution, "batch_size": batch_size}
+    if row.kind == "official":
+        settings["num_perturbations"] = n
+    command = [sys.executable, str(Path(__file__).resolve()), "--child", row.kind, json.dumps(settings)]
+    watched = watch(command, device)
+    if row.kind == "load" and row.cache == "kept" and any("once, into" in line for _, line in watched.lines):
+        watched = watch(command, device)
+    measured = summarize(watched, imports)
+    if row.kind != "load":
+        return command, watched, {"measured": {**measured, "reported": last_json(watched)}}
+    facts, loading = last_json(watched), measured["phases"]["loading"]
+    begin = {"rss": loading["rss_at_begin_mb"], "anonymous": loading["anonymous_at_begin_mb"]}
+    for name, size in begin.items():
+        peak = max(phase[f"peak_{name}_mb"] for phase in measured["phases"].values())
+        facts[f"peak_{name}_above_start_mb"] = round(peak - size, 1)
+    facts["bound_mb"] = round(1.1 * (facts["quantized_mb"] + facts["largest_layer_mb"]), 1)
+    facts["within_bound"] = facts["peak_rss_above_start_mb"] <= facts["bound_mb"]
+    return command, watched, {"measured": measured, "loading": facts}
+
+
+# =====================================================================================================
+# Results
+# =====================================================================================================
+
+
+def store(path, entry):
+    """Puts one entry into the file, in the place of an older one with the same key."""
+    entries = json.loads(path.read_text())["entries"] if path.is_file() else []
+    entries = [old for old in entries if any(old[name] != entry[name] for name in KEY)]
+    entries.append(entry)
+    entries.sort(key=lambda e: [str(e[name] or "").rjust(6, "0") for name in KEY])
+    zoodip.write_json(path, {"unit": "MB = 2**20 bytes", "steps": STEPS, "entries": entries})
+
+
+def relative(command):
+    """A command line without what is only true of this machine."""
+    words = shlex.join(["python" if word == sys.executable else word for word in command])
+    return words.replace(f"{ROOT}/", "")
+
+
+def hardware(device):
+    name = cpu_name()
+    if device == "cuda":  # not asked by torch, whose context would be counted as memory in use
+        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        name = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+    return {"device": device, "name": name, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+
+
+def print_entry(entry):
+    key = [str(entry[name] if entry[name] is not None else "-") for name in KEY]
+    measured = entry["measured"]
+    line = f"{key[0]:6}{key[1]:24}{key[2]:>4} px  n={key[3]:2} b={key[4]:2}"
+    line += f"peak {measured['peak_rss_mb']:7.0f} MB, anonymous {measured['peak_anonymous_mb']:7.0f} MB"
+    if "reported" in measured and "cuda_allocated_mb" in measured["reported"]:
+        reported = measured["reported"]
+        line += f", CUDA {reported['cuda_allocated_mb']} MB ({reported['cuda_reserved_mb']} MB reserved)"
+    if "predicted_mb" in entry:
+        line += f", predicted {entry['predicted_mb']['peak']:7.0f} MB ({entry['deviation_percent']:+.1f} %)"
+    if "loading" in entry:
+        facts = entry["loading"]
+        line += f", loading +{facts['peak_rss_above_start_mb']:.0f} MB of {facts['bound_mb']:.0f} MB allowed"
+    print(line + f", {entry['seconds']:.0f} s", flush=True)
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--architecture", choices=["sd15", "sd21", "demo"], default="sd15", help="demo: the repository's small base.")
+    add("--rows", nargs="+", choices=list(ROWS), help="Default: all that make sense on the device.")
+    add("--resolutions", nargs="+", type=int, help="Default: 256 and 512 px, or 64 px for demo.")
+    add("--num_perturbations", type=int, default=2, help="n, unless the row has its own.")
+    add("--batch_sizes", nargs="+", type=int, default=[1], help="Examples a step.")
+    add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu", help="Of models.")
+    add("--reduced", action="store_true", help=f"Only {', '.join(REDUCED)} of SD 1.5 at 256 px.")
+    add("--output", type=Path, help="Default: benchmarks/results/memory_DEVICE.json.")
+    add("--child", nargs=2, metavar=("KIND", "JSON"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.reduced:
+        args.architecture, args.resolutions = "sd15", [256]
+    rows = args.rows or (REDUCED if args.reduced else list(ROWS))
+    args.rows = [name for name in rows if args.device == "cpu" or not ROWS[name].cpu_only]
+    args.resolutions = args.resolutions or ([64] if args.architecture == "demo" else [256, 512])
+    args.output = args.output or HERE / "results" / f"memory_{args.device}.json"
+    return args
+
+
+def list_keys(args):
+    """Every (architecture, row, resolution, n, batch size); what loading does not depend on is None."""
+    keys = []
+    for name, resolution, batch_size in itertools.product(args.rows, args.resolutions, args.batch_sizes):
+        row = ROWS[name]
+        n = row.num_perturbations or args.num_perturbations if row.kind in ("script", "official") else None
+        keys.append((args.architecture, name, *((None,) * 3 if row.kind == "load" else (resolution, n, batch_size))))
+    return list(dict.fromkeys(keys))
+
+
+def main():
+    args = parse_args()
+    if args.child:
+        return run_child(args.child[0], json.loads(args.child[1]))
+    if not Path("/proc/self/status").is_file():
+        raise SystemExit("bench_memory.py reads /proc/PID/status: it needs Linux.")
+    started = time.monotonic()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    demo = args.architecture == "demo"
+    base = ROOT / "demo" / "base" if demo else build(args.architecture, CACHE / args.architecture)
+    libraries = ["torch", "diffusers", "transformers", "accelerate", "bitsandbytes", "optimum-quanto", "openvino"]
+    facts = {
+        "hardware": hardware(args.device),
+        "versions": {"python": platform.python_version(), **{name: installed(name) for name in libraries}},
+    }
+
+    def finish(key, command, watched, result):
+        entry = {**dict(zip(KEY, key)), **facts, **result, "date": datetime.date.today().isoformat()}
+        entry |= {"command": relative(command), "seconds": round(watched.seconds, 1)}
+        store(args.output, entry)
+        print_entry(entry)
+
+    command = [sys.executable, "-c", IMPORTS]
+    watched = watch(command, args.device)
+    imports = summarize(watched)
+    finish((None, "imports", None, None, None), command, watched, {"measured": imports})
+    failed = {}
+    CACHE.mkdir(exist_ok=True)
+    for key in list_keys(args):
+        row = ROWS[key[1]]
+        with tempfile.TemporaryDirectory(dir=CACHE, prefix="memory-") as scratch:
+            scratch = Path(scratch)
+            place = {"base": base, "scratch": scratch, "images": scratch / "images", "fresh": scratch / "fresh"}
+            place |= {"none": "none", "kept": CACHE / "quantized"}
+            place["images"].mkdir()
+            generator = np.random.default_rng(0)
+            for i in range(2):
+                pixels = generator.integers(256, size=(64, 64, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(place["images"] / f"{i}.png")
+            try:
+                measure = measure_script if row.kind == "script" else measure_child
+                finish(key, *measure(row, key, place, args.device, imports))
+            except (RuntimeError, subprocess.CalledProcessError) as error:  # the other rows go on
+                failed[key[1]] = str(error)
+                print(f"{key[1]} failed: {error}", flush=True)
+    print(f"Wrote {args.output} after {time.monotonic() - started:.0f} s")
+    if failed:
+        raise SystemExit(f"Failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,317 @@
+"""How well do finite differences still see the loss? Every backend and activation precision against exact derivatives.
+
+    OMP_NUM_THREADS=1 python benchmarks/bench_signal.py          # some minutes on one core
+    python benchmarks/bench_signal.py --learned demo/output      # also at the tokens that `make demo` has learned
+
+On the trained demo base, forward differences (L(θ + μe) - L(θ)) / μ along Gaussian directions e, made as training
+makes them, are compared with the directional derivatives that autograd gives for the unquantized float32 model. A
+second comparison, with autograd through the same quantized weights in float32, leaves out what quantizing the weights
+changes: what remains is rounding of the activations (small μ) and curvature (large μ). A cell is one example at one
+timestep; a row of `benchmarks/results/signal.json` has the median and the worst cell of one backend, precision and μ.
+"""
+
+import argparse
+import contextlib
+import functools
+import itertools
+import math
+import platform
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from bench_real_photos import cpu_name
+from safetensors.torch import load_file
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import CLIPTextModel
+
+
+ROOT = Path(__file__).resolve().parent.parent
+BASE, SUBJECTS = ROOT / "demo" / "base", ROOT / "demo" / "subjects"
+sys.path.append(str(ROOT))
+
+import train_zoodip_textual_inversion as zoodip  # noqa: E402
+
+
+class Row(NamedTuple):
+    """A frozen model to measure: `load(room, device)` returns (unet, text encoder) for `room` candidates a pass."""
+
+    backend: str
+    activations: str
+    load: Callable
+    weights: str | None = None  # the quantization whose float32 autograd has the same weights; None: there is none
+    tf32: bool = False
+
+
+class Cell(NamedTuple):
+    """A batch of one example at one timestep, and the points θ `[1, d]` by name at which to measure there."""
+
+    batch: dict
+    thetas: dict
+
+
+def list_rows(cuda):
+    """Everything that can be measured on this machine. The text encoder and the UNet may differ in dtype."""
+    f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
+    precisions = {"float32": (f32, f32), "bfloat16": (bf16, bf16)}
+    half = {"float16": (f16, f16)}  # on CPUs so slow that one row must do
+    mixed = {"bfloat16, text float32": (bf16, f32)}
+    choices = {"none": precisions, "int8": precisions | half | mixed, "quanto-int8": precisions, "nf4": precisions}
+    if cuda:
+        extra = half | {"tf32": (f32, f32), "float16, text float32": (f16, f32)}
+        choices = {backend: chosen | extra for backend, chosen in choices.items()}
+    rows = [
+        Row(backend, activations, functools.partial(build, backend, *dtypes), backend, activations == "tf32")
+        for backend, chosen in choices.items()
+        for activations, dtypes in chosen.items()
+    ]
+    for activations, dtype in {"float32": f32, "bfloat16": bf16}.items():
+        load = functools.partial(build, "int8", dtype, f32, engine="openvino")
+        rows.append(Row("openvino int8", activations, load, "int8"))
+    return rows
+
+
+def script_args(subject, quantization):
+    """The training script's settings for a demo subject, whose last word is its shape; the rest are defaults."""
+    words = ["--pretrained_model_name_or_path", BASE, "--train_data_dir", SUBJECTS / subject, "--quantization"]
+    words += [quantization, "--placeholder_token", "<my-toy>", "--initializer_token", subject.split("_")[-1]]
+    words += ["--quantized_cache_dir", "none"]
+    return zoodip.parse_args([str(word) for word in words])
+
+
+def build(quantization, dtype, text_dtype, room, device, engine="torch"):
+    """UNet and text encoder, frozen and quantized, as the training script loads them."""
+    args = script_args("striped_star", quantization)  # any subject: only the model's settings are read
+    base = zoodip.read_base(args)
+    text_encoder, _ = zoodip.load_frozen(args, "text_encoder", device, text_dtype)
+    table, first = zoodip.load_token_table(args), base["first_placeholder_id"]
+    rows = zoodip.PromptRows(table, torch.arange(first), first, room, device, text_dtype)
+    text_encoder.set_input_embeddings(rows)
+    if engine == "openvino":
+        length = base["tokenizer"].model_max_length
+        unet, _, _ = zoodip.load_openvino_unet(args, device, dtype, base["latent_size"], length)
+    else:
+        unet, _ = zoodip.load_frozen(args, "unet", device, dtype)
+    if text_dtype != dtype:
+        unet.register_forward_pre_hook(
+            lambda _, inputs: tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs)
+        )
+    return unet, text_encoder
+
+
+def draw_cells(args, device):
+    """One (image, caption) pair of each subject, noised to every timestep; the same for all rows."""
+    generator = torch.Generator().manual_seed(args.seed)
+    words = CLIPTextModel.from_pretrained(BASE, subfolder="text_encoder", dtype=torch.float32).get_input_embeddings()
+    cells = []
+    for subject in args.subjects:
+        settings = script_args(subject, "none")
+        base, examples = zoodip.read_base(settings), zoodip.read_folder(settings)
+        prompt_ids, prompts_of_image = zoodip.build_prompts(settings, examples, base["tokenizer"])
+        vae = zoodip.load_vae(settings, torch.float32)
+        with torch.no_grad():
+            moments = zoodip.encode_images(vae, examples, "cpu")
+        concept = {"moments": moments, "flip_probability": 0.0, "scaling_factor": vae.config.scaling_factor}
+        concept |= {"prompt_ids": prompt_ids, "prompts_of_image": prompts_of_image}
+        thetas = {"initial": words.weight.detach()[base["initializer_id"]][None].to(device)}
+        if args.learned:
+            learned = load_file(args.learned / subject / "learned_embeds.safetensors", str(device))
+            (thetas["learned"],) = learned.values()
+        latents, ids = zoodip.draw_examples(concept, 1, generator)
+        for t in args.timesteps:
+            batch = zoodip.noise_batch(latents, ids, torch.tensor([t]), generator, base["scheduler"], device)
+            cells.append(Cell(batch, thetas))
+    return cells, base["first_placeholder_id"]
+
+
+@contextlib.contextmanager
+def tf32(enabled):
+    """Allows or forbids TF32 in CUDA's float32 products; cuDNN's convolutions use it unless forbidden."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = enabled
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def loss_at(theta, batch, unet, text_encoder, first_id):
+    """The script's loss as a differentiable function of θ `[1, d]`, which a hook puts in after the token table."""
+
+    def put_in(_, inputs, output):
+        return torch.where((inputs[0] == first_id)[..., None], theta[0], output)
+
+    hook = text_encoder.get_input_embeddings().register_forward_hook(put_in)
+    try:
+        row = torch.zeros((1, *theta.shape), device=theta.device)  # written to the table, and replaced by the hook
+        return zoodip.candidate_losses(row, batch, text_encoder, unet, first_id)[0]
+    finally:
+        hook.remove()
+
+
+def exact_slopes(cells, directions, model, first_id):
+    """Per θ name, per cell: the derivative along every direction, from one backward pass (float64 `[n]`, host)."""
+    slopes = {}
+    for cell in cells:
+        for name, theta in cell.thetas.items():
+            theta = theta.clone().requires_grad_()
+            (gradient,) = torch.autograd.grad(loss_at(theta, cell.batch, *model, first_id), theta)
+            product = torch.tensordot(directions.double(), gradient.double(), dims=2)
+            slopes.setdefault(name, []).append(product.cpu())
+    return slopes
+
+
+def forward_mode_slopes(cell, directions, model, first_id):
+    """Derivatives at the initial θ by forward-mode differentiation, one by one: a check on `exact_slopes`."""
+    slopes = []
+    for direction in directions:
+        # Of the attention kernels only the plain one has a forward derivative.
+        with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+            theta = forward_ad.make_dual(cell.thetas["initial"], direction)
+            loss = loss_at(theta, cell.batch, *model, first_id)
+            slopes.append(forward_ad.unpack_dual(loss).tangent.double().cpu())
+    return torch.stack(slopes)
+
+
+def difference_slopes(cells, name, mu, directions, model, first_id):
+    """Per cell: forward differences from batched passes, as in `estimate_gradient`; nan where a loss is."""
+    slopes = []
+    for cell in cells:
+        theta = cell.thetas[name]
+        candidates = torch.cat([theta[None], theta + mu * directions])
+        losses = zoodip.candidate_losses(candidates, cell.batch, model[1], model[0], first_id, max_candidates=33)
+        slopes.append(((losses[1:] - losses[0]) / mu).double().cpu())
+    return slopes
+
+
+def compare(measured, reference):
+    """Correlation over the directions (median and least cell) and relative error (median); None: not to be had.
+
+    Correlation forgives an error that all differences share, the rounding of L(θ) itself; the relative error does not.
+    """
+    if reference is None:
+        return None
+    correlations = [torch.corrcoef(torch.stack(pair))[0, 1].item() for pair in zip(measured, reference)]
+    errors = [((slopes - exact).norm() / exact.norm()).item() for slopes, exact in zip(measured, reference)]
+    correlations = [r if math.isfinite(r) else 0.0 for r in correlations]  # constant or overflown: nothing is seen
+    error = statistics.median(e if math.isfinite(e) else math.inf for e in errors)
+    return {
+        "correlation_median": round(statistics.median(correlations), 5),
+        "correlation_min": round(min(correlations), 5),
+        "relative_error_median": float(f"{error:.4g}") if math.isfinite(error) else None,
+    }
+
+
+def print_row(result):
+    """One line of the table; `main` prints what the columns are."""
+    print(f"{result['backend']:15}{result['activations']:24}{result['theta']:9}{result['mu']:7.0e}", end="")
+    for figures in (result["exact"], result["own_weights"]):
+        r, least, error = figures.values() if figures else (math.nan,) * 3
+        print(f" |{r:8.3f}{least:8.3f}{math.nan if error is None else error:10.1%}", end="")
+    print(flush=True)
+
+
+def installed(package):
+    """The version of a package, or None."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def parse_args():
+    backends = list(dict.fromkeys(row.backend for row in list_rows(cuda=True)))
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    subjects = ["striped_star", "dotted_circle", "twotone_moon"]
+    add = parser.add_argument
+    add("--backends", nargs="+", choices=backends, default=backends, help="Which weights to measure.")
+    add("--subjects", nargs="+", default=subjects, help="Folders of demo/subjects; one (image, caption) of each.")
+    add("--timesteps", nargs="+", type=int, default=[500, 700, 899], help="Timesteps of each example.")
+    add("--mu", nargs="+", type=float, default=[1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2], help="Steps of the differences.")
+    add("--directions", type=int, default=64, help="Gaussian directions, the same in every cell.")
+    add("--learned", type=Path, help="Folder of SUBJECT/learned_embeds.safetensors: measure at these tokens, too.")
+    add("--seed", type=int, default=0, help="Of examples, noise and directions.")
+    add("--output", type=Path, default=ROOT / "benchmarks" / "results" / "signal.json", help="The result.")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    started = time.perf_counter()
+    cuda = torch.cuda.is_available()
+    device, room = torch.device("cuda" if cuda else "cpu"), args.directions + 1
+    cells, first_id = draw_cells(args, device)
+    shape = next(iter(cells[0].thetas.values())).shape
+    generator = torch.Generator().manual_seed(args.seed + 1)
+    directions = torch.randn((args.directions, *shape), generator=generator).to(device)
+
+    @functools.cache
+    def reference(quantization):
+        """Exact slopes with these weights in float32; None where a backend has no autograd."""
+        try:
+            with tf32(False):
+                model = build(quantization, torch.float32, torch.float32, room, device)
+                return exact_slopes(cells, directions, model, first_id)
+        except Exception as error:  # libraries refuse autograd each in its own way
+            left_out[f"{quantization}, autograd"] = f"{type(error).__name__}: {error}"
+
+    results, left_out = [], {}
+    with tf32(False):
+        model = build("none", torch.float32, torch.float32, room, device)
+        check = forward_mode_slopes(cells[0], directions[:8], model, first_id)
+    exact = reference("none")["initial"][0][:8]
+    deviation = float(f"{((check - exact).norm() / exact.norm()).item():.2g}")
+    print(f"Forward-mode differentiation deviates from autograd by {deviation}.")
+    print(f"{'r: median and least cell; error':55} |{'against exact':^26}|{'against own weights':^26}")
+    for row in list_rows(cuda):
+        if row.backend not in args.backends:
+            continue
+        label = {"backend": row.backend, "activations": row.activations}
+        own = reference(row.weights) if row.weights else None
+        try:
+            model = row.load(room, device)
+            for name, mu in itertools.product(cells[0].thetas, args.mu):
+                with tf32(row.tf32), torch.inference_mode():
+                    slopes = difference_slopes(cells, name, mu, directions, model, first_id)
+                result = {
+                    "exact": compare(slopes, reference("none")[name]),
+                    "own_weights": compare(slopes, own[name]) if own else None,
+                }
+                results.append({**label, "theta": name, "mu": mu, **result})
+                print_row(results[-1])
+        except Exception as error:  # not installed, or without kernels for this machine: the other rows go on
+            left_out[", ".join(label.values())] = f"{type(error).__name__}: {error}"
+        model = None
+    for what, reason in left_out.items():
+        print(f"Left out {what}: {reason}")
+    libraries = ["torch", "diffusers", "transformers", "bitsandbytes", "optimum-quanto", "openvino"]
+    settings = {key: value for key, value in vars(args).items() if key != "output"}
+    settings["learned"] = args.learned and str(args.learned)
+    hardware = {"name": torch.cuda.get_device_name() if cuda else cpu_name(), "threads": torch.get_num_threads()}
+    zoodip.write_json(
+        args.output,
+        {
+            "command": shlex.join(["python", "benchmarks/bench_signal.py", *sys.argv[1:]]),
+            "configuration": {**settings, "base": "demo/base", "cells": len(cells)},
+            "forward_mode_deviation": deviation,
+            "rows": results,
+            "left_out": left_out,
+            "hardware": {"device": device.type, **hardware},
+            "versions": {"python": platform.python_version(), **{name: installed(name) for name in libraries}},
+            "seconds": round(time.perf_counter() - started, 1),
+        },
+    )
+    print(f"Wrote {args.output} after {time.perf_counter() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,705 @@
+"""How long does a training step take? The script's own, other ways to train the same token, and the floor below all.
+
+    python benchmarks/bench_step.py --reduced                    # some minutes on two cores
+    python benchmarks/bench_step.py --resolutions 256 512        # every row of this machine
+    python benchmarks/bench_step.py --rows ours-int8 ours-openvino --num_perturbations 1 2 4 8
+    python benchmarks/bench_step.py --processes 2                # data-parallel processes, on demo/base
+
+Real architectures with random weights (`random_base`): the time of a step does not depend on what the weights are. A
+machine's speed changes by the minute, so all rows of a configuration (resolution, n, batch) are in memory together and
+take turns, in an order that rotates; times are compared within such a group only. Where memory does not hold all rows,
+there are several groups, and the reference rows are measured anew in each.
+
+Left out of every row: what happens once a run (loading, the VAE in our case) or once in dozens of steps (the SVD of
+Subspace Gradient, about 20 ms every 128 steps; validation; saving).
+
+Rows of `benchmarks/results/step_<device>.json` are keyed by `KEY`: measuring one again replaces it alone.
+"""
+
+import argparse
+import contextlib
+import functools
+import itertools
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import psutil
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.optimization import get_scheduler
+
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+sys.path += [str(HERE), str(ROOT)]
+
+import baselines  # noqa: E402
+import random_base  # noqa: E402
+from bench_real_photos import cpu_name  # noqa: E402
+from bench_signal import installed  # noqa: E402
+
+import train_zoodip_textual_inversion as zoodip  # noqa: E402
+
+
+CACHE, SUBJECT = HERE / ".cache", ROOT / "demo" / "subjects" / "striped_star"
+KEY = ("architecture", "row", "resolution", "num_perturbations", "batch_size", "device")
+PROCESS_KEY = ("architecture", "processes", "resolution", "num_perturbations", "batch_size", "device")
+REFERENCES = ("official", "ours-int8", "ours-quanto")  # small models: they stay in memory for every group
+FLOAT = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class OurStep:
+    """The training script's step: its own functions, called as the loop of its `main` calls them.
+
+    Args:
+        base: folder of the model.
+        flags: the script's, beside those that `configure` sets: what computes, and in which precision.
+        resolution, batch_size, num_perturbations: see `configure`.
+        device: torch device, or its name.
+        cache_dir: `--quantized_cache_dir`.
+    """
+
+    def __init__(
+        self,
+        base,
+        flags=(),
+        resolution=512,
+        batch_size=1,
+        num_perturbations=2,
+        device="cpu",
+        cache_dir=CACHE / "quantized",
+    ):
+        self.base_name, self.flags, self.device = base, list(flags), torch.device(device)
+        self.cache_dir = Path(cache_dir)
+        self.cache_dir.mkdir(parents=True, exist_ok=True)
+        self.unet = self.layers_on_disk = None
+        args = self.read_settings(resolution, batch_size, num_perturbations)
+        self.text_encoder, _ = zoodip.load_frozen(args, "text_encoder", self.device, self.dtype)
+        if args.unet_backend == "torch":
+            staging = torch.device("cpu") if args.low_vram else self.device
+            self.unet, _ = zoodip.load_frozen(args, "unet", staging, self.dtype)
+            if self.device.type == "cuda":
+                self.unet.to(memory_format=torch.channels_last)
+        if args.low_vram:
+            self.layers_on_disk = tempfile.TemporaryDirectory(prefix=".tmp-layers-", dir=self.cache_dir)
+            zoodip.stream_weights(self.unet, self.device, self.layers_on_disk.name)
+        self.compiled_for = None
+        self.configure(resolution, batch_size, num_perturbations)
+
+    def read_settings(self, resolution, batch_size, num_perturbations):
+        """The script's arguments, with all defaults and checks; `self.base` is what it reads of the model."""
+        words = ["--pretrained_model_name_or_path", self.base_name, "--train_data_dir", SUBJECT]
+        words += ["--placeholder_token", "<my-toy>", "--initializer_token", "star", "--report_to", "none"]
+        words += ["--resolution", resolution, "--train_batch_size", batch_size]
+        words += ["--num_perturbations", num_perturbations, "--quantized_cache_dir", self.cache_dir, *self.flags]
+        self.args = zoodip.parse_args([str(word) for word in words])
+        self.dtype = zoodip.choose_precision(self.args, self.device)
+        zoodip.check_backend(self.args, self.device)
+        self.base = zoodip.read_base(self.args)
+        return self.args
+
+    def configure(self, resolution, batch_size, num_perturbations):
+        """Starts training anew with these settings; the models stay (OpenVINO's is made for one resolution)."""
+        args = self.read_settings(resolution, batch_size, num_perturbations)
+        base, device = self.base, self.device
+        if args.unet_backend == "openvino" and self.compiled_for != resolution:
+            self.unet = None  # the old one leaves before the new one comes
+            length = base["tokenizer"].model_max_length
+            self.unet, _, _ = zoodip.load_openvino_unet(args, device, self.dtype, base["latent_size"], length)
+            self.compiled_for = resolution
+        if args.torch_compile:
+            torch.compiler.reset()  # shapes are static, and after eight of them it would no longer compile
+            self.unet.compile(mode="reduce-overhead", dynamic=False)
+        examples = zoodip.read_folder(args)
+        prompt_ids, prompts_of_image = zoodip.build_prompts(args, examples, base["tokenizer"])
+        self.concept = {
+            "moments": self.draw_moments(len(examples)),
+            "flip_probability": args.flip_probability,
+            "scaling_factor": self.scaling_factor,
+            "prompt_ids": prompt_ids,
+            "prompts_of_image": prompts_of_image,
+        }
+        table, first_id = zoodip.load_token_table(args), base["first_placeholder_id"]
+        in_use = torch.cat([prompt_ids.flatten(), zoodip.validation_ids(args, base["tokenizer"])])
+        rows = zoodip.candidates_per_pass(args) * args.num_vectors
+        self.text_encoder.set_input_embeddings(zoodip.PromptRows(table, in_use, first_id, rows, device, self.dtype))
+        self.theta = table[base["initializer_id"]].float().to(device).repeat(args.num_vectors, 1)
+        self.initial = self.theta.clone()
+        betas = (args.adam_beta1, args.adam_beta2)
+        self.optimizer = torch.optim.Adam(
+            [self.theta],
+            lr=args.learning_rate,
+            betas=betas,
+            eps=args.adam_epsilon,
+            weight_decay=args.adam_weight_decay,
+        )
+        self.lr_scheduler = get_scheduler(args.lr_scheduler, self.optimizer)
+        self.subspace = zoodip.SubspaceGradient(args.sg_window, args.sg_threshold)
+        self.generators = {
+            name: torch.Generator().manual_seed(int(np.random.SeedSequence([args.seed, i, 0]).generate_state(1)[0]))
+            for i, name in enumerate(["data", "perturbations"])
+        }
+        self.interval_loss = torch.zeros((), device=device)
+        self.loss_of = functools.partial(
+            zoodip.candidate_losses,
+            text_encoder=self.text_encoder,
+            unet=self.unet,
+            first_placeholder_id=first_id,
+            max_candidates=args.max_candidates_per_forward,
+        )
+
+    def draw_moments(self, images):
+        """Random latent moments in place of `encode_images`; scaled latents are about N(0, 1)."""
+        where = {"subfolder": "vae"}
+        config = AutoencoderKL.load_config(self.base_name, **where)
+        self.scaling_factor = config.get("scaling_factor", 0.18215)
+        size, channels = self.base["latent_size"], config["latent_channels"]
+        generator = torch.Generator().manual_seed(0)
+        mean = torch.randn(2, images, channels, size, size, generator=generator) / self.scaling_factor
+        return torch.cat([mean, torch.full_like(mean, -10.0)], dim=2)
+
+    def draw_batch(self, generator):
+        args = self.args
+        latents, ids = zoodip.draw_examples(self.concept, args.train_batch_size, generator)
+        bounds = (args.puts_min_timestep, args.puts_max_timestep)
+        timesteps = zoodip.sample_puts_timesteps(args.train_batch_size, *bounds, generator)
+        return zoodip.noise_batch(latents, ids, timesteps, generator, self.base["scheduler"], self.device)
+
+    def prepare(self):
+        """What must be set before a step, as several rows share a process; its time does not count."""
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.args.allow_tf32
+
+    @torch.inference_mode()
+    def step(self):
+        """One step; returns the loss, on the device."""
+        args = self.args
+        estimate, loss = zoodip.estimate_gradient(
+            functools.partial(self.loss_of, batch=self.draw_batch(self.generators["data"])),
+            self.theta,
+            args.num_perturbations,
+            args.perturbation_scale,
+            self.generators["perturbations"],
+            args.gradient_estimator,
+        )
+        self.interval_loss += loss
+        removed = 0 if self.subspace.removed is None else len(self.subspace.removed)
+        projected = self.subspace.project(estimate)
+        self.theta.grad = zoodip.normalize_estimate(projected, args.num_perturbations, removed)
+        self.optimizer.step()
+        self.lr_scheduler.step()
+        self.subspace.update(self.theta)
+        return loss
+
+    @torch.inference_mode()
+    def fixed_losses(self, scale=1e-3):
+        """Losses `[n + 1]` of a batch and candidates that are the same for every `OurStep` of a configuration."""
+        generator = torch.Generator().manual_seed(1)
+        batch = self.draw_batch(generator)
+        directions = torch.randn(self.args.num_perturbations, *self.initial.shape, generator=generator)
+        candidates = torch.cat([self.initial[None], self.initial + scale * directions.to(self.device)])
+        return self.loss_of(candidates, batch=batch).cpu()
+
+
+class Baseline:
+    """A class of `baselines` as a row: the models stay, the loop around them is made anew for a configuration.
+
+    Args:
+        kind: "official", "ti" or "floor".
+        models: `baselines.Models` with the placeholder's row as the last of the token table; rows may share them.
+        dtype: of the activations.
+        device: torch device.
+        checkpointing: gradient checkpointing, for "ti".
+    """
+
+    def __init__(self, kind, models, dtype, device, checkpointing=False):
+        self.kind, self.models, self.dtype, self.device = kind, models, dtype, device
+        self.checkpointing = checkpointing
+        self.loop = None
+
+    def configure(self, resolution, batch_size, num_perturbations):
+        self.loop = None  # the old optimizer leaves before the new one comes
+        where = {"device": self.device, "dtype": self.dtype, "batch_size": batch_size}
+        last = self.models.text_encoder.get_input_embeddings().num_embeddings - 1
+        if self.kind == "official":
+            where |= {"num_perturbations": num_perturbations, "placeholder_id": last}
+            self.loop = baselines.OfficialLoop(self.models, resolution, **where)
+        elif self.kind == "ti":
+            self.loop = baselines.GradientTextualInversion(self.models, resolution, placeholder_id=last, **where)
+        else:
+            latent = resolution // 2 ** (len(self.models.vae.config.block_out_channels) - 1)
+            where |= {"num_perturbations": num_perturbations, "latent": latent}
+            self.loop = baselines.BareForwards(self.models.unet, **where)
+
+    def prepare(self):
+        """PyTorch's own TF32 settings, and gradient checkpointing as this row has it: others share the models."""
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = False, True
+        unet, text_encoder = self.models.unet, self.models.text_encoder
+        if self.kind == "floor":  # it is to be the fastest that plain PyTorch does
+            unet.eval()
+            if self.device.type == "cuda":
+                self.loop.inputs["sample"] = self.loop.inputs["sample"].to(memory_format=torch.channels_last)
+        elif self.kind == "ti":
+            unet.train(self.checkpointing)
+            if self.checkpointing:
+                unet.enable_gradient_checkpointing()
+                text_encoder.gradient_checkpointing_enable()
+            else:
+                unet.disable_gradient_checkpointing()
+                text_encoder.gradient_checkpointing_disable()
+
+    def step(self):
+        return self.loop.step()
+
+
+class Row(NamedTuple):
+    """What to measure: `flags` of the script (ours) or a kind of `Baseline`, and where that runs by default."""
+
+    defaults: tuple = ()  # devices on whose default list it is
+    flags: str | None = None
+    kind: str | None = None
+    precision: str | None = None
+    checkpointing: bool = False
+    # Bytes in memory for every parameter of the UNet, other models included.
+    size: float = 1.2
+    note: str | None = None
+
+
+BOTH = ("cpu", "cuda")
+ROWS = {
+    "ours-int8": Row(BOTH, ""),
+    "ours-int8-fp32": Row(("cuda",), "--mixed_precision no"),
+    "ours-int8-bf16": Row((), "--mixed_precision bf16"),
+    "ours-none": Row(BOTH, "--quantization none", size=4.5),
+    "ours-none-fp32": Row(("cuda",), "--quantization none --mixed_precision no", size=4.5),
+    "ours-nf4": Row(BOTH, "--quantization nf4"),
+    "ours-quanto": Row(BOTH, "--quantization quanto-int8 --mixed_precision no"),
+    "ours-quanto-fp16": Row(("cuda",), "--quantization quanto-int8 --mixed_precision fp16"),
+    "ours-openvino": Row(("cpu",), "--unet_backend openvino", size=5.3),
+    "ours-openvino-bf16": Row(
+        ("cpu",), "--unet_backend openvino --mixed_precision bf16", size=5.3, note="for pictures only, not training"
+    ),
+    "ours-low-vram": Row(BOTH, "--low_vram", size=0.3),
+    "ours-compile": Row(("cuda",), "--torch_compile", note="compiling, at the first step, is not counted"),
+    "official": Row(BOTH, kind="official", precision="fp32", size=1.6),
+    "official-fp16": Row(("cuda",), kind="official", precision="fp16", size=1.6),
+    "ti-fp32": Row(BOTH, kind="ti", precision="fp32", size=6.0),
+    "ti-fp32-checkpointing": Row(BOTH, kind="ti", precision="fp32", checkpointing=True, size=6.0),
+    "ti-bf16": Row(BOTH, kind="ti", precision="bf16", size=4.0),
+    "ti-bf16-checkpointing": Row(BOTH, kind="ti", precision="bf16", checkpointing=True, size=4.0),
+    "floor-fp32": Row(BOTH, kind="floor", precision="fp32", size=5.0),
+    "floor-bf16": Row((), kind="floor", precision="bf16", size=2.5),
+    "floor-fp16": Row(("cuda",), kind="floor", precision="fp16", size=2.5),
+}
+REDUCED_ROWS = "ours-int8 ours-openvino ours-quanto official ti-fp32 ti-fp32-checkpointing floor-fp32".split()
+
+# What backpropagation without checkpointing keeps, per entry of the latent's plane and byte of an activation: measured
+# on SD 1.5 (docs/results.md has none of it). A CPU that runs out of memory kills the process, so it is not tried.
+KEPT_PER_PIXEL = 0
+
+
+unet_flop = functools.cache(baselines.unet_flops)
+matmul_peak = functools.cache(baselines.matmul_peak)
+
+
+class Bench:
+    """Builds rows, lets them take turns and keeps the results. `args` are those of `parse_args`."""
+
+    def __init__(self, args):
+        self.args, self.device = args, torch.device(args.device)
+        demo = args.architecture == "demo"
+        self.base = ROOT / "demo" / "base" if demo else random_base.build(args.architecture, CACHE / args.architecture)
+        vae = AutoencoderKL.load_config(self.base, subfolder="vae")
+        self.factor = 2 ** (len(vae["block_out_channels"]) - 1)
+        with torch.device("meta"):
+            unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(self.base, subfolder="unet"))
+        self.parameters = sum(p.numel() for p in unet.parameters())
+        self.measured = set()  # keys of this run: a reference row counts with its first group
+
+    def source(self, name):
+        """Which models a row uses. On CUDA the floor's UNet has another memory layout than the others have."""
+        row = ROWS[name]
+        if row.kind is None:
+            return name
+        alone = row.kind == "official" or row.kind == "floor" and self.device.type == "cuda"
+        return f"{row.kind if alone else 'unquantized'} {row.precision}"
+
+    def groups(self):
+        """Lists of row names whose models fit in `--memory_gb` together, the reference rows in each."""
+        references = [name for name in self.args.rows if name in REFERENCES]
+        sources, sizes = {}, {}
+        for name in self.args.rows:
+            sources.setdefault(self.source(name), []).append(name)
+            size = ROWS[name].size * self.parameters
+            sizes[self.source(name)] = max(size, sizes.get(self.source(name), 0))
+        kept = sum(sizes.pop(self.source(name)) for name in references)
+        groups, used = [list(references)], kept
+        for source, size in sizes.items():
+            if used + size > self.args.memory_gb * 1e9 and len(groups[-1]) > len(references):
+                groups.append(list(references))
+                used = kept
+            groups[-1] += sources[source]
+            used += size
+        return groups
+
+    def load(self, names, built):
+        """Fills `built`, row name -> row at work, with what is missing; returns the failures, name -> reason."""
+        failures, models = {}, {}
+        resolution, batch_size, n = self.args.resolutions[0], self.args.batch_sizes[0], self.args.num_perturbations[0]
+        for name in [name for name in names if name not in built]:
+            row, source = ROWS[name], self.source(name)
+            started = time.perf_counter()
+            try:
+                if row.kind is None:
+                    built[name] = OurStep(
+                        self.base, row.flags.split(), resolution, batch_size, n, self.device, self.args.cache_dir
+                    )
+                else:
+                    if source not in models:
+                        models[source] = self.load_baseline(row)
+                    dtype = FLOAT[row.precision]
+                    built[name] = Baseline(row.kind, models[source], dtype, self.device, row.checkpointing)
+            except Exception as error:  # not installed, or not made for this machine: the other rows go on
+                failures[name] = f"{type(error).__name__}: {error}"
+            print(f"  {name}: built in {time.perf_counter() - started:.0f} s", flush=True)
+            baselines.release_freed_memory()
+        return failures
+
+    def load_baseline(self, row):
+        """Models with one row more in the token table: making a loop for them again adds no other."""
+        official = row.kind == "official"
+        text_dtype = None if official else torch.float32  # as diffusers' textual inversion keeps it
+        models = baselines.load_models(self.base, self.device, FLOAT[row.precision], text_dtype, quanto=official)
+        words = models.text_encoder.get_input_embeddings().num_embeddings
+        models.text_encoder.resize_token_embeddings(words + 1, mean_resizing=False)
+        if row.kind == "floor" and self.device.type == "cuda":
+            models.unet.to(memory_format=torch.channels_last)
+        return models
+
+    def timed(self, step, steps):
+        """Seconds per step of `steps` steps, the device's work included."""
+        step.prepare()
+        self.wait()
+        started = time.perf_counter()
+        for _ in range(steps):
+            step.step()
+        self.wait()
+        return (time.perf_counter() - started) / steps
+
+    def wait(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def too_large(self, name, resolution, batch_size):
+        """Why a row must not be tried on a CPU, or None."""
+        row = ROWS[name]
+        if row.kind != "ti" or row.checkpointing or self.device.type != "cpu" or self.args.architecture == "demo":
+            return None
+        need = KEPT_PER_PIXEL * batch_size * (resolution // self.factor) ** 2 * FLOAT[row.precision].itemsize
+        free = psutil.virtual_memory().available
+        return f"needs about {need / 1e9:.0f} GB more, {free / 1e9:.0f} GB are free" if need > 0.9 * free else None
+
+    def measure(self, names, built, configuration):
+        """One group in one configuration.
+
+        Returns:
+            Seconds per step of every round by row name (the first step, which warms up, in a second dict), and the
+            failures, name -> reason.
+        """
+        resolution, batch_size, n = configuration
+        seconds, first, failures = {}, {}, {}
+
+        def attempt(name, action, *arguments):
+            try:
+                return action(*arguments)
+            except Exception as error:  # out of memory, say: the other rows go on
+                seconds.pop(name, None)
+                failures[name] = f"{type(error).__name__}: {error}"
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
+
+        for name in names:
+            if reason := self.too_large(name, resolution, batch_size):
+                failures[name] = reason
+                continue
+            seconds[name] = []
+            attempt(name, built[name].configure, resolution, batch_size, n)
+        for name in list(seconds):
+            first[name] = attempt(name, self.timed, built[name], 1)
+        for name in list(seconds):
+            if self.args.warmup > 1:
+                attempt(name, self.timed, built[name], self.args.warmup - 1)
+        baselines.release_freed_memory()
+        for i in range(self.args.rounds):
+            order = list(seconds)
+            shift = i % max(1, len(order))
+            for name in order[shift:] + order[:shift]:
+                taken = attempt(name, self.timed, built[name], self.args.steps)
+                if taken is not None:
+                    seconds[name].append(taken)
+        return seconds, first, failures
+
+    def agreement(self, names, built):
+        """By row: the largest relative difference of its losses from ours-int8's, where the weights are the same."""
+        same = [name for name in names if ROWS[name].kind is None and built[name].args.quantization == "int8"]
+        if "ours-int8" not in same:
+            return {}
+        built["ours-int8"].prepare()
+        exact = built["ours-int8"].fixed_losses()
+        others = {name: built[name].fixed_losses() for name in same if name != "ours-int8"}
+        return {name: float(f"{((x - exact).abs() / exact).max().item():.3g}") for name, x in others.items()}
+
+    def results(self, seconds, first, built, configuration):
+        """The JSON rows of one group in one configuration."""
+        resolution, batch_size, n = configuration
+        medians = {name: statistics.median(values) for name, values in seconds.items()}
+        agreement = self.agreement(list(seconds), built)
+        rows = []
+        for name, values in seconds.items():
+            row, step, median = ROWS[name], built[name], medians[name]
+            zeroth_order = row.kind != "ti"
+            examples = (n + 1 if zeroth_order else 1) * batch_size
+            floor = None
+            if zeroth_order:  # backward passes have another count
+                flop = examples * unet_flop(self.base / "unet" / "config.json", 1, resolution // self.factor)
+                rate = matmul_peak(self.device, step.dtype)
+                floor = {
+                    "unet_tflop": significant(flop / 1e12),
+                    "matmul_gflop_per_second": significant(rate / 1e9),
+                    "seconds": significant(flop / rate),
+                    "ratio": significant(median * rate / flop),
+                }
+            rows.append(
+                {
+                    **self.key(name, configuration),
+                    "flags": row.flags,
+                    "activations": str(step.dtype).removeprefix("torch."),
+                    "note": row.note,
+                    "seconds_per_step": {
+                        "median": significant(median),
+                        "min": significant(min(values)),
+                        "max": significant(max(values)),
+                        "rounds": [significant(value) for value in values],
+                        "first": significant(first[name]),
+                    },
+                    "steps_per_second": significant(1 / median),
+                    "seconds_per_direction": significant(median / n) if zeroth_order else None,
+                    "seconds_per_example": significant(median / examples),
+                    "examples_per_step": examples,
+                    "ratio_to": {
+                        other: significant(median / value)
+                        for other, value in medians.items()
+                        if other != name and (other in REFERENCES or ROWS[other].kind == "floor")
+                    },
+                    "arithmetic_floor": floor,
+                    "loss_deviation_from_ours_int8": agreement.get(name),
+                    "interleaved_with": [other for other in seconds if other != name],
+                    "rounds": self.args.rounds,
+                    "steps_per_round": self.args.steps,
+                    **provenance(self.device),
+                }
+            )
+        return rows
+
+    def key(self, name, configuration):
+        return dict(zip(KEY, (self.args.architecture, name, *self.order(configuration), self.device.type)))
+
+    def order(self, configuration):
+        resolution, batch_size, n = configuration
+        return resolution, n, batch_size
+
+    def run(self):
+        built = {}
+        for names in self.groups():
+            for name in [name for name in built if name not in names]:
+                del built[name]
+            baselines.release_freed_memory()
+            print(f"{self.args.architecture} on {self.device}: {', '.join(names)}", flush=True)
+            unbuilt = self.load(names, built)
+            for resolution, batch_size, n in itertools.product(
+                self.args.resolutions, self.args.batch_sizes, self.args.num_perturbations
+            ):
+                configuration = resolution, batch_size, n
+                present = [name for name in names if name in built]
+                seconds, first, failures = self.measure(present, built, configuration)
+                rows = self.results(seconds, first, built, configuration)
+                print(f"{resolution} px, n = {n}, batch {batch_size}")
+                print_rows(rows)
+                left_out = []
+                for name, reason in (unbuilt | failures).items():
+                    print(f"  left out {name}: {reason}", flush=True)
+                    left_out.append({**self.key(name, configuration), "reason": reason, **provenance(self.device)})
+                new = [row for row in rows if key_of(row) not in self.measured]
+                self.measured.update(map(key_of, new))
+                merge(self.args.output, rows=new, left_out=left_out)
+
+
+def significant(value, digits=4):
+    return float(f"{value:.{digits}g}")
+
+
+def key_of(row, key=KEY):
+    return tuple(row[name] for name in key)
+
+
+def print_rows(rows):
+    """A table for the terminal: seconds per step, and in how many of the reference's steps it would be done."""
+    for row in rows:
+        times, ratios = row["seconds_per_step"], row["ratio_to"]
+        floor = row["arithmetic_floor"]
+        line = f"  {row['row']:24}{times['median']:9.3f} s ({times['min']:.3f} to {times['max']:.3f})"
+        line += "".join(f"{ratios[name]:8.3f} x {name}" for name in ("official", "ours-quanto") if name in ratios)
+        line += f"{floor['ratio']:8.2f} x arithmetic" if floor else ""
+        if row["loss_deviation_from_ours_int8"] is not None:
+            line += f"  losses within {row['loss_deviation_from_ours_int8']:.1e}"
+        print(line, flush=True)
+
+
+def provenance(device):
+    """What an entry was measured with."""
+    libraries = ["torch", "diffusers", "transformers", "bitsandbytes", "optimum-quanto", "openvino"]
+    hardware = {"cpu": cpu_name(), "cpu_count": os.cpu_count(), "threads": torch.get_num_threads()}
+    if device.type == "cuda":
+        hardware["gpu"] = torch.cuda.get_device_name(device)
+    return {
+        "command": shlex.join(["python", "benchmarks/bench_step.py", *sys.argv[1:]]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "hardware": hardware,
+        "versions": {"python": platform.python_version(), **{name: installed(name) for name in libraries}},
+    }
+
+
+def merge(path, rows=(), left_out=(), processes=()):
+    """Puts new entries into the result: each replaces the one with its key, all others stay."""
+    path = Path(path)
+    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    def merged(old, new, key):
+        together = {key_of(entry, key): entry for entry in [*old, *new]}
+        return [together[k] for k in sorted(together)]
+
+    done = {key_of(row) for row in rows}
+    failed = [entry for entry in content.get("left_out", []) if key_of(entry) not in done]
+    zoodip.write_json(
+        path,
+        {
+            "rows": merged(content.get("rows", []), rows, KEY),
+            "left_out": merged(failed, left_out, KEY),
+            "processes": merged(content.get("processes", []), processes, PROCESS_KEY),
+        },
+    )
+
+
+def scale_processes(args):
+    """The real script on demo/base in 1, 2, 4, ... data-parallel processes of one thread; they take turns, too."""
+    counts = [2**i for i in range(args.processes.bit_length()) if 2**i <= args.processes]
+    resolution, n, batch_size = args.resolutions[0], args.num_perturbations[0], args.batch_sizes[0]
+    figures = {count: [] for count in counts}
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+    flags = ["--pretrained_model_name_or_path", ROOT / "demo" / "base", "--train_data_dir", SUBJECT]
+    flags += ["--placeholder_token", "<my-toy>", "--initializer_token", "star", "--report_to", "none"]
+    flags += ["--max_train_steps", args.process_steps, "--logging_steps", args.process_steps]
+    flags += ["--num_validation_samples", 0, "--quantized_cache_dir", args.cache_dir, "--resolution", resolution]
+    flags += ["--num_perturbations", n, "--train_batch_size", batch_size]
+    for i in range(args.rounds):
+        for count in counts[i % len(counts) :] + counts[: i % len(counts)]:
+            with tempfile.TemporaryDirectory() as folder:
+                command = [
+                    *launcher,
+                    count,
+                    ROOT / "train_zoodip_textual_inversion.py",
+                    *flags,
+                    "--output_dir",
+                    folder,
+                ]
+                done = subprocess.run([str(word) for word in command], env=environment, capture_output=True, text=True)
+                if done.returncode:
+                    raise SystemExit(f"{count} processes failed:\n{done.stderr[-3000:]}")
+                figures[count].append(json.loads((Path(folder) / "zoodip_config.json").read_text())["figures"])
+            print(f"  {count} processes: {figures[count][-1]['steps_per_second']} steps/s", flush=True)
+    entries, alone = [], None
+    for count, runs in figures.items():
+        rates = [run["steps_per_second"] for run in runs]
+        passes = statistics.median(rates) * runs[0]["forward_passes"] / runs[0]["steps"]
+        alone = alone or passes
+        source = provenance(torch.device("cpu"))
+        source["hardware"]["threads"] = 1  # of each process
+        entries.append(
+            {
+                **dict(zip(PROCESS_KEY, ("demo", count, resolution, n, batch_size, "cpu"))),
+                "steps": args.process_steps,
+                "steps_per_second": {"median": statistics.median(rates), "min": min(rates), "max": max(rates)},
+                "forward_passes_per_second": significant(passes),
+                "efficiency": significant(passes / (count * alone)),
+                "rounds": args.rounds,
+                **source,
+            }
+        )
+        print(f"{count} processes: {passes:.1f} forward passes/s, efficiency {entries[-1]['efficiency']:.0%}")
+    merge(args.output, processes=entries)
+
+
+def parse_args(words=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="Rows: " + ", ".join(ROWS))
+    add = parser.add_argument
+    add("--architecture", choices=["sd15", "sd21", "demo"], help="Default: sd15; demo is demo/base itself, quick.")
+    add("--rows", nargs="+", choices=ROWS, metavar="ROW", help="What to measure. Default: what suits the device.")
+    add("--resolutions", nargs="+", type=int, help="Default: 256 on a CPU, 512 on CUDA, 64 for demo.")
+    add("--num_perturbations", nargs="+", type=int, default=[2], help="n, each. Default: 2.")
+    add("--batch_sizes", nargs="+", type=int, default=[1], help="Default: 1.")
+    add("--rounds", type=int, help="Measurements of each row. Default: 3.")
+    add("--steps", type=int, help="Steps of one measurement. Default: 1 on a CPU, 10 on CUDA.")
+    add("--warmup", type=int, help="Steps before. Default: 1 on a CPU, 3 on CUDA (compiled graphs are recorded late).")
+    add("--device", choices=["cpu", "cuda"], help="Default: cuda where there is one.")
+    add("--memory_gb", type=float, help="For models at one time. Default: 65%% of what is free now.")
+    add("--reduced", action="store_true", help="The short comparison on a CPU: SD 1.5, 256 px, n = 2, 2 rounds.")
+    add(
+        "--processes", type=int, help="Measure only this: data-parallel runs of the script in up to so many processes."
+    )
+    add("--process_steps", type=int, default=60, help="Steps of each such run. Default: 60.")
+    add("--cache_dir", type=Path, default=CACHE / "quantized", help="The script's --quantized_cache_dir.")
+    add("--output", type=Path, help="The result. Default: benchmarks/results/step_<device>.json.")
+    args = parser.parse_args(words)
+    if args.processes:
+        args.architecture, args.device = "demo", "cpu"
+    if args.reduced:
+        args.rows, args.rounds = args.rows or REDUCED_ROWS, args.rounds or 2
+        args.device = args.device or "cpu"
+    args.architecture = args.architecture or "sd15"
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    cuda = args.device == "cuda"
+    args.rows = list(dict.fromkeys(args.rows or [name for name, row in ROWS.items() if args.device in row.defaults]))
+    args.resolutions = args.resolutions or [64 if args.architecture == "demo" else 512 if cuda else 256]
+    args.rounds, args.steps = args.rounds or 3, args.steps or (10 if cuda else 1)
+    args.warmup = args.warmup or (3 if cuda else 1)
+    free = torch.cuda.mem_get_info()[0] if cuda else psutil.virtual_memory().available
+    args.memory_gb = args.memory_gb or 0.65 * free / 1e9
+    args.output = args.output or HERE / "results" / f"step_{args.device}.json"
+    return args
+
+
+def main(words=None):
+    args = parse_args(words)
+    zoodip.return_freed_memory()  # as the script does: it changes the speed of large allocations
+    started = time.perf_counter()
+    if args.processes:
+        scale_processes(args)
+    else:
+        Bench(args).run()
+    print(f"Wrote {args.output} after {time.perf_counter() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(KeyboardInterrupt):  # what was measured is written
+        main()

@@ -1,0 +1,230 @@
+"""OpenVINO, streamed weights, compilation and the prediction of memory: other ways to the same losses."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import as_arguments
+from safetensors.torch import load_file
+
+import train_zoodip_textual_inversion as zoodip
+
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """What is quantized or exported once; an export takes half a minute here."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def model(basics, cache):
+    """Loads text encoder and UNet as `main` does: `(loss_of(candidates), θ, unet)` on one fixed batch."""
+
+    def load(**flags):
+        chosen = basics | {"--quantized_cache_dir": cache} | {f"--{n}": v for n, v in flags.items()}
+        args = zoodip.parse_args(as_arguments(chosen))
+        dtype = zoodip.choose_precision(args, CPU)
+        zoodip.check_backend(args, CPU)
+        base = zoodip.read_base(args)
+        text_encoder, _ = zoodip.load_frozen(args, "text_encoder", CPU, dtype)
+        table, first = zoodip.load_token_table(args), base["first_placeholder_id"]
+        text_encoder.set_input_embeddings(zoodip.PromptRows(table, torch.arange(first), first, 8, CPU, dtype))
+        if args.unet_backend == "openvino":
+            length = base["tokenizer"].model_max_length
+            unet, _, _ = zoodip.load_openvino_unet(args, CPU, dtype, base["latent_size"], length)
+        else:
+            unet, _ = zoodip.load_frozen(args, "unet", CPU, dtype)
+        g = torch.Generator().manual_seed(0)
+        ids = base["tokenizer"]("a photo of a star", padding="max_length", return_tensors="pt").input_ids.repeat(2, 1)
+        ids[ids == base["initializer_id"]] = first
+        assert (ids == first).sum() == 2
+        size = base["latent_size"]
+        latents = torch.randn(2, unet.config.in_channels, size, size, generator=g)
+        batch = zoodip.noise_batch(latents, ids, torch.tensor([520, 870]), g, base["scheduler"], CPU)
+
+        def loss_of(candidates):
+            with torch.inference_mode():
+                return zoodip.candidate_losses(candidates, batch, text_encoder, unet, first)
+
+        return loss_of, table[base["initializer_id"]].float()[None], unet
+
+    return load
+
+
+def perturbed(theta, count, scale):
+    return theta + scale * torch.randn(count, *theta.shape, generator=torch.Generator().manual_seed(3))
+
+
+def test_openvino_and_torch_agree_on_losses_and_on_their_differences(model, cache):
+    pytest.importorskip("openvino")
+    ours, theta, _ = model()
+    theirs, _, unet = model(unet_backend="openvino")
+    assert isinstance(unet, zoodip.OpenVINOUNet)
+    plain, _, _ = model(quantization="none")
+    quantization_error = (ours(perturbed(theta, 3, 0.1)) - plain(perturbed(theta, 3, 0.1))).abs().max()
+    for count in (1, 3, 5):  # one graph serves every batch
+        candidates = perturbed(theta, count, 0.1)
+        assert (ours(candidates) - theirs(candidates)).abs().max() < 0.01 * quantization_error
+    candidates = torch.cat([theta[None], perturbed(theta, 7, 1e-3)])
+    slopes = [(loss(candidates)[1:] - loss(candidates)[0]) / 1e-3 for loss in (ours, theirs)]
+    assert torch.corrcoef(torch.stack(slopes))[0, 1] > 0.999
+    assert len(list(cache.glob("unet-openvino-*.bin"))) == 1
+
+
+def test_the_openvino_export_is_made_once_for_its_weights_and_shape(model, monkeypatch):
+    pytest.importorskip("openvino")
+    first, theta, _ = model(unet_backend="openvino")
+    monkeypatch.setattr(zoodip, "export_openvino", lambda *_: pytest.fail("exported again"))
+    again, _, _ = model(unet_backend="openvino")
+    assert torch.equal(first(theta[None]), again(theta[None]))
+    with pytest.raises(pytest.fail.Exception, match="exported again"):
+        model(unet_backend="openvino", resolution=32)
+
+
+def test_openvino_that_is_not_installed_is_one_sentence(model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(zoodip.InputError, match="pip install openvino"):
+        model(unet_backend="openvino")
+
+
+def test_openvino_trains_the_token_that_torch_trains(train, cache):
+    pytest.importorskip("openvino")
+    flags = {"validation_prompt": "a photo of {}", "num_validation_images": 1, "num_inference_steps": 2}
+    flags["quantized_cache_dir"] = cache
+    outs = [train(output_dir=train.folder / name, unet_backend=name, **flags) for name in ("torch", "openvino")]
+    torch_theta, openvino_theta = (load_file(out / "learned_embeds.safetensors")["<my-toy>"] for out in outs)
+    torch.testing.assert_close(torch_theta, openvino_theta, rtol=1e-3, atol=1e-4)
+    assert (outs[1] / "samples" / "image_0.png").is_file()
+
+
+@pytest.mark.parametrize("quantization", ["int8", "none"])
+def test_streamed_weights_give_the_same_losses_bit_for_bit(model, tmp_path, quantization):
+    resident, theta, _ = model(quantization=quantization)
+    streamed, _, unet = model(quantization=quantization)
+    zoodip.stream_weights(unet, CPU, tmp_path / "layers")
+    assert any((tmp_path / "layers").iterdir())
+    candidates = perturbed(theta, 3, 0.1)
+    for _ in range(2):
+        assert torch.equal(resident(candidates), streamed(candidates))
+
+
+def test_low_vram_trains_the_same_token_and_leaves_no_files(train):
+    plain, streamed = train(output_dir=train.folder / "a"), train(output_dir=train.folder / "b", low_vram=True)
+    first, second = (load_file(out / "learned_embeds.safetensors")["<my-toy>"] for out in (plain, streamed))
+    assert torch.equal(first, second)
+    assert not list(streamed.glob(".tmp-*"))
+
+
+def test_a_compiled_unet_gives_the_same_losses(model):
+    """Graph capture of the whole UNet; the code generator below it is PyTorch's own and takes minutes on a CPU."""
+    eager, theta, _ = model()
+    compiled, _, unet = model()
+    unet.compile(backend="aot_eager", dynamic=False, fullgraph=True)
+    candidates = perturbed(theta, 3, 0.1)
+    torch.testing.assert_close(compiled(candidates), eager(candidates), rtol=1e-4, atol=1e-5)
+
+
+def test_live_bytes_are_those_of_a_hand_count():
+    def run():
+        x = torch.empty(1000, device="meta")  # 4000 bytes
+        y = x + 1  # 8000 alive
+        del x
+        z = torch.cat([y, y, y])  # 16000 alive: the peak
+        del y
+        return z.view(3, 1000)[0].clone()  # a view is no memory; 16000 again
+
+    assert zoodip.activation_bytes(run, torch.device("cuda")) == 16000
+    conv = torch.nn.Conv2d(4, 8, 3, padding=1, device="meta")
+    image = torch.empty(1, 4, 16, 16, device="meta")
+    output = 8 * 16 * 16 * 4
+    assert zoodip.activation_bytes(lambda: conv(image), torch.device("cuda")) == output
+    blocked = output + 4 * 16 * 16 * 4 + conv.weight.numel() * 4
+    assert zoodip.activation_bytes(lambda: conv(image), CPU) == output + blocked
+
+
+def test_attention_counts_as_fused():
+    q = torch.empty(1, 8, 4096, 40, device="meta")
+    assert zoodip.activation_bytes(lambda: F.scaled_dot_product_attention(q, q, q), CPU) == q.numel() * 4
+
+
+def test_more_candidates_a_pass_need_more_memory_and_streaming_less(basics):
+    def figures(**flags):
+        args = zoodip.parse_args(as_arguments(basics | {f"--{name}": value for name, value in flags.items()}))
+        dtype = zoodip.choose_precision(args, CPU)
+        return zoodip.estimate_memory(args, zoodip.read_base(args), CPU, dtype)
+
+    plain, many = figures(), figures(num_perturbations=8)
+    assert many["activations"] > 2 * plain["activations"]
+    assert figures(num_perturbations=8, max_candidates_per_forward=3)["activations"] == plain["activations"]
+    assert figures(low_vram=True)["UNet"] < plain["UNet"] < figures(quantization="none")["UNet"]
+    assert plain["peak"] == plain["libraries"] + max(plain["phases"].values())
+
+
+def test_estimate_memory_prints_and_loads_nothing(train, monkeypatch, capsys):
+    def refuse(*_, **__):
+        raise AssertionError("a weight was loaded")
+
+    monkeypatch.setattr(zoodip, "stored_tensors", refuse)
+    monkeypatch.setattr(zoodip.AutoencoderKL, "from_pretrained", refuse)
+    out = train(estimate_memory=True)
+    printed = capsys.readouterr().out
+    for part in ("libraries", "text encoder", "UNet", "activations", "while training", "peak"):
+        assert part in printed
+    assert not (out / "learned_embeds.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "case, mend",
+    [
+        ("plenty", None),
+        ("tight", "--quantization int8 --max_candidates_per_forward 1 --low_vram would fit"),
+        ("none", "smaller --resolution"),
+    ],
+)
+def test_too_little_memory_is_said_with_the_flags_that_fit(basics, monkeypatch, caplog, case, mend):
+    zoodip.Accelerator()
+    rss = 500 * 2**20
+    monkeypatch.setattr(zoodip, "process_memory", lambda: {"rss": rss, "anonymous": rss})
+    flags = {"--num_perturbations": 8, "--quantization": "none", "--quantized_cache_dir": "none"}
+    args = zoodip.parse_args(as_arguments(basics | flags))
+    dtype, base = zoodip.choose_precision(args, CPU), zoodip.read_base(args)
+    least = zoodip.argparse.Namespace(
+        **vars(args) | {"quantization": "int8", "max_candidates_per_forward": 1, "low_vram": True}
+    )
+    tight = zoodip.estimate_memory(least, base, CPU, dtype)["peak"] + 10**5
+    available = {"plenty": 10**12, "tight": tight, "none": 600 * 2**20 - 10**8}[case] - rss
+    monkeypatch.setattr(zoodip.psutil, "virtual_memory", lambda: type("Memory", (), {"available": available}))
+    with caplog.at_level("WARNING"):
+        zoodip.warn_if_too_large(args, base, CPU, dtype)
+    messages = [record.message for record in caplog.records if "This run needs" in record.message]
+    assert (len(messages) == 1 and mend in messages[0]) if mend else not messages
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="host-device synchronisation exists on CUDA only")
+def test_a_step_never_waits_for_the_device(train, monkeypatch):
+    original = zoodip.estimate_gradient
+
+    def watched(*args, **kwargs):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return original(*args, **kwargs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(zoodip, "estimate_gradient", watched)
+    train()
+
+
+def test_the_process_knows_its_memory():
+    before = zoodip.process_memory()
+    block = torch.ones(50 * 2**20 // 4)
+    after = zoodip.process_memory()
+    assert after["rss"] - before["rss"] > 45 * 2**20
+    if Path("/proc/self/status").is_file():
+        assert after["anonymous"] - before["anonymous"] > 45 * 2**20
+    del block
