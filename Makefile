@@ -1,5 +1,5 @@
 # Each target makes its own virtual environment on a fresh machine; a second call installs nothing.
-.PHONY: demo test quality style bench-real-photos clean
+.PHONY: demo test quality style benchmark bench-real-photos clean
 
 VENV ?= .venv
 PYTHON ?= python3
@@ -23,6 +23,14 @@ quality: $(VENV)/.installed-dev
 style: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Speed and memory on the Stable Diffusion 1.5 architecture with random weights: a reduced matrix that refreshes the
+# tables of README.md and docs/results.md (a quarter of an hour on 2 cores, 24 GB of memory, 8 GB of disk).
+benchmark: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/bench_step.py --reduced
+	$(BIN)/python benchmarks/bench_memory.py --reduced
+	$(BIN)/python benchmarks/make_tables.py
+	$(BIN)/python benchmarks/plot_scaling.py
 
 # Real photos on the Stable Diffusion 1.5 architecture with random weights (6 GB of disk and memory, minutes on a CPU).
 PHOTOS ?= ../shared/data/dreambooth/dog6

@@ -758,10 +758,12 @@ class LiveBytes(TorchDispatchMode):
         self.live -= size
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        given = {t.untyped_storage()._cdata for t in given}  # views of weights and inputs are no new memory
         result = func(*args, **(kwargs or {}))
         tensors = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
         for storage in (t.untyped_storage() for t in tensors):
-            if storage._cdata not in self.known:
+            if storage._cdata not in self.known and storage._cdata not in given:
                 self.known.add(storage._cdata)
                 self.live += storage.nbytes()
                 weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
@@ -805,8 +807,10 @@ def weight_bytes(model, quantization, dtype):
     return total
 
 
-# Beside tensors: the code and caches of PyTorch's CPU kernels, measured; CUDA's context is not counted.
+# Beside tensors, measured: the code and caches of the CPU kernels of PyTorch and of OpenVINO. CUDA's context is not
+# counted.
 CPU_KERNEL_BYTES = 30 * 2**20
+OPENVINO_BYTES = 120 * 2**20
 
 
 def estimate_memory(args, base, device, dtype):
@@ -831,9 +835,12 @@ def estimate_memory(args, base, device, dtype):
     weights = {
         "VAE": weight_bytes(vae, "none", dtype),
         "text encoder": weight_bytes(text_encoder, quantization, dtype),
+        "UNet": weight_bytes(unet, quantization, dtype),
     }
-    weights["UNet"] = weight_bytes(unet, quantization, dtype)
-    layers = [m.weight.numel() for m in unet.modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))]
+    whole = weight_bytes(unet, "none", dtype)
+    kinds = (torch.nn.Linear, torch.nn.Conv2d)
+    layers = {kind: [m.weight.numel() for m in unet.modules() if isinstance(m, kind)] for kind in kinds}
+    largest = max(max(sizes) for sizes in layers.values())
     if quantization == "int8":
         quantize_in_place(unet, quantization, dtype)
     for model in (vae, unet):
@@ -847,7 +854,7 @@ def estimate_memory(args, base, device, dtype):
     context = torch.empty(examples, base["tokenizer"].model_max_length, unet.config.cross_attention_dim, **meta)
     activations = activation_bytes(lambda: unet(sample, torch.empty(examples, device="meta"), context), device)
     if quantization in ("nf4", "quanto-int8"):  # their dequantized layers are not tensors that meta sees
-        activations += max(layers) * dtype.itemsize
+        activations += largest * dtype.itemsize
     pixels, latent = torch.empty(1, 3, args.resolution, args.resolution, **meta), sample[:1]
     encoding = activation_bytes(lambda: vae.encode(pixels).latent_dist.parameters, device)
     decoding = activation_bytes(lambda: vae.decode(latent), device) if args.validation_prompt else 0
@@ -855,10 +862,12 @@ def estimate_memory(args, base, device, dtype):
     encoding_peak = max(weights["VAE"] if on_cpu else 0, weight_bytes(vae, "none", dtype) + encoding)
 
     mapped = 0
-    if args.unet_backend == "openvino":  # it unpacks all weights to float32 and keeps the stored ones beside them
-        weights["UNet"] += 4 * sum(layers)
+    if args.unet_backend == "openvino":
+        # Beside the stored weights it has all of them in float32, and those of products a second time, repacked.
+        weights["UNet"] += 4 * sum(sum(sizes) for sizes in layers.values()) + 4 * sum(layers[torch.nn.Linear])
+        weights["UNet"] += OPENVINO_BYTES
     elif args.low_vram:  # one layer and the next one, as stored
-        weights["UNet"] = 2 * max(layers) * (dtype.itemsize if quantization == "none" else 1)
+        weights["UNet"] = 2 * largest * (dtype.itemsize if quantization == "none" else 1)
     elif on_cpu and quantization == "int8" and args.quantized_cache_dir != "none":
         mapped = weights["UNet"]
     if on_cpu and quantization == "int8" and args.quantized_cache_dir != "none":
@@ -866,6 +875,7 @@ def estimate_memory(args, base, device, dtype):
     resident = weights["text encoder"] + weights["UNet"]
     phases = {
         "encoding the images": encoding_peak,
+        "quantizing": weights["text encoder"] + whole if on_cpu and quantization == "quanto-int8" else 0,
         "training": resident + activations,
         "validation images": resident + weights["VAE"] + decoding if args.validation_prompt else 0,
     }
@@ -919,12 +929,13 @@ def warn_if_too_large(args, base, device, dtype):
     needed = need()
     if needed <= free:
         return
-    ways = [{"quantization": "int8"}, {"max_candidates_per_forward": 1}, {"low_vram": True, "unet_backend": "torch"}]
+    ways = {"unet_backend": "torch", "quantization": "int8", "max_candidates_per_forward": 1, "low_vram": True}
     flags, changes = [], {}
-    for way in ways:
-        changes |= way
-        new = {name: value for name, value in way.items() if getattr(args, name) != value}
-        flags += [f"--{name}" + ("" if value is True else f" {value}") for name, value in new.items()]
+    for name, value in ways.items():
+        if getattr(args, name) == value:
+            continue
+        changes[name] = value
+        flags.append(f"--{name}" + ("" if value is True else f" {value}"))
         if need(**changes) <= free:
             mend = " ".join(flags) + " would fit."
             break
@@ -938,14 +949,14 @@ def warn_if_too_large(args, base, device, dtype):
 def print_estimate(args, figures, device):
     """The prediction as a table, in MB (2^20 bytes)."""
     print(f"Predicted peak on {device.type}, {args.resolution} px, {candidates_per_pass(args)} candidates a pass:")
-    for name in ("libraries", "VAE", "VAE activations", "text encoder", "UNet", "activations"):
-        print(f"  {name:<22}{figures[name] / 2**20:8.0f} MB")
-    for name, size in figures["phases"].items():
-        if size:
-            print(f"  while {name:<19}: {(figures['libraries'] + size) / 2**20:8.0f} MB")
-    mapped = figures["mapped"] / 2**20
-    note = f", {mapped:.0f} MB of it pages of files that the system can drop" if mapped else ""
-    print(f"  peak                  {figures['peak'] / 2**20:8.0f} MB{note}")
+    parts = ("libraries", "VAE", "VAE activations", "text encoder", "UNet", "activations")
+    lines = [(name, figures[name]) for name in parts]
+    lines += [(f"while {name}", figures["libraries"] + size) for name, size in figures["phases"].items() if size]
+    lines.append(("peak", figures["peak"]))
+    for name, size in lines:
+        print(f"  {name:<26}{size / 2**20:8.0f} MB")
+    if figures["mapped"]:
+        print(f"  of it pages of files, which the system can drop: {figures['mapped'] / 2**20:.0f} MB")
 
 
 # =====================================================================================================
@@ -1351,7 +1362,9 @@ LOCAL_PATHS = ("train_data_dir", "quantized_cache_dir", "output_dir", "logging_d
 def write_config(args, device, dtype, components, figures):
     """`zoodip_config.json`: what made this embedding, with which versions, at what cost."""
     versions = {"python": platform.python_version()}
-    for package in "torch diffusers transformers accelerate huggingface_hub bitsandbytes optimum-quanto".split():
+    for (
+        package
+    ) in "torch diffusers transformers accelerate huggingface_hub bitsandbytes optimum-quanto openvino".split():
         with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
     host = f"{os.cpu_count()} cores, {platform.machine()}"

@@ -126,7 +126,7 @@ class Watched(NamedTuple):
     samples: list
     lines: list  # (time, line) of what it printed
     seconds: float
-    children: int  # most bytes (rss) that its children had together
+    children: dict  # per name of a child process: most bytes that were its own (a fork shares its parent's pages)
     gpu: int | None  # most MB in use on the GPU, above what was in use before; None: no nvidia-smi
 
 
@@ -142,15 +142,19 @@ def read_status(pid):
     return Sample(time.monotonic(), *(1024 * int(fields[name]) for name in ("VmRSS", "RssAnon", "VmHWM")))
 
 
-def children_rss(pid):
-    """Bytes of all direct children."""
-    total = 0
+def own_bytes(pid):
+    """(name, private bytes) of a process."""
+    sizes = re.findall(r"^Private_\w+:\s+(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE)
+    return Path(f"/proc/{pid}/comm").read_text().strip(), 1024 * sum(map(int, sizes))
+
+
+def note_children(pid, known):
+    """Raises in `known` (name: bytes) what the direct children of a process have now."""
     for path in Path(f"/proc/{pid}/task").glob("*/children"):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # it has just ended
             for child in path.read_text().split():
-                sample = read_status(child)
-                total += sample.rss if sample else 0
-    return total
+                name, size = own_bytes(child)
+                known[name] = max(known.get(name, 0), size)
 
 
 @contextlib.contextmanager
@@ -182,11 +186,10 @@ def watch(command, device):
     Raises:
         RuntimeError: it failed; the message ends with what it printed last.
     """
-    # One process whose allocator behaves as at home: nothing is inherited that tunes it.
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     if device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
-    samples, lines, children, started = [], [], 0, time.monotonic()
+    samples, lines, children, started = [], [], {}, time.monotonic()
 
     def read(stream):
         for line in stream:  # text mode: the carriage returns of a progress bar end lines, too
@@ -209,7 +212,7 @@ def watch(command, device):
                 if sample := read_status(process.pid):
                     samples.append(sample)
                 if len(samples) % 50 == 1:
-                    children = max(children, children_rss(process.pid))
+                    note_children(process.pid, children)
                 time.sleep(SAMPLE_SECONDS)
         finally:
             process.kill()
@@ -255,7 +258,7 @@ def summarize(watched, imports=None):
         "peak_rss_mb": megabytes(max(s.high_water for s in watched.samples)),
         "peak_rss_sampled_mb": megabytes(max(s.rss for s in watched.samples)),
         "peak_anonymous_mb": megabytes(max(s.anonymous for s in watched.samples)),
-        "children_mb": megabytes(watched.children),
+        "children_mb": {name: megabytes(size) for name, size in watched.children.items()},
         "phases": divide_phases(watched),
     }
     if imports:
@@ -338,7 +341,9 @@ def predict(flags, device):
     """What `--estimate_memory` says about a run with the same flags, in MB."""
     environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})}
     command = [sys.executable, "-c", ESTIMATE, *flags, "--estimate_memory"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"--estimate_memory, exit code {done.returncode}\n{done.stderr[-2000:]}")
     figures = json.loads(done.stdout.splitlines()[-1])
     libraries, phases = figures["libraries"], figures.pop("phases")  # a phase of 0 bytes does not take place
     sums = {f"while {name}": megabytes(size + libraries) for name, size in phases.items() if size}
@@ -347,10 +352,8 @@ def predict(flags, device):
 
 def measure_script(row, where, place, device, imports):
     """The training script in a process of its own, beside its own prediction."""
-    architecture, _, resolution, n, batch_size = where
     output, cache = place["scratch"] / "output", place[row.cache]
-    sizes = (resolution, n, batch_size)
-    flags = script_flags(row, place["base"], place["images"], output, cache, *sizes)
+    flags = script_flags(row, place["base"], place["images"], output, cache, *where[2:])
     predicted = predict(flags, device)
     command = [sys.executable, str(SCRIPT), *flags]
     watched = watch(command, device)
@@ -371,7 +374,7 @@ def measure_script(row, where, place, device, imports):
 
 def measure_child(row, where, place, device, imports):
     """A baseline, or the loading of the UNet."""
-    architecture, _, resolution, n, batch_size = where
+    _, _, resolution, n, batch_size = where
     settings = {"base": str(place["base"]), "device": device, **row.settings}
     if row.kind == "load":
         settings["cache"] = str(place[row.cache])
@@ -413,7 +416,7 @@ def store(path, entry):
 def relative(command):
     """A command line without what is only true of this machine."""
     words = shlex.join(["python" if word == sys.executable else word for word in command])
-    return words.replace(f"{ROOT}/", "")
+    return re.sub(rf"{re.escape(str(CACHE))}/memory-\w+", "TEMPORARY", words).replace(f"{ROOT}/", "")
 
 
 def hardware(device):
@@ -516,7 +519,7 @@ def main():
             try:
                 measure = measure_script if row.kind == "script" else measure_child
                 finish(key, *measure(row, key, place, args.device, imports))
-            except (RuntimeError, subprocess.CalledProcessError) as error:  # the other rows go on
+            except RuntimeError as error:  # a library is missing, say: the other rows go on
                 failed[key[1]] = str(error)
                 print(f"{key[1]} failed: {error}", flush=True)
     print(f"Wrote {args.output} after {time.monotonic() - started:.0f} s")

@@ -1,6 +1,6 @@
-"""Fills the tables of the README from the stored results, so that no figure is typed by hand.
+"""Fills the tables of README.md and docs/results.md from the stored results, so that no figure is typed by hand.
 
-    python benchmarks/make_tables.py            # or --check: exit 1 where the README is out of date
+    python benchmarks/make_tables.py            # or --check: exit 1 where a page is out of date
 
 Between `<!-- BEGIN name -->` and `<!-- END name -->` stands what `name` makes of its JSON file; a missing file leaves
 the sentence that it has not been measured.
@@ -88,35 +88,327 @@ def real_photos(result):
     return table(header, rows) + "\n\n" + note
 
 
-TABLES = {
-    "demo_scores": ("docs/demo_scores.json", demo_scores),
-    "demo_quality": ("demo/quality.json", demo_quality),
-    "real_photos": ("benchmarks/results/real_photos.json", real_photos),
+def signal(result):
+    """benchmarks/results/signal.json, as `benchmarks/bench_signal.py` writes it."""
+    steps = sorted({row["mu"] for row in result["rows"]})
+    cells = {}
+    for row in result["rows"]:
+        exact = row["exact"]
+        error = "–" if exact["relative_error_median"] is None else f"{exact['relative_error_median']:.0%}"
+        shown = f"{exact['correlation_median']:.3f} ({exact['correlation_min']:.2f}), {error}"
+        bold = f"**{shown}**" if exact["correlation_median"] >= 0.9 else shown
+        cells.setdefault((row["backend"], row["activations"]), {})[row["mu"]] = bold
+    rows = [[*name, *(by_step.get(mu, "") for mu in steps)] for name, by_step in cells.items()]
+    configuration, hardware = result["configuration"], result["hardware"]
+    note = (
+        f"Correlation, median (and least) over {configuration['cells']} cells (example x timestep), and median"
+        f" relative error of {configuration['directions']} directional derivatives by forward differences against"
+        " float32 autograd of the unquantized model; bold: median at least 0.9. By"
+        f" `{result['command']}` on {hardware['name']}, torch {result['versions']['torch']},"
+        f" {result['seconds']:.0f} s."
+    )
+    return table(["weights", "activations", *(f"μ = {mu:g}" for mu in steps)], rows) + "\n\n" + note
+
+
+def quality(result):
+    """benchmarks/results/quality.json, as `benchmarks/bench_quality.py` writes it."""
+    names = list(result["torch_spread"])
+    rows = []
+    for run in result["runs"]:
+        scores = [f"{run['after'][n]:.3f}" for n in names]
+        rows.append([run["backend"], run["seed"], *scores, f"{run['training_seconds']:.0f} s"])
+    spread = result["torch_spread"]
+    inside = {
+        n: all(spread[n][0] <= r["after"][n] <= spread[n][1] for r in result["runs"] if r["backend"] == "openvino")
+        for n in names
+    }
+    verdict = ", ".join(f"{n} {'inside' if inside[n] else 'outside'}" for n in names)
+    note = (
+        f"Mean scores after training over {', '.join(s.replace('_', ' ') for s in result['subjects'])}; training time"
+        f" summed over subjects, two at a time with one thread each. OpenVINO within the spread of torch's seeds:"
+        f" {verdict}. By `{result['command']}` on {result['hardware']['name']}."
+    )
+    return table(["UNet in training", "seed", *names, "training"], rows) + "\n\n" + note
+
+
+STEP_NAMES = {
+    "ours-int8": "**ours, INT8, torch**",
+    "ours-openvino": "**ours, INT8, OpenVINO**",
+    "ours-openvino-bf16": "ours, INT8, OpenVINO in bf16 (not for training)",
+    "ours-quanto": "ours, quanto-INT8",
+    "ours-none": "ours, unquantized",
+    "ours-nf4": "ours, NF4",
+    "ours-low-vram": "ours, INT8, `--low_vram`",
+    "official": "official loop, quanto-INT8",
+    "ti-fp32": "gradient Textual Inversion, fp32",
+    "ti-fp32-checkpointing": "the same, gradient checkpointing",
+    "ti-bf16": "gradient Textual Inversion, bf16",
+    "ti-bf16-checkpointing": "the same, gradient checkpointing",
+    "floor-fp32": "floor: n + 1 bare UNet passes, fp32",
 }
 
 
+def step(result):
+    """benchmarks/results/step_cpu.json, as `benchmarks/bench_step.py` writes it: everything at n = 2, batch 1."""
+    chosen = [r for r in result["rows"] if r["architecture"] == "sd15" and r["num_perturbations"] == 2]
+    chosen = [r for r in chosen if r["batch_size"] == 1]
+    rows = []
+    for row in sorted(chosen, key=lambda r: (r["resolution"], list(STEP_NAMES).index(r["row"]))):
+        times, ratios, floor = row["seconds_per_step"], row["ratio_to"], row["arithmetic_floor"]
+        faster = [f"{1 / ratios[name]:.2f}x" if name in ratios else "" for name in ("official", "ours-quanto")]
+        arithmetic = f"{1 / floor['ratio']:.0%}" if floor else ""
+        measured = f"{times['median']:.1f} s ({times['min']:.1f}–{times['max']:.1f})"
+        rows.append([f"{row['resolution']} px", STEP_NAMES[row["row"]], measured, *faster, arithmetic])
+    header = [
+        "",
+        "step",
+        "median (range)",
+        "speed-up over the official loop",
+        "over ours with quanto",
+        "of matmul peak",
+    ]
+    first = chosen[0]
+    note = (
+        f"Stable Diffusion 1.5 architecture, random weights, n = 2, batch 1, {first['hardware']['cpu_count']} cores of"
+        f" {first['hardware']['cpu']}, torch {first['versions']['torch']}, OpenVINO {first['versions']['openvino']}."
+        " Rows of one resolution take turns in one process; speed-ups are ratios of medians. A step of Textual"
+        " Inversion is one example forward and backward, one of ours n + 1 examples forward. `make benchmark`."
+    )
+    return table(header, rows) + "\n\n" + note
+
+
+def scaling(step_result, memory_result):
+    """Step time and memory against n, batch and resolution, one at a time from n = 2, batch 1, 256 px."""
+    times = {
+        (r["row"], r["resolution"], r["num_perturbations"], r["batch_size"]): r["seconds_per_step"]["median"]
+        for r in step_result["rows"]
+        if r["architecture"] == "sd15"
+    }
+    memory = {
+        (e["row"], e["resolution"], e["num_perturbations"], e["batch_size"]): e["measured"]
+        for e in memory_result["entries"]
+        if e["architecture"] == "sd15"
+    }
+    points = sorted({key[1:] for key in times if key[0] == "ours-int8"})
+    rows = []
+    for resolution, n, batch in points:
+        cells = [times.get((name, resolution, n, batch)) for name in ("ours-int8", "ours-openvino")]
+        cells = ["" if value is None else f"{value:.1f} s" for value in cells]
+        peak = memory.get(("int8", resolution, n, batch))
+        cells.append(f"{peak['peak_anonymous_above_imports_mb']:.0f} MB" if peak else "")
+        rows.append([resolution, n, batch, (n + 1) * batch, *cells])
+    header = ["px", "n", "batch", "examples a pass", "torch INT8", "OpenVINO INT8", "memory above imports (torch)"]
+    return table(header, rows)
+
+
+def processes(result):
+    """Data-parallel processes on demo/base, one thread each."""
+    rows = []
+    for entry in result["processes"]:
+        speed = entry["forward_passes_per_second"] / result["processes"][0]["forward_passes_per_second"]
+        rows.append(
+            [entry["processes"], f"{entry['steps_per_second']:.2f}", f"{entry['forward_passes_per_second']:.1f}"]
+        )
+        rows[-1].append(f"{speed:.2f}x")
+    return table(["processes", "steps/s", "examples/s", "speed-up"], rows)
+
+
+MEMORY_NAMES = {
+    "int8": "**ours, INT8, later runs (mapped file)**",
+    "int8-first": "ours, INT8, first run (quantizes into the file)",
+    "int8-no-cache": "ours, INT8, `--quantized_cache_dir none`",
+    "int8-low-vram": "ours, INT8, `--low_vram`",
+    "int8-n8": "ours, INT8, n = 8",
+    "int8-n8-split": "ours, INT8, n = 8, `--max_candidates_per_forward 1`",
+    "nf4": "ours, NF4 + INT8 convolutions",
+    "quanto-int8": "ours, quanto-INT8",
+    "none": "ours, unquantized",
+    "openvino": "ours, OpenVINO, later runs",
+    "openvino-first": "ours, OpenVINO, first run (exports)",
+    "official": "official loop, quanto-INT8",
+    "ti-fp32": "gradient Textual Inversion, fp32",
+    "ti-fp32-checkpointing": "the same, gradient checkpointing",
+    "ti-bf16": "gradient Textual Inversion, bf16",
+    "ti-bf16-checkpointing": "the same, gradient checkpointing",
+}
+
+
+def memory(result):
+    """benchmarks/results/memory_cpu.json, as `benchmarks/bench_memory.py` writes it."""
+    imports = next(e for e in result["entries"] if e["row"] == "imports")["measured"]
+    chosen = [e for e in result["entries"] if e["architecture"] == "sd15" and e["row"] in MEMORY_NAMES]
+    chosen = [e for e in chosen if e["num_perturbations"] in (None, 2) or e["row"].startswith("int8-n8")]
+    chosen = [e for e in chosen if e["batch_size"] == 1]
+    rows = []
+    for entry in sorted(chosen, key=lambda e: (e["resolution"], list(MEMORY_NAMES).index(e["row"]))):
+        measured, predicted = entry["measured"], entry.get("predicted_mb")
+        cells = [f"{measured['peak_anonymous_above_imports_mb']:.0f} MB", f"{measured['peak_rss_mb']:.0f} MB"]
+        cells.append(f"{predicted['peak']:.0f} MB ({entry['deviation_percent']:+.1f} %)" if predicted else "")
+        rows.append([f"{entry['resolution']} px", MEMORY_NAMES[entry["row"]], *cells])
+    header = [
+        "",
+        "process",
+        "anonymous, above imports",
+        "peak of the whole process",
+        "predicted by `--estimate_memory`",
+    ]
+    first = chosen[0]
+    note = (
+        "Fresh processes, from start to the second trained step (baselines: first), n = 2 unless said, batch 1,"
+        f" {first['hardware']['cores']} cores of {first['hardware']['name']}. A process that only imports the"
+        f" libraries has {imports['peak_rss_mb']:.0f} MB, {imports['peak_anonymous_mb']:.0f} MB of it anonymous."
+        " The peak counts mapped pages of the weight file, too, which the system can drop."
+        " MB = 2^20. By `benchmarks/bench_memory.py`."
+    )
+    return table(header, rows) + "\n\n" + note
+
+
+def loading(result):
+    """What loading the UNet costs, from the "load-" rows of memory_cpu.json."""
+    names = {
+        "load-int8-first": "empty cache: quantizes into the file",
+        "load-int8-no-cache": "no cache: quantizes into memory",
+        "load-int8": "filled cache: maps the file",
+    }
+    rows = []
+    for name, words in names.items():
+        entry = next((e for e in result["entries"] if e["row"] == name and e["architecture"] == "sd15"), None)
+        if entry:
+            m = entry["loading"]
+            rows.append(
+                [words, f"{m['peak_anonymous_above_start_mb']:.0f} MB", f"{m['peak_rss_above_start_mb']:.0f} MB"]
+            )
+            rows[-1] += [f"{m['bound_mb']:.0f} MB", f"{m['load_seconds']:.1f} s"]
+    header = ["loading the INT8 UNet", "anonymous, above start", "resident, above start", "to stay below", "time"]
+    return table(header, rows)
+
+
+def targets(steps, memories, signals, scores):
+    """Every target of the project for speed and memory: what was to be reached, what was measured."""
+    rows = []
+
+    def judge(what, to_reach, value, shown, at_most=None, at_least=None):
+        met = value <= at_most if at_least is None else value >= at_least
+        rows.append([what, to_reach, shown, "met" if met else "**missed**"])
+
+    sd15 = {e["row"]: e for e in memories["entries"] if e["architecture"] == "sd15" and e["resolution"] in (None, 256)}
+    for name, words in (("load-int8-first", "into the cached file"), ("load-int8-no-cache", "without a cache")):
+        facts = sd15[name]["loading"]
+        peak, bound = facts["peak_rss_above_start_mb"], facts["bound_mb"]
+        judge(f"loading the INT8 UNet {words}: peak", f"at most {bound:.0f} MB", peak, f"{peak:.0f} MB", at_most=bound)
+    seconds = sd15["load-int8"]["loading"]["load_seconds"]
+    judge("loading it from the cached file", "about 1 s", seconds, f"{seconds:.1f} s", at_most=1.5)
+    for resolution, most in ((256, 700), (512, 1100)):
+        for entry in memories["entries"]:
+            if (entry["row"], entry["resolution"], entry["num_perturbations"]) == ("int8", resolution, 2):
+                if entry["architecture"] == "sd15" and entry["batch_size"] == 1:
+                    peak = entry["measured"]["peak_anonymous_above_imports_mb"]
+                    what = f"CPU, {resolution} px, INT8 from the cache: anonymous memory above imports"
+                    judge(what, f"at most {most} MB", peak, f"{peak:.0f} MB", at_most=most)
+    deviations = {
+        (e["row"], e["resolution"]): e["deviation_percent"]
+        for e in memories["entries"]
+        if e.get("deviation_percent") is not None
+    }
+    worst = max(deviations, key=lambda key: abs(deviations[key]))
+    shown = f"worst {deviations[worst]:+.1f} % ({worst[0]}, {worst[1]} px) of {len(deviations)} runs"
+    judge("`--estimate_memory` against the measured peak", "within 10 %", abs(deviations[worst]), shown, at_most=10)
+    of = {
+        (r["row"], r["resolution"]): r
+        for r in steps["rows"]
+        if (r["architecture"], r["num_perturbations"], r["batch_size"]) == ("sd15", 2, 1)
+    }
+    for resolution, least in ((256, 2.5), (512, 1.5)):
+        if row := of.get(("ours-openvino", resolution)):
+            speed, official = (1 / row["ratio_to"][name] for name in ("ours-quanto", "official"))
+            what = f"OpenVINO step against quanto-INT8 in fp32, {resolution} px, n = 2"
+            shown = f"{speed:.2f}x ({official:.2f}x over the official loop)"
+            judge(what, f"at least {least}x", speed, shown, at_least=least)
+            deviation = row["loss_deviation_from_ours_int8"]
+            judge(
+                f"its losses against torch INT8, {resolution} px",
+                "within 1 %",
+                deviation,
+                f"{deviation:.1e}",
+                at_most=0.01,
+            )
+    spread = scores["torch_spread"]
+    runs = [r["after"] for r in scores["runs"] if r["backend"] == "openvino"]
+    outside = [n for n in spread for r in runs if not spread[n][0] - 1e-4 <= r[n] <= spread[n][1] + 1e-4]
+    shown = "all inside" if not outside else f"outside: {', '.join(outside)}"
+    judge("its demo scores within the spread of torch's seeds", "inside", len(outside), shown, at_most=0)
+    defaults = {"float32": 1e-3, "float16": 1e-3, "bfloat16": 1e-2}
+    least = min(
+        r["exact"]["correlation_median"]
+        for r in signals["rows"]
+        if r["backend"] in ("int8", "openvino int8") and defaults.get(r["activations"]) == r["mu"]
+        if (r["backend"], r["activations"]) != ("openvino int8", "bfloat16")
+    )
+    judge("correlation of differences at every default μ (INT8)", "at least 0.9", least, f"{least:.3f}", at_least=0.9)
+    for what, to_reach in (
+        ("CUDA, SD 1.5, 512 px, n = 2: reserved, INT8", "at most 1.4 GB"),
+        ("the same, NF4 + INT8 convolutions", "at most 1.25 GB"),
+        ("the same, `--low_vram`", "at most 0.5 GB, at most 2x the time at n = 8"),
+        ("CUDA, step against the official loop, n = 2", "at least 2x"),
+        ("CUDA, per direction against the official loop, n = 8", "at least 3x"),
+        ("CUDA, share of the floor's speed", "at least 70 %"),
+        ("SDXL INT8, 1024 px", "at most 3.5 GB"),
+    ):
+        rows.append([what, to_reach, "not measured: no GPU", "**open**"])
+    return table(["target", "to reach", "measured", ""], rows)
+
+
+TABLES = {
+    "demo_scores": (demo_scores, "docs/demo_scores.json"),
+    "demo_quality": (demo_quality, "demo/quality.json"),
+    "real_photos": (real_photos, "benchmarks/results/real_photos.json"),
+    "signal": (signal, "benchmarks/results/signal.json"),
+    "quality": (quality, "benchmarks/results/quality.json"),
+    "step": (step, "benchmarks/results/step_cpu.json"),
+    "scaling": (scaling, "benchmarks/results/step_cpu.json", "benchmarks/results/memory_cpu.json"),
+    "processes": (processes, "benchmarks/results/step_cpu.json"),
+    "memory": (memory, "benchmarks/results/memory_cpu.json"),
+    "loading": (loading, "benchmarks/results/memory_cpu.json"),
+    "targets": (
+        targets,
+        "benchmarks/results/step_cpu.json",
+        "benchmarks/results/memory_cpu.json",
+        "benchmarks/results/signal.json",
+        "benchmarks/results/quality.json",
+    ),
+}
+PAGES = ("README.md", "docs/results.md")
+
+
 def fill(text):
-    """The README's text with every marked block made anew."""
-    for name, (path, make) in TABLES.items():
-        file = ROOT / path
-        content = make(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else "Not measured yet."
-        block = f"<!-- BEGIN {name} -->\n{content}\n<!-- END {name} -->"
-        text, count = re.subn(rf"<!-- BEGIN {name} -->.*?<!-- END {name} -->", lambda _, b=block: b, text, flags=re.S)
-        if count != 1:
-            raise SystemExit(f"README.md has {count} blocks named {name}, and needs one")
-    return text
+    """A page's text with every marked block made anew."""
+
+    def block(match):
+        name = match[1]
+        make, *paths = TABLES[name]
+        files = [ROOT / path for path in paths]
+        if all(file.is_file() for file in files):
+            content = make(*(json.loads(file.read_text(encoding="utf-8")) for file in files))
+        else:
+            content = "Not measured yet."
+        return f"<!-- BEGIN {name} -->\n{content}\n<!-- END {name} -->"
+
+    return re.sub(r"<!-- BEGIN (\w+) -->.*?<!-- END \1 -->", block, text, flags=re.S)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="Change nothing; exit 1 where the README is out of date.")
+    parser.add_argument("--check", action="store_true", help="Change nothing; exit 1 where a page is out of date.")
     args = parser.parse_args()
-    readme = ROOT / "README.md"
-    before = readme.read_text(encoding="utf-8")
-    after = fill(before)
-    if args.check:
-        sys.exit(before != after)
-    readme.write_text(after, encoding="utf-8")
+    pages = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
+    unused = [name for name in TABLES if not any(f"<!-- BEGIN {name} -->" in text for text in pages.values())]
+    if unused:
+        raise SystemExit(f"no page has a block named {', '.join(unused)}")
+    for page, text in pages.items():
+        if args.check and fill(text) != text:
+            sys.exit(f"{page} is out of date: run python benchmarks/make_tables.py")
+        if not args.check:
+            (ROOT / page).write_text(fill(text), encoding="utf-8")
 
 
 if __name__ == "__main__":

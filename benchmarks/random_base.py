@@ -19,6 +19,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 
 HERE = Path(__file__).resolve().parent
+# SDXL has configs too, for its size and FLOPs, but two text encoders, which the training script refuses.
+ARCHITECTURES = sorted(path.parent.name for path in (HERE / "configs").glob("*/text_encoder.json"))
 TOKENIZER = HERE.parent / "demo" / "base" / "tokenizer"
 
 
@@ -61,7 +63,7 @@ def build(architecture, folder):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("architecture", choices=sorted(path.name for path in (HERE / "configs").iterdir()))
+    parser.add_argument("architecture", choices=ARCHITECTURES)
     parser.add_argument("folder", type=Path)
     arguments = parser.parse_args()
     print(build(arguments.architecture, arguments.folder))

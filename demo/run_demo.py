@@ -58,6 +58,13 @@ def parse_args():
         "--max_train_steps", type=int, default=SETTINGS["--max_train_steps"], help="Steps per subject."
     )
     parser.add_argument("--output_dir", type=Path, default=DEMO / "output", help="Where results are written.")
+    parser.add_argument("--seed", type=int, default=0, help="Of training.")
+    parser.add_argument(
+        "--unet_backend",
+        choices=("torch", "openvino"),
+        default="torch",
+        help="What computes the UNet in training; the images are always drawn by diffusers on torch.",
+    )
     parser.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1), help="Subjects trained at a time.")
     return parser.parse_args()
 
@@ -69,6 +76,8 @@ def train(subject, args):
     flags = {
         **SETTINGS,
         "--max_train_steps": args.max_train_steps,
+        "--seed": args.seed,
+        "--unet_backend": args.unet_backend,
         "--pretrained_model_name_or_path": DEMO / "base",
         "--train_data_dir": DEMO / "subjects" / subject,
         "--placeholder_token": PLACEHOLDER,
@@ -163,6 +172,8 @@ def main():
     figures = {
         "command": " ".join([Path(sys.executable).name, *sys.argv]),
         "settings": {**SETTINGS, "--max_train_steps": args.max_train_steps},
+        "seed": args.seed,
+        "unet_backend": args.unet_backend,
         "training_seconds": round(training_seconds, 1),
         "total_seconds": round(time.perf_counter() - started, 1),
         "hardware": {"cpus": os.cpu_count(), "jobs": args.jobs},

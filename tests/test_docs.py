@@ -10,8 +10,10 @@ def test_tables_are_generated_from_the_results(repo):
     spec = importlib.util.spec_from_file_location("make_tables", repo / "benchmarks" / "make_tables.py")
     make_tables = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(make_tables)
-    text = (repo / "README.md").read_text(encoding="utf-8")
-    assert make_tables.fill(text) == text, "run python benchmarks/make_tables.py"
+    pages = [(repo / page).read_text(encoding="utf-8") for page in make_tables.PAGES]
+    for text in pages:
+        assert make_tables.fill(text) == text, "run python benchmarks/make_tables.py"
+    assert all(any(f"<!-- BEGIN {name} -->" in text for text in pages) for name in make_tables.TABLES)
 
 
 def test_flags_of_the_readme_exist(repo):

@@ -147,6 +147,12 @@ def test_live_bytes_are_those_of_a_hand_count():
     assert zoodip.activation_bytes(lambda: conv(image), CPU) == output + blocked
 
 
+def test_views_of_weights_are_no_activations():
+    linear = torch.nn.Linear(100, 3, device="meta")  # multiplies with a transposed view of its weight
+    x = torch.empty(1, 100, device="meta")
+    assert zoodip.activation_bytes(lambda: linear(x), torch.device("cuda")) == 3 * 4
+
+
 def test_attention_counts_as_fused():
     q = torch.empty(1, 8, 4096, 40, device="meta")
     assert zoodip.activation_bytes(lambda: F.scaled_dot_product_attention(q, q, q), CPU) == q.numel() * 4
