@@ -179,8 +179,6 @@ class OurStep:
 
     def prepare(self):
         """What must be set before a step, as several rows share a process; its time does not count."""
-        zoodip.return_freed_memory()
-        baselines.release_freed_memory()  # what another row kept would save this one page faults
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.args.allow_tf32
 
     @torch.inference_mode()
@@ -214,19 +212,6 @@ class OurStep:
         return self.loss_of(candidates, batch=batch).cpu()
 
 
-def keep_freed_memory():
-    """Undoes `return_freed_memory` for programs that know no such thing: what glibc comes to do by itself.
-
-    Its thresholds grow to these values while a program frees large blocks, until one of them is set by hand. In
-    processes of its own the official loop took 30 s of CPU time a step with the script's setting and 23 s without.
-    """
-    m_trim_threshold, m_mmap_threshold = -1, -3
-    with contextlib.suppress(OSError, AttributeError):  # not glibc
-        glibc = ctypes.CDLL("libc.so.6")
-        glibc.mallopt(m_mmap_threshold, 2**25)
-        glibc.mallopt(m_trim_threshold, 2**26)
-
-
 class Baseline:
     """A class of `baselines` as a row: the models stay, the loop around them is made anew for a configuration.
 
@@ -258,8 +243,7 @@ class Baseline:
             self.loop = baselines.BareForwards(self.models.unet, **where)
 
     def prepare(self):
-        """PyTorch's own TF32 settings, glibc's own memory, and checkpointing as this row has it."""
-        keep_freed_memory()
+        """PyTorch's own TF32 settings, and checkpointing as this row has it."""
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = False, True
         unet, text_encoder = self.models.unet, self.models.text_encoder
         if self.kind == "floor":  # it is to be the fastest that plain PyTorch does
@@ -708,7 +692,6 @@ def parse_args(words=None):
 
 def main(words=None):
     args = parse_args(words)
-    zoodip.return_freed_memory()  # as the script does, before anything is loaded; for each step, see `prepare`
     started = time.perf_counter()
     if args.processes:
         scale_processes(args)
