@@ -18,7 +18,6 @@ Rows of `benchmarks/results/step_<device>.json` are keyed by `KEY`: measuring on
 
 import argparse
 import contextlib
-import ctypes
 import functools
 import itertools
 import json
