@@ -320,10 +320,12 @@ def targets(steps, memories, signals, scores):
     }
     for resolution, least in ((256, 2.5), (512, 1.5)):
         if row := of.get(("ours-openvino", resolution)):
-            speed, official = (1 / row["ratio_to"][name] for name in ("ours-quanto", "official"))
-            what = f"OpenVINO step against quanto-INT8 in fp32, {resolution} px, n = 2"
-            shown = f"{speed:.2f}x ({official:.2f}x over the official loop)"
-            judge(what, f"at least {least}x", speed, shown, at_least=least)
+            of_floor = 1 / row["arithmetic_floor"]["ratio"]
+            for name, words in (("official", "the official loop"), ("ours-quanto", "our batched loop with quanto")):
+                speed = 1 / row["ratio_to"][name]
+                what = f"OpenVINO step against quanto-INT8 in fp32, {resolution} px, n = 2: {words}"
+                shown = f"{speed:.2f}x (it runs at {of_floor:.0%} of the matmul peak)"
+                judge(what, f"at least {least}x", speed, shown, at_least=least)
             deviation = row["loss_deviation_from_ours_int8"]
             judge(
                 f"its losses against torch INT8, {resolution} px",
