@@ -207,7 +207,11 @@ def processes(result):
     for entry in result["processes"]:
         speed = entry["forward_passes_per_second"] / result["processes"][0]["forward_passes_per_second"]
         rows.append(
-            [entry["processes"], f"{entry['steps_per_second']:.2f}", f"{entry['forward_passes_per_second']:.1f}"]
+            [
+                entry["processes"],
+                f"{entry['steps_per_second']['median']:.1f}",
+                f"{entry['forward_passes_per_second']:.1f}",
+            ]
         )
         rows[-1].append(f"{speed:.2f}x")
     return table(["processes", "steps/s", "examples/s", "speed-up"], rows)
