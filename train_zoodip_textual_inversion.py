@@ -29,6 +29,7 @@ import argparse
 import contextlib
 import csv
 import functools
+import gc
 import hashlib
 import json
 import logging
@@ -547,6 +548,13 @@ def stream_weights(unet, device, folder):
     apply_group_offloading(unet, onload_device=device, offload_type="leaf_level", **how)
 
 
+def use_channels_last(model):
+    """Lays convolution weights out channels-last, as cuDNN's half-precision kernels want them (quanto's stay)."""
+    for layer in model.modules():
+        if type(layer) in (torch.nn.Conv2d, Int8Conv2d):
+            layer.to(memory_format=torch.channels_last)
+
+
 def quantizable_share(model):
     """The share of a model's parameters that sits in weights of Linear and Conv2d layers."""
     layers = [m for m in model.modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))]
@@ -897,10 +905,23 @@ def estimate_memory(args, base, device, dtype):
     }
 
 
+def candidates_per_step(args):
+    """How many points a step evaluates: θ and n perturbed ones, or n pairs."""
+    return args.num_perturbations + 1 if args.gradient_estimator == "rge" else 2 * args.num_perturbations
+
+
 def candidates_per_pass(args):
-    """How many candidates go through the model as one batch."""
-    per_step = args.num_perturbations + 1 if args.gradient_estimator == "rge" else 2 * args.num_perturbations
-    return min(per_step, args.max_candidates_per_forward or per_step)
+    """How many of them go through the model as one batch."""
+    return min(candidates_per_step(args), args.max_candidates_per_forward or candidates_per_step(args))
+
+
+def release_freed_memory():
+    """Gives what has been freed back to the system: after large models have left, glibc keeps hundreds of MB."""
+    gc.collect()
+    if hasattr(psutil, "heap_trim"):  # not every C library has such a call
+        psutil.heap_trim()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def process_memory():
@@ -2071,12 +2092,10 @@ def main(args):
         "prompts_of_image": prompts_of_image,
     }
     del vae
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    release_freed_memory()
 
     # 3. Text encoder and UNet, frozen and quantized; of the token table, the rows of the prompts and the candidates.
-    per_step = args.num_perturbations + 1 if args.gradient_estimator == "rge" else 2 * args.num_perturbations
-    per_pass = candidates_per_pass(args)
+    per_step, per_pass = candidates_per_step(args), candidates_per_pass(args)
     with accelerator.local_main_process_first():  # the first process fills the cache, the others read it
         text_encoder, text_share = load_frozen(args, "text_encoder", device, dtype)
         if args.unet_backend == "openvino":
@@ -2088,7 +2107,7 @@ def main(args):
     components["text_encoder"] = {"bytes": module_bytes(text_encoder), "quantized_share": round(text_share, 4)}
     components["unet"] = {"bytes": size, "quantized_share": round(share, 4)}
     if device.type == "cuda" and args.unet_backend == "torch":
-        unet.to(memory_format=torch.channels_last)  # what cuDNN's half-precision convolutions want
+        use_channels_last(unet)
     if args.low_vram:
         layers_on_disk = tempfile.TemporaryDirectory(prefix=".tmp-layers-", dir=output_dir)
         stream_weights(unet, device, layers_on_disk.name)
@@ -2100,6 +2119,7 @@ def main(args):
     text_encoder.set_input_embeddings(PromptRows(table, in_use, base["first_placeholder_id"], rows, device, dtype))
     initial = table[base["initializer_id"]].float().to(device)
     del table
+    release_freed_memory()
     for name, facts in components.items():
         stays = "leaves after encoding" if name == "vae" else f"{facts['quantized_share']:.1%} of parameters quantized"
         logger.info(f"{name}: {facts['bytes'] / 1e6:.1f} MB, {stays}")

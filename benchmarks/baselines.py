@@ -5,9 +5,6 @@ device: whoever takes times must wait for the device (`torch.cuda.synchronize()`
 diffusers format (`random_base.build` makes one with random weights) or ready `Models`, which are used as they are.
 """
 
-import contextlib
-import ctypes
-import gc
 import json
 import statistics
 import sys
@@ -25,7 +22,12 @@ from transformers import CLIPTextModel
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent))  # the training script lies beside this folder
 
-from train_zoodip_textual_inversion import SubspaceGradient, normalize_estimate, sample_puts_timesteps  # noqa: E402
+from train_zoodip_textual_inversion import (  # noqa: E402
+    SubspaceGradient,
+    normalize_estimate,
+    release_freed_memory,
+    sample_puts_timesteps,
+)
 
 
 class Models(NamedTuple):
@@ -42,13 +44,6 @@ def quantize_with_quanto(model):
     quantize(model, weights=qint8)
     freeze(model)
     return model
-
-
-def release_freed_memory():
-    """Gives what loading freed back to the system (glibc keeps gigabytes), so that a process's size is that in use."""
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library has no such call
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def load_models(base, device="cpu", dtype=torch.float32, text_dtype=None, quanto=False):

@@ -90,7 +90,7 @@ class OurStep:
             staging = torch.device("cpu") if args.low_vram else self.device
             self.unet, _ = zoodip.load_frozen(args, "unet", staging, self.dtype)
             if self.device.type == "cuda":
-                self.unet.to(memory_format=torch.channels_last)
+                zoodip.use_channels_last(self.unet)
         if args.low_vram:
             self.layers_on_disk = tempfile.TemporaryDirectory(prefix=".tmp-layers-", dir=self.cache_dir)
             zoodip.stream_weights(self.unet, self.device, self.layers_on_disk.name)

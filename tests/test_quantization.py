@@ -218,6 +218,6 @@ def test_channels_last_weights_stay_so_and_change_nothing():
     x = torch.randn(2, 8, 9, 9, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         expected = layer(x)
-        layer.to(memory_format=torch.channels_last)
+        zoodip.use_channels_last(torch.nn.Sequential(layer))
         assert dequantize(layer.weight, layer.scale).is_contiguous(memory_format=torch.channels_last)
         torch.testing.assert_close(layer(x), expected)
