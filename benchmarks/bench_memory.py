@@ -320,6 +320,7 @@ def load_unet(base, device, cache):
     """Loads the INT8 UNet as the script does, and says how large it and its largest layer in float32 are."""
     words = ["--pretrained_model_name_or_path", base, "--train_data_dir", base, "--quantized_cache_dir", cache]
     args = zoodip.parse_args([*words, "--placeholder_token", "<my-toy>", "--initializer_token", "star"])
+    zoodip.keep_freed_blocks(1)  # as `main` does
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     layers = [
         m for m in zoodip.empty_model(args, "unet").modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))

@@ -144,7 +144,7 @@ def test_live_bytes_are_those_of_a_hand_count():
     output = 8 * 16 * 16 * 4
     assert zoodip.activation_bytes(lambda: conv(image), torch.device("cuda")) == output
     blocked = output + 4 * 16 * 16 * 4 + conv.weight.numel() * 4
-    heap = int(output * 1.6)  # glibc's share of a small block
+    heap = int(output * 1.8)  # glibc's share of a small block
     assert zoodip.activation_bytes(lambda: conv(image), CPU) == heap + blocked
     large = torch.empty(2**24, device="meta")  # 64 MB: a mapping of its own
     assert zoodip.activation_bytes(lambda: large + 1, CPU) == 2**26
