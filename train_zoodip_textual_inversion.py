@@ -752,15 +752,15 @@ class LiveBytes(TorchDispatchMode):
 
     Args:
         on_cpu: count what a CPU needs beside the tensors, too. For a convolution, oneDNN's own copies of input, weight
-            and output in blocked layouts. For blocks of up to 32 MB, glibc's heap, which keeps what was freed and
-            fragments: 80 % more, measured. (Telling glibc to give such blocks back costs 30 % of the time of a step.)
+            and output in blocked layouts. For blocks of up to 32 MB, `heap_slack` of their size: glibc's heap keeps
+            what was freed, and fragments.
     """
 
-    heap_block, heap_slack = 2**25, 0.8
+    heap_block = 2**25
 
-    def __init__(self, on_cpu):
+    def __init__(self, on_cpu, heap_slack):
         super().__init__()
-        self.on_cpu = on_cpu
+        self.on_cpu, self.heap_slack = on_cpu, heap_slack
         self.live = self.peak = 0
         self.known = set()
 
@@ -788,7 +788,11 @@ class LiveBytes(TorchDispatchMode):
         return result
 
 
-def activation_bytes(run, device):
+# The share by which glibc's heap outgrows the tensors in it while training, measured; see `keep_freed_blocks`.
+HEAP_SLACK = 0.8
+
+
+def activation_bytes(run, device, heap_slack=HEAP_SLACK):
     """Peak bytes of the tensors that `run()` makes on the meta device, as they would be on `device`."""
 
     def fused(query, *args, **kwargs):  # PyTorch's fused attention: only the result takes memory
@@ -797,7 +801,7 @@ def activation_bytes(run, device):
     attention = F.scaled_dot_product_attention
     F.scaled_dot_product_attention = fused
     try:
-        with torch.no_grad(), LiveBytes(on_cpu=device.type == "cpu") as live:
+        with torch.no_grad(), LiveBytes(device.type == "cpu", heap_slack) as live:
             run()
     finally:
         F.scaled_dot_product_attention = attention
@@ -866,11 +870,12 @@ def estimate_memory(args, base, device, dtype):
     size = base["latent_size"]
     sample = torch.empty(examples, unet.config.in_channels, size, size, **meta)
     context = torch.empty(examples, base["tokenizer"].model_max_length, unet.config.cross_attention_dim, **meta)
-    activations = activation_bytes(lambda: unet(sample, torch.empty(examples, device="meta"), context), device)
-    if quantization in ("nf4", "quanto-int8"):  # their dequantized layers are not tensors that meta sees
-        activations += largest * dtype.itemsize
+    slack = 0.0 if args.low_vram else HEAP_SLACK
+    activations = activation_bytes(lambda: unet(sample, torch.empty(examples, device="meta"), context), device, slack)
+    if quantization in ("nf4", "quanto-int8"):  # a dequantized layer and its transposed copy, which meta does not see
+        activations += 2 * largest * dtype.itemsize
     pixels, latent = torch.empty(1, 3, args.resolution, args.resolution, **meta), sample[:1]
-    encoding = activation_bytes(lambda: vae.encode(pixels).latent_dist.parameters, device)
+    encoding = activation_bytes(lambda: vae.encode(pixels).latent_dist.parameters, device, heap_slack=0.0)
     decoding = activation_bytes(lambda: vae.decode(latent), device) if args.validation_prompt else 0
     vae.decoder = None  # as while encoding
     encoding_peak = max(weights["VAE"] if on_cpu else 0, weight_bytes(vae, "none", dtype) + encoding)
@@ -2221,7 +2226,7 @@ def main(args):
         return 0 < args.early_stopping_patience <= progress["validations_without_gain"]
 
     # 5. The training loop: forward passes only.
-    keep_freed_blocks(32)  # the most that glibc allows, and what it comes to by itself
+    keep_freed_blocks(1 if args.low_vram else 32)  # 32: the most that glibc allows, and what it comes to by itself
     images = None
     last_good = theta.clone()
     resumed_at, started, seconds_before = progress["step"], time.perf_counter(), progress["seconds"]
