@@ -880,22 +880,22 @@ def estimate_memory(args, base, device, dtype):
     vae.decoder = None  # as while encoding
     encoding_peak = max(weights["VAE"] if on_cpu else 0, weight_bytes(vae, "none", dtype) + encoding)
 
-    mapped, mapped_whole = 0, weights["text encoder"] + weights["UNet"]
+    is_mapped = on_cpu and quantization == "int8" and args.quantized_cache_dir != "none"
+    mapped, before_streaming = weights["text encoder"] if is_mapped else 0, weights["text encoder"] + weights["UNet"]
     if args.unet_backend == "openvino":
         # Beside the stored weights it has all of them in float32, and those of products a second time, repacked.
         weights["UNet"] += 4 * sum(sum(sizes) for sizes in layers.values()) + 4 * sum(layers[torch.nn.Linear])
         weights["UNet"] += OPENVINO_BYTES
-    elif args.low_vram:  # one layer and the next one, as stored
-        weights["UNet"] = 2 * largest * (dtype.itemsize if quantization == "none" else 1)
-    elif on_cpu and quantization == "int8" and args.quantized_cache_dir != "none":
-        mapped = weights["UNet"]
-    if on_cpu and quantization == "int8" and args.quantized_cache_dir != "none":
-        mapped += weights["text encoder"]
+    elif is_mapped:
+        mapped += weights["UNet"]
+    if args.low_vram:  # one layer and the next one, as stored; pages of the mapped file stay until they are dropped
+        streamed = 2 * largest * (dtype.itemsize if quantization == "none" else 1)
+        weights["UNet"] = streamed + (weights["UNet"] if is_mapped else 0)
     resident = weights["text encoder"] + weights["UNet"]
     phases = {
         "encoding the images": encoding_peak,
         "quantizing": weights["text encoder"] + whole if on_cpu and quantization == "quanto-int8" else 0,
-        "writing the layers to disk": mapped_whole if args.low_vram and on_cpu else 0,
+        "writing the layers to disk": before_streaming if args.low_vram and on_cpu else 0,
         "training": resident + activations,
         "validation images": resident + weights["VAE"] + decoding if args.validation_prompt else 0,
     }
