@@ -316,12 +316,12 @@ def targets(steps, memories, signals, scores):
                     what = f"CPU, {resolution} px, INT8 from the cache: anonymous memory above imports"
                     judge(what, f"at most {most} MB", peak, f"{peak:.0f} MB", at_most=most)
     deviations = {
-        (e["row"], e["resolution"]): e["deviation_percent"]
+        (e["row"], e["resolution"], e["num_perturbations"], e["batch_size"]): e["deviation_percent"]
         for e in memories["entries"]
         if e.get("deviation_percent") is not None
     }
     worst = max(deviations, key=lambda key: abs(deviations[key]))
-    shown = f"worst {deviations[worst]:+.1f} % ({worst[0]}, {worst[1]} px) of {len(deviations)} runs"
+    shown = f"worst {deviations[worst]:+.1f} % ({worst[0]}, {worst[1]} px, n = {worst[2]}) of {len(deviations)} runs"
     judge("`--estimate_memory` against the measured peak", "within 10 %", abs(deviations[worst]), shown, at_most=10)
     of = {
         (r["row"], r["resolution"]): r
