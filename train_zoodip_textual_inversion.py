@@ -1902,17 +1902,18 @@ def check_arguments(parser, args):
 # =====================================================================================================
 
 
-def check_output_dir(args):
-    """Creates `--output_dir` and makes sure that it can be written."""
-    folder = Path(args.output_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):  # a name of its own: every process of a launch passes here at once
-            pass
-    except OSError as error:
-        raise InputError(
-            f"--output_dir {args.output_dir!r} cannot be written ({error.strerror}): choose another."
-        ) from None
+def check_folders(args):
+    """Creates `--output_dir` and `--quantized_cache_dir` and makes sure that they can be written."""
+    for name in ("output_dir", "quantized_cache_dir"):
+        folder = getattr(args, name)
+        if name == "quantized_cache_dir" and folder == "none":
+            continue
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):  # a name of its own: all processes of a launch pass here at once
+                pass
+        except OSError as error:
+            raise InputError(f"--{name} {folder!r} cannot be written ({error.strerror}): choose another.") from None
 
 
 # How small μ may be for losses in this precision: the default, and the least at which loss differences still correlate
@@ -2064,7 +2065,7 @@ def main(args):
 
     # 1. Everything that can be wrong is checked before anything slow starts.
     keep_freed_blocks(1)
-    check_output_dir(args)
+    check_folders(args)
     output_dir = Path(args.output_dir)
     accelerator = Accelerator(
         mixed_precision="no",  # weights and activations are cast once, by hand: autocast would cast them every step

@@ -57,6 +57,7 @@ def fault(basics, no_models, capsys):
         ({"sg_window": 100_000}, "--sg_window 100000 (τ) is larger than the token's dimension"),
         ({"sg_window": 1}, "--sg_window 1 holds no trajectory"),
         ({"sg_window": -1}, "--sg_window -1 must be at least 0"),
+        ({"quantized_cache_dir": "/proc/nowhere"}, "--quantized_cache_dir '/proc/nowhere' cannot be written"),
         ({"unet_backend": "openvino", "quantization": "nf4"}, "--unet_backend openvino takes --quantization int8 or"),
         ({"low_vram": True, "quantization": "quanto-int8"}, "--low_vram streams --quantization int8 or none"),
         ({"low_vram": True, "torch_compile": True}, "--low_vram and --torch_compile exclude each other"),
