@@ -99,6 +99,10 @@ class ZOODiPPipeline(StableDiffusionPipeline):
                 )
             config = _read_config(source, token)
             self._check_fit(source, token, embedding.reshape(-1, embedding.shape[-1]).shape, config)
+            rows = len(self.tokenizer) + embedding.reshape(-1, embedding.shape[-1]).shape[0]
+            if rows > self.text_encoder.get_input_embeddings().num_embeddings:
+                # as `load_textual_inversion` would, but without guessing rows that it overwrites at once
+                self.text_encoder.resize_token_embeddings(rows, mean_resizing=False)
             self.load_textual_inversion(content)
             self.concepts[token] = config
             self._warn_about_other_base(token)

@@ -22,12 +22,9 @@ from transformers import CLIPTextModel
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent))  # the training script lies beside this folder
 
-from train_zoodip_textual_inversion import (  # noqa: E402
-    SubspaceGradient,
-    normalize_estimate,
-    release_freed_memory,
-    sample_puts_timesteps,
-)
+from personalization.images import Batch  # noqa: E402
+from personalization.memory import release_freed_memory  # noqa: E402
+from train_zoodip_textual_inversion import SubspaceGradient, normalize_estimate, sample_puts_timesteps  # noqa: E402
 
 
 class Models(NamedTuple):
@@ -80,32 +77,25 @@ class _TextualInversion:
 
     @torch.no_grad()
     def draw_batch(self, min_timestep, max_timestep):
-        """A batch of the images, encoded anew as both original loops do at every step.
-
-        Returns:
-            dict: noisy_latents and target `[b, c, h, w]`, timesteps `[b]`, prompt_ids `[b, length]`.
-        """
+        """A `Batch` of the images, encoded anew as both original loops do at every step."""
         posterior = self.vae.encode(self.pixels).latent_dist
         latents = posterior.sample(self.generator) * self.vae.config.scaling_factor
         noise = torch.randn(latents.shape, generator=self.generator, device=self.device, dtype=latents.dtype)
         timesteps = sample_puts_timesteps(len(latents), min_timestep, max_timestep, self.generator, self.device)
         velocity = self.scheduler.config.prediction_type == "v_prediction"
-        return {
-            "noisy_latents": self.scheduler.add_noise(latents, noise, timesteps),
-            "target": self.scheduler.get_velocity(latents, noise, timesteps) if velocity else noise,
-            "timesteps": timesteps,
-            "prompt_ids": self.prompt_ids,
-        }
+        noisy = self.scheduler.add_noise(latents, noise, timesteps)
+        target = self.scheduler.get_velocity(latents, noise, timesteps) if velocity else noise
+        return Batch(noisy, target, timesteps, self.prompt_ids)
 
     def loss(self, batch):
         """The denoising loss (float32 scalar) of one forward pass of text encoder and UNet with the table as it is."""
         # Only where the text encoder is kept more precise than the UNet does autocast change anything.
         mixed = self.dtype != torch.float32 and self.table.dtype == torch.float32
         with torch.autocast(self.device.type, self.dtype, enabled=mixed):
-            conditioning = self.text_encoder(batch["prompt_ids"])[0].to(self.dtype)
-        noisy = batch["noisy_latents"].to(self.dtype)
-        prediction = self.unet(noisy, batch["timesteps"], conditioning, return_dict=False)[0]
-        return F.mse_loss(prediction.float(), batch["target"].float())
+            conditioning = self.text_encoder(batch.prompt_ids)[0].to(self.dtype)
+        noisy = batch.noisy_latents.to(self.dtype)
+        prediction = self.unet(noisy, batch.timesteps, conditioning, return_dict=False)[0]
+        return F.mse_loss(prediction.float(), batch.target.float())
 
 
 class OfficialLoop(_TextualInversion):
@@ -158,8 +148,8 @@ class OfficialLoop(_TextualInversion):
     @torch.no_grad()
     def step(self):
         estimate, loss = self.estimate(self.draw_batch(*self.timesteps))
-        removed = 0 if self.subspace.removed is None else len(self.subspace.removed)
-        self.theta.grad = normalize_estimate(self.subspace.project(estimate), self.n, removed)
+        projected = self.subspace.project(estimate)
+        self.theta.grad = normalize_estimate(projected, self.n, self.subspace.num_removed)
         self.optimizer.step()
         self.subspace.update(self.theta)
         self.table[self.placeholder_id] = self.theta[0].to(self.table)

@@ -44,6 +44,9 @@ ROOT = HERE.parent
 sys.path.append(str(ROOT))
 
 import train_zoodip_textual_inversion as zoodip  # noqa: E402
+from personalization import memory, runs  # noqa: E402
+from personalization.base_model import ModelSource, empty_model, open_base  # noqa: E402
+from personalization.compute import choose_compute  # noqa: E402
 
 
 CACHE = HERE / ".cache"  # on disk: a folder in memory would count as somebody's memory
@@ -52,12 +55,15 @@ MB = 2**20
 STEPS = 2  # the second step of gradient Textual Inversion holds AdamW's moments, too
 SAMPLE_SECONDS = 0.005
 KEY = ("architecture", "row", "resolution", "num_perturbations", "batch_size")
-MODULE = "import json, train_zoodip_textual_inversion as z; "
-IMPORTS = MODULE + "print(json.dumps(z.process_memory()))"
+IMPORTS = "import train_zoodip_textual_inversion; from personalization import memory; print(memory.process_memory())"
 # The script's own --estimate_memory, with its figures as JSON instead of a table.
-ESTIMATE = (
-    MODULE + "z.print_estimate = lambda args, figures, device: print(json.dumps(figures)); z.main(z.parse_args())"
-)
+ESTIMATE = """
+import dataclasses, json
+import train_zoodip_textual_inversion as zoodip
+from personalization.memory import MemoryPrediction
+MemoryPrediction.table = lambda self: json.dumps(dataclasses.asdict(self) | {"peak": self.peak})
+zoodip.main(zoodip.parse_args())
+"""
 
 
 class Row(NamedTuple):
@@ -313,27 +319,25 @@ def run_child(kind, settings):
     for _ in range(STEPS):
         print(f"loss {loop.step().item():.4f}")
     print("phase: results")
-    print(json.dumps(zoodip.peak_memory(torch.device(device))))
+    print(json.dumps(memory.peak_memory(torch.device(device))))
 
 
-def load_unet(base, device, cache):
+def load_unet(name, device, cache):
     """Loads the INT8 UNet as the script does, and says how large it and its largest layer in float32 are."""
-    words = ["--pretrained_model_name_or_path", base, "--train_data_dir", base, "--quantized_cache_dir", cache]
-    args = zoodip.parse_args([*words, "--placeholder_token", "<my-toy>", "--initializer_token", "star"])
-    zoodip.keep_freed_blocks(1)  # as `main` does
-    dtype = torch.float16 if device.type == "cuda" else torch.float32
-    layers = [
-        m for m in zoodip.empty_model(args, "unet").modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))
-    ]
+    memory.keep_freed_blocks(1)  # as `main` does
+    base, backend = open_base(ModelSource(name)), zoodip.BACKENDS["int8"]
+    compute, _ = choose_compute(device)
+    cache_dir = None if cache == "none" else cache
+    layers = [layer for layer in empty_model(base, "unet").modules() if backend.quantizes(layer)]
     largest = 4 * max(layer.weight.numel() for layer in layers)
     print("phase: loading")
     time.sleep(10 * SAMPLE_SECONDS)  # what was there before must be sampled
     started = time.perf_counter()
-    unet, _ = zoodip.load_frozen(args, "unet", device, dtype)
+    unet, _ = zoodip.load_frozen(base, "unet", backend, compute, cache_dir)
     seconds = time.perf_counter() - started
     time.sleep(10 * SAMPLE_SECONDS)
     print("phase: results")
-    facts = {"quantized_mb": megabytes(zoodip.module_bytes(unet)), "largest_layer_mb": megabytes(largest)}
+    facts = {"quantized_mb": megabytes(memory.tensor_bytes(unet)), "largest_layer_mb": megabytes(largest)}
     print(json.dumps({**facts, "load_seconds": round(seconds, 1)}))
 
 
@@ -410,7 +414,7 @@ def store(path, entry):
     entries = [old for old in entries if any(old[name] != entry[name] for name in KEY)]
     entries.append(entry)
     entries.sort(key=lambda e: [str(e[name] or "").rjust(6, "0") for name in KEY])
-    zoodip.write_json(path, {"unit": "MB = 2**20 bytes", "steps": STEPS, "entries": entries})
+    runs.write_json(path, {"unit": "MB = 2**20 bytes", "steps": STEPS, "entries": entries})
 
 
 def relative(command):

@@ -19,9 +19,12 @@ from random_base import HERE, build
 
 
 SCRIPT = HERE.parent / "train_zoodip_textual_inversion.py"
-BARE_IMPORT = (
-    "import torch, train_zoodip_textual_inversion as z; print(z.peak_memory(torch.device('cpu'))['process_mb'])"
-)
+BARE_IMPORT = """
+import torch
+import train_zoodip_textual_inversion
+from personalization import memory
+print(memory.peak_memory(torch.device("cpu"))["process_mb"])
+"""
 
 
 def cpu_name():

@@ -30,7 +30,6 @@ from bench_real_photos import cpu_name
 from safetensors.torch import load_file
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import CLIPTextModel
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,10 +37,11 @@ BASE, SUBJECTS = ROOT / "demo" / "base", ROOT / "demo" / "subjects"
 sys.path.append(str(ROOT))
 
 import train_zoodip_textual_inversion as zoodip  # noqa: E402
+from personalization import base_model, images, runs  # noqa: E402
 
 
 class Row(NamedTuple):
-    """A frozen model to measure: `load(room, device)` returns (unet, text encoder) for `room` candidates a pass."""
+    """A model to measure: `load(device)` returns a `FrozenModel`."""
 
     backend: str
     activations: str
@@ -53,7 +53,7 @@ class Row(NamedTuple):
 class Cell(NamedTuple):
     """A batch of one example at one timestep, and the points θ `[1, d]` by name at which to measure there."""
 
-    batch: dict
+    batch: images.Batch
     thetas: dict
 
 
@@ -78,57 +78,50 @@ def list_rows(cuda):
     return rows
 
 
-def script_args(subject, quantization):
-    """The training script's settings for a demo subject, whose last word is its shape; the rest are defaults."""
+def script_args(subject, quantization="none", engine="torch"):
+    """The training script's settings for a demo subject, whose last word is its shape, with 33 candidates a pass."""
     words = ["--pretrained_model_name_or_path", BASE, "--train_data_dir", SUBJECTS / subject, "--quantization"]
     words += [quantization, "--placeholder_token", "<my-toy>", "--initializer_token", subject.split("_")[-1]]
-    words += ["--quantized_cache_dir", "none"]
+    words += ["--quantized_cache_dir", "none", "--unet_backend", engine]
+    words += ["--num_perturbations", 32, "--max_candidates_per_forward", 33]
     return zoodip.parse_args([str(word) for word in words])
 
 
-def build(quantization, dtype, text_dtype, room, device, engine="torch"):
-    """UNet and text encoder, frozen and quantized, as the training script loads them."""
-    args = script_args("striped_star", quantization)  # any subject: only the model's settings are read
-    base = zoodip.read_base(args)
-    text_encoder, _ = zoodip.load_frozen(args, "text_encoder", device, text_dtype)
-    table, first = zoodip.load_token_table(args), base["first_placeholder_id"]
-    rows = zoodip.PromptRows(table, torch.arange(first), first, room, device, text_dtype)
-    text_encoder.set_input_embeddings(rows)
-    if engine == "openvino":
-        length = base["tokenizer"].model_max_length
-        unet, _, _ = zoodip.load_openvino_unet(args, device, dtype, base["latent_size"], length)
-    else:
-        unet, _ = zoodip.load_frozen(args, "unet", device, dtype)
+def build(quantization, dtype, text_dtype, device, engine="torch"):
+    """A `FrozenModel` as the training script makes it, but for the dtypes, and with all words in its table."""
+    args = script_args("striped_star", quantization, engine)  # any subject: only the model's settings are read
+    base, placeholder, compute = zoodip.resolve_settings(args, device)
+    text_encoder, unet, *_ = zoodip.load_networks(args, base, compute._replace(dtype=dtype))
+    compute = compute._replace(dtype=text_dtype)
     if text_dtype != dtype:
+        text_encoder, _ = zoodip.load_frozen(base, "text_encoder", zoodip.BACKENDS[quantization], compute)
         unet.register_forward_pre_hook(
             lambda _, inputs: tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs)
         )
-    return unet, text_encoder
+    words = torch.arange(placeholder.first_id)
+    return zoodip.assemble_model(args, base, placeholder, words, text_encoder, unet, compute)[0]
 
 
 def draw_cells(args, device):
     """One (image, caption) pair of each subject, noised to every timestep; the same for all rows."""
     generator = torch.Generator().manual_seed(args.seed)
-    words = CLIPTextModel.from_pretrained(BASE, subfolder="text_encoder", dtype=torch.float32).get_input_embeddings()
     cells = []
     for subject in args.subjects:
-        settings = script_args(subject, "none")
-        base, examples = zoodip.read_base(settings), zoodip.read_folder(settings)
-        prompt_ids, prompts_of_image = zoodip.build_prompts(settings, examples, base["tokenizer"])
-        vae = zoodip.load_vae(settings, torch.float32)
-        with torch.no_grad():
-            moments = zoodip.encode_images(vae, examples, "cpu")
-        concept = {"moments": moments, "flip_probability": 0.0, "scaling_factor": vae.config.scaling_factor}
-        concept |= {"prompt_ids": prompt_ids, "prompts_of_image": prompts_of_image}
-        thetas = {"initial": words.weight.detach()[base["initializer_id"]][None].to(device)}
+        settings = script_args(subject)
+        base, placeholder, compute = zoodip.resolve_settings(settings, torch.device("cpu"))
+        pictures = zoodip.read_pictures(settings)
+        prompts = images.build_prompts(pictures, placeholder, base.tokenizer)
+        concept, _ = images.load_concept(pictures, prompts, base.source, flip_probability=0.0, compute=compute)
+        table = base_model.load_token_table(base.source)
+        thetas = {"initial": table[placeholder.initializer_id].float()[None].to(device)}
         if args.learned:
             learned = load_file(args.learned / subject / "learned_embeds.safetensors", str(device))
             (thetas["learned"],) = learned.values()
-        latents, ids = zoodip.draw_examples(concept, 1, generator)
+        latents, ids = images.draw_examples(concept, 1, generator)
         for t in args.timesteps:
-            batch = zoodip.noise_batch(latents, ids, torch.tensor([t]), generator, base["scheduler"], device)
-            cells.append(Cell(batch, thetas))
-    return cells, base["first_placeholder_id"]
+            batch = images.noise_batch(latents, ids, torch.tensor([t]), generator, base.scheduler)
+            cells.append(Cell(batch.to(device), thetas))
+    return cells
 
 
 @contextlib.contextmanager
@@ -142,52 +135,50 @@ def tf32(enabled):
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
-def loss_at(theta, batch, unet, text_encoder, first_id):
+def loss_at(theta, batch, model):
     """The script's loss as a differentiable function of θ `[1, d]`, which a hook puts in after the token table."""
 
     def put_in(_, inputs, output):
-        return torch.where((inputs[0] == first_id)[..., None], theta[0], output)
+        return torch.where((inputs[0] == model.first_placeholder_id)[..., None], theta[0], output)
 
-    hook = text_encoder.get_input_embeddings().register_forward_hook(put_in)
+    hook = model.text_encoder.get_input_embeddings().register_forward_hook(put_in)
     try:
         row = torch.zeros((1, *theta.shape), device=theta.device)  # written to the table, and replaced by the hook
-        return zoodip.candidate_losses(row, batch, text_encoder, unet, first_id)[0]
+        return model.losses(row, batch)[0]
     finally:
         hook.remove()
 
 
-def exact_slopes(cells, directions, model, first_id):
+def exact_slopes(cells, directions, model):
     """Per θ name, per cell: the derivative along every direction, from one backward pass (float64 `[n]`, host)."""
     slopes = {}
     for cell in cells:
         for name, theta in cell.thetas.items():
             theta = theta.clone().requires_grad_()
-            (gradient,) = torch.autograd.grad(loss_at(theta, cell.batch, *model, first_id), theta)
+            (gradient,) = torch.autograd.grad(loss_at(theta, cell.batch, model), theta)
             product = torch.tensordot(directions.double(), gradient.double(), dims=2)
             slopes.setdefault(name, []).append(product.cpu())
     return slopes
 
 
-def forward_mode_slopes(cell, directions, model, first_id):
+def forward_mode_slopes(cell, directions, model):
     """Derivatives at the initial θ by forward-mode differentiation, one by one: a check on `exact_slopes`."""
     slopes = []
     for direction in directions:
         # Of the attention kernels only the plain one has a forward derivative.
         with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
             theta = forward_ad.make_dual(cell.thetas["initial"], direction)
-            loss = loss_at(theta, cell.batch, *model, first_id)
+            loss = loss_at(theta, cell.batch, model)
             slopes.append(forward_ad.unpack_dual(loss).tangent.double().cpu())
     return torch.stack(slopes)
 
 
-def difference_slopes(cells, name, mu, directions, model, first_id):
-    """Per cell: forward differences from batched passes, as in `estimate_gradient`; nan where a loss is."""
+def difference_slopes(cells, name, mu, directions, model):
+    """Per cell: forward differences from batched passes, as training makes them; nan where a loss is."""
     slopes = []
     for cell in cells:
-        theta = cell.thetas[name]
-        candidates = torch.cat([theta[None], theta + mu * directions])
-        losses = zoodip.candidate_losses(candidates, cell.batch, model[1], model[0], first_id, max_candidates=33)
-        slopes.append(((losses[1:] - losses[0]) / mu).double().cpu())
+        losses = functools.partial(model.losses, batch=cell.batch)
+        slopes.append(zoodip.rge_slopes(losses, cell.thetas[name], directions, mu)[0].double().cpu())
     return slopes
 
 
@@ -248,8 +239,8 @@ def main():
     args = parse_args()
     started = time.perf_counter()
     cuda = torch.cuda.is_available()
-    device, room = torch.device("cuda" if cuda else "cpu"), args.directions + 1
-    cells, first_id = draw_cells(args, device)
+    device = torch.device("cuda" if cuda else "cpu")
+    cells = draw_cells(args, device)
     shape = next(iter(cells[0].thetas.values())).shape
     generator = torch.Generator().manual_seed(args.seed + 1)
     directions = torch.randn((args.directions, *shape), generator=generator).to(device)
@@ -259,15 +250,15 @@ def main():
         """Exact slopes with these weights in float32; None where a backend has no autograd."""
         try:
             with tf32(False):
-                model = build(quantization, torch.float32, torch.float32, room, device)
-                return exact_slopes(cells, directions, model, first_id)
+                model = build(quantization, torch.float32, torch.float32, device)
+                return exact_slopes(cells, directions, model)
         except Exception as error:  # libraries refuse autograd each in its own way
             left_out[f"{quantization}, autograd"] = f"{type(error).__name__}: {error}"
 
     results, left_out = [], {}
     with tf32(False):
-        model = build("none", torch.float32, torch.float32, room, device)
-        check = forward_mode_slopes(cells[0], directions[:8], model, first_id)
+        model = build("none", torch.float32, torch.float32, device)
+        check = forward_mode_slopes(cells[0], directions[:8], model)
     exact = reference("none")["initial"][0][:8]
     deviation = float(f"{((check - exact).norm() / exact.norm()).item():.2g}")
     print(f"Forward-mode differentiation deviates from autograd by {deviation}.")
@@ -278,10 +269,10 @@ def main():
         label = {"backend": row.backend, "activations": row.activations}
         own = reference(row.weights) if row.weights else None
         try:
-            model = row.load(room, device)
+            model = row.load(device)
             for name, mu in itertools.product(cells[0].thetas, args.mu):
                 with tf32(row.tf32), torch.inference_mode():
-                    slopes = difference_slopes(cells, name, mu, directions, model, first_id)
+                    slopes = difference_slopes(cells, name, mu, directions, model)
                 result = {
                     "exact": compare(slopes, reference("none")[name]),
                     "own_weights": compare(slopes, own[name]) if own else None,
@@ -297,7 +288,7 @@ def main():
     settings = {key: value for key, value in vars(args).items() if key != "output"}
     settings["learned"] = args.learned and str(args.learned)
     hardware = {"name": torch.cuda.get_device_name() if cuda else cpu_name(), "threads": torch.get_num_threads()}
-    zoodip.write_json(
+    runs.write_json(
         args.output,
         {
             "command": shlex.join(["python", "benchmarks/bench_signal.py", *sys.argv[1:]]),

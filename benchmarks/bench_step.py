@@ -33,11 +33,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import psutil
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from diffusers.optimization import get_scheduler
 
 
 HERE = Path(__file__).resolve().parent
@@ -50,6 +47,8 @@ from bench_real_photos import cpu_name  # noqa: E402
 from bench_signal import installed  # noqa: E402
 
 import train_zoodip_textual_inversion as zoodip  # noqa: E402
+from personalization import images, memory, runs  # noqa: E402
+from personalization.base_model import ModelSource, empty_model, open_base  # noqa: E402
 
 
 CACHE, SUBJECT = HERE / ".cache", ROOT / "demo" / "subjects" / "striped_star"
@@ -60,7 +59,7 @@ FLOAT = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class OurStep:
-    """The training script's step: its own functions, called as the loop of its `main` calls them.
+    """The training script's step: its own chapters, called as its `main` calls them.
 
     Args:
         base: folder of the model.
@@ -80,135 +79,65 @@ class OurStep:
         device="cpu",
         cache_dir=CACHE / "quantized",
     ):
-        self.base_name, self.flags, self.device = base, list(flags), torch.device(device)
-        self.cache_dir = Path(cache_dir)
-        self.cache_dir.mkdir(parents=True, exist_ok=True)
-        self.unet = self.layers_on_disk = None
-        args = self.read_settings(resolution, batch_size, num_perturbations)
-        self.text_encoder, _ = zoodip.load_frozen(args, "text_encoder", self.device, self.dtype)
-        if args.unet_backend == "torch":
-            staging = torch.device("cpu") if args.low_vram else self.device
-            self.unet, _ = zoodip.load_frozen(args, "unet", staging, self.dtype)
-            if self.device.type == "cuda":
-                zoodip.use_channels_last(self.unet)
-        if args.low_vram:
-            self.layers_on_disk = tempfile.TemporaryDirectory(prefix=".tmp-layers-", dir=self.cache_dir)
-            zoodip.stream_weights(self.unet, self.device, self.layers_on_disk.name)
-        self.compiled_for = None
+        self.base_name, self.flags, self.device, self.cache_dir = base, list(flags), torch.device(device), cache_dir
+        Path(cache_dir).mkdir(parents=True, exist_ok=True)
+        self.layers_dir = runs.temporary_folder(cache_dir)  # of --low_vram
+        self.model = self.made_for = None
         self.configure(resolution, batch_size, num_perturbations)
 
-    def read_settings(self, resolution, batch_size, num_perturbations):
-        """The script's arguments, with all defaults and checks; `self.base` is what it reads of the model."""
+    def configure(self, resolution, batch_size, num_perturbations):
+        """Starts training anew with these settings; the networks stay (OpenVINO's UNet is made for one resolution)."""
         words = ["--pretrained_model_name_or_path", self.base_name, "--train_data_dir", SUBJECT]
         words += ["--placeholder_token", "<my-toy>", "--initializer_token", "star", "--report_to", "none"]
         words += ["--resolution", resolution, "--train_batch_size", batch_size]
         words += ["--num_perturbations", num_perturbations, "--quantized_cache_dir", self.cache_dir, *self.flags]
-        self.args = zoodip.parse_args([str(word) for word in words])
-        self.dtype = zoodip.choose_precision(self.args, self.device)
-        zoodip.check_backend(self.args, self.device)
-        self.base = zoodip.read_base(self.args)
-        return self.args
-
-    def configure(self, resolution, batch_size, num_perturbations):
-        """Starts training anew with these settings; the models stay (OpenVINO's is made for one resolution)."""
-        args = self.read_settings(resolution, batch_size, num_perturbations)
-        base, device = self.base, self.device
-        if args.unet_backend == "openvino" and self.compiled_for != resolution:
-            self.unet = None  # the old one leaves before the new one comes
-            length = base["tokenizer"].model_max_length
-            self.unet, _, _ = zoodip.load_openvino_unet(args, device, self.dtype, base["latent_size"], length)
-            self.compiled_for = resolution
-        if args.torch_compile:
-            torch.compiler.reset()  # shapes are static, and after eight of them it would no longer compile
-            self.unet.compile(mode="reduce-overhead", dynamic=False)
-        examples = zoodip.read_folder(args)
-        prompt_ids, prompts_of_image = zoodip.build_prompts(args, examples, base["tokenizer"])
-        self.concept = {
-            "moments": self.draw_moments(len(examples)),
-            "flip_probability": args.flip_probability,
-            "scaling_factor": self.scaling_factor,
-            "prompt_ids": prompt_ids,
-            "prompts_of_image": prompts_of_image,
-        }
-        table, first_id = zoodip.load_token_table(args), base["first_placeholder_id"]
-        in_use = torch.cat([prompt_ids.flatten(), zoodip.validation_ids(args, base["tokenizer"])])
-        rows = zoodip.candidates_per_pass(args) * args.num_vectors
-        self.text_encoder.set_input_embeddings(zoodip.PromptRows(table, in_use, first_id, rows, device, self.dtype))
-        self.theta = table[base["initializer_id"]].float().to(device).repeat(args.num_vectors, 1)
-        self.initial = self.theta.clone()
-        betas = (args.adam_beta1, args.adam_beta2)
-        self.optimizer = torch.optim.Adam(
-            [self.theta],
-            lr=args.learning_rate,
-            betas=betas,
-            eps=args.adam_epsilon,
-            weight_decay=args.adam_weight_decay,
+        self.args = args = zoodip.parse_args([str(word) for word in words])
+        base, placeholder, compute = zoodip.resolve_settings(args, self.device)
+        self.dtype = compute.dtype
+        if self.model is None or args.unet_backend == "openvino" and self.made_for != resolution:
+            self.model = None  # the old networks leave before the new ones come
+            text_encoder, unet, *_ = zoodip.load_networks(args, base, compute, self.layers_dir)
+            self.made_for = resolution
+        else:
+            text_encoder, unet = self.model.text_encoder, self.model.unet
+            if args.torch_compile:
+                torch.compiler.reset()  # shapes are static, and after eight of them it would no longer compile
+        pictures = zoodip.read_pictures(args)
+        prompts = images.build_prompts(pictures, placeholder, base.tokenizer, args.learnable_property)
+        self.concept = random_concept(args, base, prompts)
+        self.model, initial = zoodip.assemble_model(
+            args, base, placeholder, self.concept.prompt_ids, text_encoder, unet, compute
         )
-        self.lr_scheduler = get_scheduler(args.lr_scheduler, self.optimizer)
-        self.subspace = zoodip.SubspaceGradient(args.sg_window, args.sg_threshold)
-        self.generators = {
-            name: torch.Generator().manual_seed(int(np.random.SeedSequence([args.seed, i, 0]).generate_state(1)[0]))
-            for i, name in enumerate(["data", "perturbations"])
-        }
-        self.interval_loss = torch.zeros((), device=device)
-        self.loss_of = functools.partial(
-            zoodip.candidate_losses,
-            text_encoder=self.text_encoder,
-            unet=self.unet,
-            first_placeholder_id=first_id,
-            max_candidates=args.max_candidates_per_forward,
-        )
-
-    def draw_moments(self, images):
-        """Random latent moments in place of `encode_images`; scaled latents are about N(0, 1)."""
-        where = {"subfolder": "vae"}
-        config = AutoencoderKL.load_config(self.base_name, **where)
-        self.scaling_factor = config.get("scaling_factor", 0.18215)
-        size, channels = self.base["latent_size"], config["latent_channels"]
-        generator = torch.Generator().manual_seed(0)
-        mean = torch.randn(2, images, channels, size, size, generator=generator) / self.scaling_factor
-        return torch.cat([mean, torch.full_like(mean, -10.0)], dim=2)
-
-    def draw_batch(self, generator):
-        args = self.args
-        latents, ids = zoodip.draw_examples(self.concept, args.train_batch_size, generator)
-        bounds = (args.puts_min_timestep, args.puts_max_timestep)
-        timesteps = zoodip.sample_puts_timesteps(args.train_batch_size, *bounds, generator)
-        return zoodip.noise_batch(latents, ids, timesteps, generator, self.base["scheduler"], self.device)
+        self.learner, self.sampling = zoodip.start_learner(args, initial), zoodip.choose_sampling(args)
+        self.initial = self.learner.theta.clone()
 
     def prepare(self):
         """What must be set before a step, as several rows share a process; its time does not count."""
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.args.allow_tf32
 
-    @torch.inference_mode()
     def step(self):
         """One step; returns the loss, on the device."""
-        args = self.args
-        estimate, loss = zoodip.estimate_gradient(
-            functools.partial(self.loss_of, batch=self.draw_batch(self.generators["data"])),
-            self.theta,
-            args.num_perturbations,
-            args.perturbation_scale,
-            self.generators["perturbations"],
-            args.gradient_estimator,
-        )
-        self.interval_loss += loss
-        removed = 0 if self.subspace.removed is None else len(self.subspace.removed)
-        projected = self.subspace.project(estimate)
-        self.theta.grad = zoodip.normalize_estimate(projected, args.num_perturbations, removed)
-        self.optimizer.step()
-        self.lr_scheduler.step()
-        self.subspace.update(self.theta)
-        return loss
+        return zoodip.train_step(self.learner, self.model, self.concept, self.sampling)
 
     @torch.inference_mode()
     def fixed_losses(self, scale=1e-3):
         """Losses `[n + 1]` of a batch and candidates that are the same for every `OurStep` of a configuration."""
         generator = torch.Generator().manual_seed(1)
-        batch = self.draw_batch(generator)
+        batch = zoodip.draw_batch(self.concept, self.sampling, self.model.scheduler, generator)
         directions = torch.randn(self.args.num_perturbations, *self.initial.shape, generator=generator)
         candidates = torch.cat([self.initial[None], self.initial + scale * directions.to(self.device)])
-        return self.loss_of(candidates, batch=batch).cpu()
+        return self.model.losses(candidates, batch.to(self.device)).cpu()
+
+
+def random_concept(args, base, prompts):
+    """The `Concept` of the subject with random latents in place of encoded pictures; scaled they are about N(0, 1)."""
+    prompt_ids, prompts_of_image = prompts
+    scaling_factor = base.vae_config.get("scaling_factor", 0.18215)
+    size, channels = args.resolution // base.vae_factor, base.vae_config["latent_channels"]
+    generator = torch.Generator().manual_seed(0)
+    mean = torch.randn(2, len(prompts_of_image), channels, size, size, generator=generator) / scaling_factor
+    moments = torch.cat([mean, torch.full_like(mean, -10.0)], dim=2)
+    return images.Concept(moments, args.flip_probability, scaling_factor, prompt_ids, prompts_of_image)
 
 
 class Baseline:
@@ -319,11 +248,9 @@ class Bench:
         self.args, self.device = args, torch.device(args.device)
         demo = args.architecture == "demo"
         self.base = ROOT / "demo" / "base" if demo else random_base.build(args.architecture, CACHE / args.architecture)
-        vae = AutoencoderKL.load_config(self.base, subfolder="vae")
-        self.factor = 2 ** (len(vae["block_out_channels"]) - 1)
-        with torch.device("meta"):
-            unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(self.base, subfolder="unet"))
-        self.parameters = sum(p.numel() for p in unet.parameters())
+        base = open_base(ModelSource(str(self.base)))
+        self.factor = base.vae_factor
+        self.parameters = sum(p.numel() for p in empty_model(base, "unet").parameters())
         self.measured = set()  # keys of this run: a reference row counts with its first group
 
     def source(self, name):
@@ -372,7 +299,7 @@ class Bench:
             except Exception as error:  # not installed, or not made for this machine: the other rows go on
                 failures[name] = f"{type(error).__name__}: {error}"
             print(f"  {name}: built in {time.perf_counter() - started:.0f} s", flush=True)
-            baselines.release_freed_memory()
+            memory.release_freed_memory()
         return failures
 
     def load_baseline(self, row):
@@ -439,7 +366,7 @@ class Bench:
         for name in list(seconds):
             if self.args.warmup > 1:
                 attempt(name, self.timed, built[name], self.args.warmup - 1)
-        baselines.release_freed_memory()
+        memory.release_freed_memory()
         for i in range(self.args.rounds):
             order = list(seconds)
             shift = i % max(1, len(order))
@@ -523,7 +450,7 @@ class Bench:
         for names in self.groups():
             for name in [name for name in built if name not in names]:
                 del built[name]
-            baselines.release_freed_memory()
+            memory.release_freed_memory()
             print(f"{self.args.architecture} on {self.device}: {', '.join(names)}", flush=True)
             unbuilt = self.load(names, built)
             for resolution, batch_size, n in itertools.product(
@@ -590,7 +517,7 @@ def merge(path, rows=(), left_out=(), processes=()):
 
     done = {key_of(row) for row in rows}
     failed = [entry for entry in content.get("left_out", []) if key_of(entry) not in done]
-    zoodip.write_json(
+    runs.write_json(
         path,
         {
             "rows": merged(content.get("rows", []), rows, KEY),
@@ -629,9 +556,9 @@ def scale_processes(args):
                 figures[count].append(json.loads((Path(folder) / "zoodip_config.json").read_text())["figures"])
             print(f"  {count} processes: {figures[count][-1]['steps_per_second']} steps/s", flush=True)
     entries, alone = [], None
-    for count, runs in figures.items():
-        rates = [run["steps_per_second"] for run in runs]
-        passes = statistics.median(rates) * runs[0]["forward_passes"] / runs[0]["steps"]
+    for count, measured in figures.items():
+        rates = [run["steps_per_second"] for run in measured]
+        passes = statistics.median(rates) * measured[0]["forward_passes"] / measured[0]["steps"]
         alone = alone or passes
         source = provenance(torch.device("cpu"))
         source["hardware"]["threads"] = 1  # of each process

@@ -9,14 +9,23 @@ a model that the base has never seen. Written to `demo/output/`: `before_after.p
 output of each training run.
 """
 
+# ruff: noqa: E402
+import sys
+from pathlib import Path
+
+
+DEMO = Path(__file__).resolve().parent
+sys.path.insert(0, str(DEMO.parent))
+import personalization.quiet  # noqa: F401, before the libraries whose false alarms it silences
+
+
+# isort: split
 import argparse
 import json
 import os
 import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import torch
 import world
@@ -26,7 +35,6 @@ from scoring import Scorer
 from tqdm.auto import tqdm
 
 
-DEMO = Path(__file__).resolve().parent
 SCRIPT = DEMO.parent / "train_zoodip_textual_inversion.py"
 PLACEHOLDER = "<my-toy>"
 

@@ -46,8 +46,8 @@ class HubServer:
     def environment(self, home, token=TOKEN):
         """Environment variables that point a fresh process at this server and at nothing else."""
         switches = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "OMP_NUM_THREADS": "1"}
-        where = {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
-        return {**where, **switches, "HF_TOKEN": token}
+        location = {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+        return {**location, **switches, "HF_TOKEN": token}
 
     def __enter__(self):
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))

@@ -80,7 +80,7 @@ def test_mean_of_many_estimates_is_the_gradient(estimator):
 
 
 def test_unknown_estimator_is_named():
-    with pytest.raises(ValueError, match="one-point"):
+    with pytest.raises(KeyError, match="one-point"):
         estimate_gradient(smooth_loss, torch.zeros(2, 5), 1, 1e-3, generator(), "one-point")
 
 

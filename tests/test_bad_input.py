@@ -1,4 +1,4 @@
-"""What a user can get wrong: one sentence that names the input and the mend, exit code 2, before any model loads."""
+"""What a user can get wrong: one sentence that names the input and the fix, exit code 2, before any model loads."""
 
 import json
 import shutil
@@ -6,10 +6,15 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import as_arguments
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
+from transformers import CLIPTextModel, CLIPTokenizer
 
 import train_zoodip_textual_inversion as zoodip
+from personalization import base_model, images
+from personalization.errors import InputError
 
 
 @pytest.fixture
@@ -19,9 +24,9 @@ def no_models(monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("a model was loaded before the input was judged")
 
-    for owner in (zoodip.CLIPTextModel, zoodip.AutoencoderKL, zoodip.UNet2DConditionModel):
+    for owner in (CLIPTextModel, AutoencoderKL, UNet2DConditionModel):
         monkeypatch.setattr(owner, "from_pretrained", refuse)
-    monkeypatch.setattr(zoodip, "stored_tensors", refuse)
+    monkeypatch.setattr(base_model, "stored_tensors", refuse)
 
 
 @pytest.fixture
@@ -37,7 +42,7 @@ def fault(basics, no_models, capsys):
             message = capsys.readouterr().err
             assert "usage:" not in message
             return message
-        except zoodip.InputError as error:
+        except InputError as error:
             assert "\n" not in str(error)
             return str(error)
         raise AssertionError("accepted")
@@ -97,7 +102,7 @@ def test_bad_flag(fault, flags, expected):
 
 def test_multi_vector_names_must_be_free_too(fault, demo_base, tmp_path):
     shutil.copytree(demo_base, tmp_path / "base")
-    tokenizer = zoodip.CLIPTokenizer.from_pretrained(tmp_path / "base" / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(tmp_path / "base" / "tokenizer")
     tokenizer.add_tokens(["<my-toy>_1"])
     tokenizer.save_pretrained(tmp_path / "base" / "tokenizer")
     message = fault(pretrained_model_name_or_path=str(tmp_path / "base"), num_vectors=2)
@@ -140,7 +145,7 @@ def test_no_readable_image(fault, tmp_path):
     assert "holds no readable image (2 files looked at)" in fault(train_data_dir=str(folder))
 
 
-def test_litter_and_truncated_images_are_skipped_with_one_warning_each(tmp_path, basics, caplog):
+def test_litter_and_truncated_images_are_skipped_with_one_warning_each(tmp_path, caplog):
     folder = tmp_path / "images"
     folder.mkdir()
     picture(folder / "good.png")
@@ -148,10 +153,9 @@ def test_litter_and_truncated_images_are_skipped_with_one_warning_each(tmp_path,
     (folder / "cut.jpg").write_bytes((folder / "cut.jpg").read_bytes()[:400])
     for name in (".DS_Store", "Thumbs.db", "good.txt", "._good.png"):
         (folder / name).write_bytes(b"\0\1")
-    args = zoodip.parse_args(as_arguments(basics | {"--train_data_dir": str(folder), "--resolution": "64"}))
-    zoodip.Accelerator()  # its logger wants a state
+    Accelerator()  # its logger wants a state
     with caplog.at_level("WARNING"):
-        assert [name for name, _, _ in zoodip.read_folder(args)] == ["good.png"]
+        assert [name for name, _, _ in images.read_folder(folder, 64, False)] == ["good.png"]
     warnings = [record.message for record in caplog.records]
     assert len(warnings) == 2
     assert "Ignored 4 files" in warnings[0] and "Thumbs.db" in warnings[0]
@@ -162,22 +166,22 @@ def test_litter_and_truncated_images_are_skipped_with_one_warning_each(tmp_path,
 def test_every_mode_becomes_rgb(tmp_path, mode, suffix):
     picture(tmp_path / f"image.{suffix}", mode)
     with Image.open(tmp_path / f"image.{suffix}") as image:
-        pixels = zoodip.to_pixels(image, 16, center_crop=False)
+        pixels = images.to_pixels(image, 16, center_crop=False)
     assert pixels.shape == (3, 16, 16) and pixels.dtype == torch.uint8
 
 
 def test_transparency_is_laid_over_white():
     image = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
-    assert (zoodip.to_pixels(image, 8, False) == 255).all()
+    assert (images.to_pixels(image, 8, False) == 255).all()
     palette = Image.new("P", (8, 8), 3)
     palette.putpalette([0] * 768)
     palette.info["transparency"] = 3
-    assert (zoodip.to_pixels(palette, 8, False) == 255).all()
+    assert (images.to_pixels(palette, 8, False) == 255).all()
 
 
 def test_16_bit_grey_keeps_its_range():
     grey = Image.fromarray(np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8))
-    pixels = zoodip.to_pixels(grey, 8, False)
+    pixels = images.to_pixels(grey, 8, False)
     assert pixels.min() == 0 and pixels.max() == 255 and 100 < pixels.float().mean() < 155
 
 
@@ -190,15 +194,15 @@ def test_exif_orientation_is_applied():
 
     file = BytesIO()
     image.save(file, "jpeg", exif=exif, quality=95)
-    pixels = zoodip.to_pixels(Image.open(file), 8, False)
+    pixels = images.to_pixels(Image.open(file), 8, False)
     assert pixels[:, 0].min() > 200 and pixels[:, -1].max() < 55
 
 
 def test_center_crop_keeps_the_middle_and_squeezing_keeps_everything():
     image = Image.new("RGB", (30, 10), "black")
     image.paste("white", (10, 0, 20, 10))
-    assert (zoodip.to_pixels(image, 10, True) > 200).all()
-    assert (zoodip.to_pixels(image, 30, False)[:, :, 0] < 50).all()
+    assert (images.to_pixels(image, 10, True) > 200).all()
+    assert (images.to_pixels(image, 30, False)[:, :, 0] < 50).all()
 
 
 def captions(folder, rows, name="metadata.jsonl"):
@@ -217,14 +221,19 @@ def two_images(tmp_path):
     return folder
 
 
+def placeholder_in(folder, num_vectors):
+    """The base in a folder, and the placeholder `<my-toy>` of a star in its tokenizer."""
+    base = base_model.open_base(base_model.ModelSource(folder))
+    return base, images.add_placeholder(base.tokenizer, "<my-toy>", num_vectors, "star")
+
+
 @pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
-def test_captions_mark_the_concept_by_braces_or_by_name(two_images, basics, name, demo_base):
+def test_captions_mark_the_concept_by_braces_or_by_name(two_images, name, demo_base):
     rows = [{"file_name": "a.png", "text": "a {} on the beach"}, {"file_name": "b.png", "text": "my <my-toy>, red"}]
     captions(two_images, rows, name)
-    flags = basics | {"--train_data_dir": str(two_images), "--resolution": "64", "--num_vectors": "2"}
-    args = zoodip.parse_args(as_arguments(flags))
-    tokenizer = zoodip.read_base(args)["tokenizer"]
-    prompt_ids, prompts_of_image = zoodip.build_prompts(args, zoodip.read_folder(args), tokenizer)
+    base, placeholder = placeholder_in(demo_base, 2)
+    tokenizer, pictures = base.tokenizer, images.read_folder(two_images, 64, False)
+    prompt_ids, prompts_of_image = images.build_prompts(pictures, placeholder, tokenizer)
     assert prompts_of_image == [[0], [1]] and prompt_ids.shape == (2, tokenizer.model_max_length)
     texts = tokenizer.batch_decode(prompt_ids, skip_special_tokens=True)
     for text, words in zip(texts, (["a", "on", "the", "beach"], ["my", ",", "red"])):
@@ -249,47 +258,47 @@ def test_unreadable_captions(fault, two_images, content):
     assert "metadata.jsonl cannot be read" in fault(train_data_dir=str(two_images))
 
 
-def test_images_without_captions_get_the_templates(two_images, basics):
+def test_images_without_captions_get_the_templates(two_images, demo_base):
     captions(two_images, [{"file_name": "a.png", "text": "a {}"}])
     for learnable, count in (("object", 27), ("style", 17)):
-        flags = basics | {"--train_data_dir": str(two_images), "--learnable_property": learnable, "--resolution": "64"}
-        args = zoodip.parse_args(as_arguments(flags))
-        _, rows = zoodip.build_prompts(args, zoodip.read_folder(args), zoodip.read_base(args)["tokenizer"])
+        base, placeholder = placeholder_in(demo_base, 1)
+        pictures = images.read_folder(two_images, 64, False)
+        _, rows = images.build_prompts(pictures, placeholder, base.tokenizer, learnable)
         assert [len(r) for r in rows] == [1, count]
 
 
-def test_local_dataset_by_name(two_images, basics, monkeypatch, tmp_path):
+def test_local_dataset_by_name(two_images):
     captions(two_images, [{"file_name": f"{n}.png", "text": "a {} here"} for n in "ab"])
-    flags = basics | {"--train_data_dir": None, "--dataset_name": str(two_images), "--resolution": "64"}
-    args = zoodip.parse_args(as_arguments(flags))
-    examples = zoodip.read_dataset(args)
-    assert [caption for _, _, caption in examples] == ["a {} here"] * 2
-    with pytest.raises(zoodip.InputError, match="--image_column 'picture' is not in"):
-        zoodip.read_dataset(zoodip.parse_args(as_arguments(flags | {"--image_column": "picture"})))
+    pictures = images.read_dataset(str(two_images), None, "image", "text", 64, False)
+    assert [picture.caption for picture in pictures] == ["a {} here"] * 2
+    with pytest.raises(InputError, match="--image_column 'picture' is not in"):
+        images.read_dataset(str(two_images), None, "picture", "text", 64, False)
 
 
-def test_warnings_for_placeholders_that_match_inside_words(basics, caplog):
-    zoodip.Accelerator()
+def test_warnings_for_placeholders_that_match_inside_words(demo_base, caplog):
+    Accelerator()
     for token, warned in (("<my-toy>", False), ("<My-Toy>", True), ("sksx", True)):
         caplog.clear()
         with caplog.at_level("WARNING"):
-            zoodip.read_base(zoodip.parse_args(as_arguments(basics | {"--placeholder_token": token})))
+            tokenizer = base_model.open_base(base_model.ModelSource(demo_base)).tokenizer
+            images.add_placeholder(tokenizer, token, 1, "star")
         assert any("upper-case or without <>" in r.message for r in caplog.records) == warned
 
 
 @pytest.mark.parametrize("precision, default", [(None, 1e-3), ("no", 1e-3), ("bf16", 1e-2)])
 def test_the_perturbation_scale_follows_from_the_precision(basics, precision, default):
     args = zoodip.parse_args(as_arguments(basics | {"--mixed_precision": precision}))
-    zoodip.choose_precision(args, torch.device("cpu"))
+    zoodip.resolve_settings(args, torch.device("cpu"))
     assert args.perturbation_scale == default
 
 
 def test_a_step_that_drowns_in_rounding_is_refused(basics):
     flags = basics | {"--mixed_precision": "bf16", "--perturbation_scale": 1e-3}
-    with pytest.raises(zoodip.InputError, match="too small for bf16 activations"):
-        zoodip.choose_precision(zoodip.parse_args(as_arguments(flags)), torch.device("cpu"))
+    with pytest.raises(InputError, match="too small for bf16 activations"):
+        zoodip.resolve_settings(zoodip.parse_args(as_arguments(flags)), torch.device("cpu"))
     allowed = zoodip.parse_args(as_arguments(flags | {"--allow_noisy_estimates": True}))
-    assert zoodip.choose_precision(allowed, torch.device("cpu")) is torch.bfloat16
+    _, _, compute = zoodip.resolve_settings(allowed, torch.device("cpu"))
+    assert compute.dtype is torch.bfloat16
 
 
 def test_the_command_line_answers_in_one_sentence_and_exit_code_2(run_script, basics):

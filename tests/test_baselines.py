@@ -10,6 +10,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 import train_zoodip_textual_inversion as zoodip
 from benchmarks import baselines
+from personalization.compute import choose_compute
 
 
 @pytest.fixture(scope="module")
@@ -30,15 +31,11 @@ def test_official_estimate_equals_the_scripts_on_the_same_models(quanto_models, 
     ours, our_loss = loop.estimate(batch, directions)
     assert torch.equal(loop.table[first], theta[0])  # the candidates left nothing behind
     table = models.text_encoder.get_input_embeddings()
-    rows = zoodip.PromptRows(table.weight, batch["prompt_ids"], first, 3, "cpu", torch.float32)
+    rows = zoodip.PromptRows(table.weight, batch.prompt_ids, first, 3, "cpu", torch.float32)
     models.text_encoder.set_input_embeddings(rows)  # where the script's candidates live
-    losses = functools.partial(
-        zoodip.candidate_losses,
-        batch=batch,
-        text_encoder=models.text_encoder,
-        unet=models.unet,
-        first_placeholder_id=first,
-    )
+    compute, _ = choose_compute(torch.device("cpu"))
+    model = zoodip.FrozenModel(models.text_encoder, models.unet, models.scheduler, first, None, compute)
+    losses = functools.partial(model.losses, batch=batch)
     with torch.inference_mode():
         scripts, scripts_loss = zoodip.estimate_gradient(losses, theta, 2, 0.05, torch.Generator().manual_seed(3))
     models.text_encoder.set_input_embeddings(table)
@@ -70,8 +67,8 @@ def test_a_batch_is_the_noised_encoding_of_its_images(demo_base, kind):
     models.scheduler.register_to_config(prediction_type=kind)
     loop = baselines.OfficialLoop(models, 64, 2)
     batch = loop.draw_batch(500, 900)
-    share = models.scheduler.alphas_cumprod[batch["timesteps"]].view(-1, 1, 1, 1)
-    noisy, target = batch["noisy_latents"], batch["target"]
+    share = models.scheduler.alphas_cumprod[batch.timesteps].view(-1, 1, 1, 1)
+    noisy, target = batch.noisy_latents, batch.target
     if kind == "epsilon":
         latents = (noisy - (1 - share).sqrt() * target) / share.sqrt()
     else:
@@ -80,7 +77,7 @@ def test_a_batch_is_the_noised_encoding_of_its_images(demo_base, kind):
         posterior = models.vae.encode(loop.pixels).latent_dist
     deviation = (latents / models.vae.config.scaling_factor - posterior.mean) / posterior.std
     assert deviation.std() == pytest.approx(1, abs=0.1) and deviation.mean() == pytest.approx(0, abs=0.1)
-    assert ((batch["timesteps"] >= 500) & (batch["timesteps"] < 900)).all()
+    assert ((batch.timesteps >= 500) & (batch.timesteps < 900)).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 import train_zoodip_textual_inversion as zoodip
 from benchmarks import bench_step
+from personalization import images, runs
 
 
 @pytest.fixture(scope="module")
@@ -26,16 +27,17 @@ def test_steps_leave_the_token_that_the_script_leaves(demo_base, cache, basics, 
     settings = {"sg_window": 2, "seed": 5, "quantized_cache_dir": cache}  # so short a window that SG is at work
     flags = [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
     step = bench_step.OurStep(demo_base, flags, 64, 2, 3, cache_dir=cache)
-    monkeypatch.setattr(zoodip, "encode_images", lambda *_: step.concept["moments"])
+    monkeypatch.setattr(images, "encode_images", lambda *_: step.concept.moments)
     basics["--train_data_dir"] = str(bench_step.SUBJECT)
     settings |= {"resolution": 64, "train_batch_size": 2, "num_perturbations": 3}
     output = train(max_train_steps=4, num_validation_samples=0, **settings)
     for _ in range(4):
         assert step.step().isfinite()
     (theirs,) = load_file(output / "learned_embeds.safetensors").values()
-    assert torch.equal(step.theta, theirs) and not torch.equal(step.theta, step.initial)
-    step.configure(64, 2, 3)  # starts anew
-    assert torch.equal(step.theta, step.initial)
+    assert torch.equal(step.learner.theta, theirs) and not torch.equal(theirs, step.initial)
+    unet = step.model.unet
+    step.configure(64, 2, 3)  # starts anew, with the same networks
+    assert torch.equal(step.learner.theta, step.initial) and step.model.unet is unet
 
 
 def test_rows_take_turns_and_a_rerun_replaces_only_its_own(demo_base, cache, tmp_path, monkeypatch):
@@ -44,7 +46,7 @@ def test_rows_take_turns_and_a_rerun_replaces_only_its_own(demo_base, cache, tmp
     words += ["--cache_dir", str(cache), "--rows"]
     older = {**dict.fromkeys(bench_step.KEY, "other"), "resolution": 1, "num_perturbations": 1, "batch_size": 1}
     missing = {**older, "architecture": "demo", "row": "ti-fp32", "resolution": 64, "device": "cpu", "reason": "none"}
-    zoodip.write_json(output, {"rows": [older], "left_out": [missing], "processes": []})
+    runs.write_json(output, {"rows": [older], "left_out": [missing], "processes": []})
     order = []
     timed = bench_step.Bench.timed
 
@@ -102,10 +104,13 @@ def test_a_row_that_fails_is_named_and_groups_repeat_the_references(demo_base, c
 def test_openvino_is_remade_for_a_resolution_only(demo_base, cache, monkeypatch):
     pytest.importorskip("openvino")
     made = []
-    monkeypatch.setattr(
-        zoodip, "load_openvino_unet", lambda *args: made.append(args[3]) or (torch.nn.Identity(), 0, 0)
-    )
+
+    def load(args, base, compute, cache_dir):
+        made.append(args.resolution)
+        return torch.nn.Identity(), None
+
+    monkeypatch.setattr(zoodip, "load_openvino_unet", load)
     step = bench_step.OurStep(demo_base, ["--unet_backend", "openvino"], 64, cache_dir=cache)
     for resolution, n in (64, 1), (64, 4), (128, 4):
         step.configure(resolution, 1, n)
-    assert len(made) == 2 and made[1] == 2 * made[0]
+    assert made == [64, 128]

@@ -10,12 +10,19 @@ import huggingface_hub.constants
 import huggingface_hub.hf_api
 import huggingface_hub.utils._http
 import pytest
+import torch
 import yaml
 from conftest import _run, as_arguments
 from hub_server import READ_TOKEN, TOKEN, HubServer, Repo
 from PIL import Image
 
 import train_zoodip_textual_inversion as zoodip
+from personalization import images
+from personalization.base_model import ModelSource
+from personalization.embeddings import save_full_pipeline
+from personalization.errors import InputError, PushError
+from personalization.hub import Publication, write_model_card
+from personalization.runs import write_json
 
 
 PUSHED = {
@@ -86,7 +93,7 @@ def finished(demo_base, subject, tmp_path_factory):
     zoodip.main(zoodip.parse_args(as_arguments(flags)))
     config = json.loads((out / "zoodip_config.json").read_text())
     config["settings"]["push_reference_images"] = False  # tests that want them ask again
-    zoodip.write_json(out / "zoodip_config.json", config)
+    write_json(out / "zoodip_config.json", config)
     return out
 
 
@@ -228,7 +235,7 @@ def test_a_push_that_fails_after_training_leaves_the_run_and_says_how_to_repeat_
     before = {p: p.read_bytes() for p in files_under(run) if p.suffix == ".safetensors"}
     here.lfs.clear()
     here.fail(path, how)
-    with pytest.raises(zoodip.PushError, match=f"--push_only --output_dir {run} --hub_model_id alice/") as caught:
+    with pytest.raises(PushError, match=f"--push_only --output_dir {run} --hub_model_id alice/") as caught:
         push_only(run)
     assert caught.value.exit_code == 3 and TOKEN not in str(caught.value) and "\n" not in str(caught.value)
     assert str(how) in str(caught.value) or how == "cut"
@@ -256,7 +263,7 @@ def test_a_push_that_fails_after_training_leaves_the_run_and_says_how_to_repeat_
 )
 def test_what_cannot_be_pushed_is_refused_before_training(here, basics, monkeypatch, flags, expected):
     here.repos["bob/existing"] = Repo()
-    monkeypatch.setattr(zoodip, "load_vae", lambda *_: pytest.fail("training began"))
+    monkeypatch.setattr(images, "load_vae", lambda *_: pytest.fail("training began"))
     if "create" in flags:
         here.fail("/api/repos/create", flags["create"])
     if "token" in flags:
@@ -265,7 +272,7 @@ def test_what_cannot_be_pushed_is_refused_before_training(here, basics, monkeypa
     if "endpoint" in flags:
         monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", flags["endpoint"])
     given = {name: value for name, value in flags.items() if name.startswith("--")}
-    with pytest.raises(zoodip.InputError, match=expected) as caught:
+    with pytest.raises(InputError, match=expected) as caught:
         zoodip.main(zoodip.parse_args(as_arguments({**basics, "--push_to_hub": True, **given})))
     assert caught.value.exit_code == 2 and "hf_" not in str(caught.value)
 
@@ -273,7 +280,7 @@ def test_what_cannot_be_pushed_is_refused_before_training(here, basics, monkeypa
 def test_training_ends_before_a_failing_push(here, basics, tmp_path):
     here.dies_after_lfs = True
     basics |= {"--push_to_hub": True, "--output_dir": str(tmp_path / "cut-off"), "--num_validation_samples": "0"}
-    with pytest.raises(zoodip.PushError):
+    with pytest.raises(PushError):
         zoodip.main(zoodip.parse_args(as_arguments(basics)))
     written = {path.name for path in files_under(tmp_path / "cut-off")}
     assert {"learned_embeds.safetensors", "zoodip_config.json", "README.md", "loss_curve.png"} <= written
@@ -282,7 +289,8 @@ def test_training_ends_before_a_failing_push(here, basics, tmp_path):
 def test_only_the_main_process_talks_to_the_hub(here, basics, monkeypatch):
     monkeypatch.setattr(zoodip.Accelerator, "is_main_process", property(lambda self: False))
     before = len(here.requests)
-    zoodip.main(zoodip.parse_args(as_arguments({**basics, "--push_to_hub": True})))
+    flags = {**basics, "--push_to_hub": True, "--num_validation_samples": 0}
+    zoodip.main(zoodip.parse_args(as_arguments(flags)))
     assert len(here.requests) == before and not files_under(basics["--output_dir"])
 
 
@@ -299,7 +307,7 @@ def test_a_hub_that_cannot_tell_of_rights_is_trusted(here, run):
 
 
 def test_push_only_needs_a_finished_run(tmp_path):
-    with pytest.raises(zoodip.InputError, match="finds no zoodip_config.json in .*a finished run") as caught:
+    with pytest.raises(InputError, match="finds no zoodip_config.json in .*a finished run") as caught:
         push_only(tmp_path)
     assert caught.value.exit_code == 2
 
@@ -318,18 +326,17 @@ def test_reference_images_are_published_only_on_request(here, run):
     push_only(run)
     assert not any("reference" in path for path in repo.files) and b"are not published" in repo.files["README.md"]
     shutil.rmtree(run / "reference_images")
-    with pytest.raises(zoodip.InputError, match="put the pictures"):
+    with pytest.raises(InputError, match="put the pictures"):
         push_only(run, "--push_reference_images")
 
 
 def test_private_repository_and_full_pipeline(here, run, demo_base):
-    args = zoodip.parse_args(["--push_only", "--output_dir", str(run), "--hub_private_repo"])
     config = json.loads((run / "zoodip_config.json").read_text())
     config["settings"]["save_as_full_pipeline"] = True
-    zoodip.write_json(run / "zoodip_config.json", config)
-    args.pretrained_model_name_or_path = demo_base
-    zoodip.save_full_pipeline(args, zoodip.torch.float32)
-    zoodip.main(args)
+    write_json(run / "zoodip_config.json", config)
+    embeds = run / "learned_embeds.safetensors"
+    save_full_pipeline(run / "pipeline", embeds, ModelSource(demo_base), torch.float32)
+    push_only(run, "--hub_private_repo")
     repo = here.repos[f"alice/{run.name}"]
     assert repo.private and json.loads(repo.files["model_index.json"])["_class_name"] == "StableDiffusionPipeline"
     assert {"unet/diffusion_pytorch_model.safetensors", "pipeline.py", "learned_embeds.safetensors"} <= set(repo.files)
@@ -345,7 +352,7 @@ def test_card_of_a_local_base(finished):
 def test_card_shows_scores_and_replaces_an_older_one(run):
     config = json.loads((run / "zoodip_config.json").read_text())
     (run / "README.md").write_text("old")
-    zoodip.write_model_card(run, {**config, "scores": {"CLIP-I": 0.75}})
+    write_model_card(run, {**config, "scores": {"CLIP-I": 0.75}}, zoodip.PUBLICATION)
     assert "| CLIP-I | 0.75 |" in (run / "README.md").read_text()
 
 
@@ -353,6 +360,6 @@ def test_card_shows_scores_and_replaces_an_older_one(run):
 def test_a_template_with_an_unknown_variable_is_an_error(run, monkeypatch, tmp_path, variable):
     template = tmp_path / "model_card_template.md"
     template.write_text("---\n{{ card_data }}\n---\n{{ " + variable + " }}\n")
-    monkeypatch.setattr(zoodip, "MODEL_CARD_TEMPLATE", template)
+    monkeypatch.setattr(Publication, "card_template", template)
     with pytest.raises(ValueError, match="nobody"):
-        zoodip.write_model_card(run, json.loads((run / "zoodip_config.json").read_text()))
+        write_model_card(run, json.loads((run / "zoodip_config.json").read_text()), zoodip.PUBLICATION)

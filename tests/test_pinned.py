@@ -30,6 +30,7 @@ SHARED = {
     "perturbation_scale": 3e-2,
     "max_train_steps": 20,
     "sg_window": 4,
+    "sg_threshold": 0.3,  # large enough that directions are removed within these few steps
     "logging_steps": 1,
     "checkpointing_steps": 20,
     "validation_steps": 10,
@@ -44,16 +45,18 @@ def trajectory(output_dir):
         "losses": [loss for _, loss in history["loss"]],
         "held-out losses": [loss for _, loss in history["validation_loss"]],
         "theta": state["theta"].tolist(),
+        "directions removed": 0.0
+        if state["subspace"]["removed"] is None
+        else float(len(state["subspace"]["removed"])),
     }
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_twenty_steps_are_what_they_were(train, demo_base, name):
-
     pins = json.loads(PINS.read_text())
     assert pins["base"] == fingerprint(demo_base), "demo/base has changed: python tests/test_pinned.py renews the pins"
     found, pinned = trajectory(train(**SHARED, **RUNS[name])), pins["runs"][name]
-    assert len(found["losses"]) == 20
+    assert len(found["losses"]) == 20 and found["directions removed"] > 0
     for part, values in pinned.items():
         torch.testing.assert_close(torch.tensor(found[part]), torch.tensor(values), rtol=1e-5, atol=1e-6, msg=part)
 

@@ -9,7 +9,8 @@ import torch
 from diffusers import DiffusionPipeline, PipelineQuantizationConfig, QuantoConfig, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-import train_zoodip_textual_inversion as zoodip
+from personalization.embeddings import save_a1111, save_embeds
+from personalization.runs import write_json
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -34,11 +35,9 @@ def concept(tmp_path, dimension):
     def make(token, vectors=1, width=dimension, base_model="base", local=True):
         folder = tmp_path / f"concept-{len(list(tmp_path.iterdir()))}"
         generator = torch.Generator().manual_seed(len(token))
-        zoodip.save_embeds(
-            folder / "learned_embeds.safetensors", token, torch.randn(vectors, width, generator=generator)
-        )
+        save_embeds(folder / "learned_embeds.safetensors", token, torch.randn(vectors, width, generator=generator))
         config = {"placeholder_token": token, "base_model": base_model, "base_model_is_local": local}
-        zoodip.write_json(folder / "zoodip_config.json", config)
+        write_json(folder / "zoodip_config.json", config)
         return folder
 
     return make
@@ -137,8 +136,8 @@ def test_a_saved_pipeline_is_an_ordinary_one(load, concept, tmp_path):
 
 def test_each_format_is_read_by_its_consumer(load, plain, tmp_path, dimension):
     theta = torch.randn(2, dimension, generator=torch.Generator().manual_seed(0))
-    zoodip.save_embeds(tmp_path / "learned_embeds.safetensors", "<toy>", theta)
-    zoodip.save_a1111(tmp_path / "learned_embeds.pt", "<toy>", theta, step=3)
+    save_embeds(tmp_path / "learned_embeds.safetensors", "<toy>", theta)
+    save_a1111(tmp_path / "learned_embeds.pt", "<toy>", theta, step=3)
     pipelines = [plain(), plain(), load(tmp_path), load(tmp_path / "learned_embeds.pt")]
     pipelines[0].load_textual_inversion(str(tmp_path))
     pipelines[1].load_textual_inversion(str(tmp_path), weight_name="learned_embeds.pt")

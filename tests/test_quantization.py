@@ -1,6 +1,6 @@
 """Weight-only INT8 layers, NF4 and quanto, and the loading that never holds a full-precision UNet."""
 
-import hashlib
+import os
 import shutil
 import weakref
 from pathlib import Path
@@ -12,7 +12,10 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 import train_zoodip_textual_inversion as zoodip
-from train_zoodip_textual_inversion import Int8Conv2d, Int8Linear, dequantize, quantize_per_channel
+from personalization import base_model, memory, weight_cache
+from personalization.compute import Compute
+from personalization.errors import InputError
+from train_zoodip_textual_inversion import BACKENDS, DequantizationBuffer, Int8Conv2d, Int8Linear, quantize_per_channel
 
 
 LAYERS = {
@@ -24,6 +27,14 @@ LAYERS = {
 }
 
 
+def int8(layer, buffer=None):
+    return BACKENDS["int8"].new_layer(layer, torch.float32, buffer or DequantizationBuffer())
+
+
+def dequantized(layer):
+    return zoodip.dequantize(layer.weight, layer.scale, torch.float32, layer.buffer)
+
+
 def test_quantization_is_symmetric_absmax_per_output_channel():
     weight = torch.randn(6, 5, 3, 3, generator=torch.Generator().manual_seed(0))
     weight[2] = 0  # an all-zero channel must not divide by zero
@@ -33,13 +44,14 @@ def test_quantization_is_symmetric_absmax_per_output_channel():
     step = np.abs(channels).max(axis=1) / 127
     expected = np.round(channels / np.where(step > 0, step, 1)[:, None])
     np.testing.assert_array_equal(quantized.numpy().reshape(6, -1), expected)
-    assert (dequantize(quantized, scale) - weight).abs().max() <= scale.max() / 2 * 1.001
+    values = zoodip.dequantize(quantized, scale, torch.float32, DequantizationBuffer())
+    assert (values - weight).abs().max() <= scale.max() / 2 * 1.001
 
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_int8_layer_equals_the_layer_with_its_dequantized_weight(name):
     layer, shape = LAYERS[name]
-    quantized = zoodip.quantize_layer(layer, "int8", torch.float32)
+    quantized = int8(layer)
     assert isinstance(quantized, Int8Linear if "linear" in name else Int8Conv2d)
     reference = type(layer).__new__(type(layer))
     reference.__dict__.update(layer.__dict__)
@@ -50,11 +62,12 @@ def test_int8_layer_equals_the_layer_with_its_dequantized_weight(name):
         assert (quantized(x) - layer(x)).norm() < 0.02 * layer(x).norm()
 
 
-def test_the_scratch_buffer_is_shared_but_autograd_gets_its_own():
-    layers = [zoodip.quantize_layer(LAYERS["linear"][0], "int8", torch.float32) for _ in range(2)]
+def test_layers_of_a_model_share_a_buffer_but_models_do_not_and_autograd_gets_its_own():
+    buffer = DequantizationBuffer()
+    layers = [int8(LAYERS["linear"][0], buffer) for _ in range(2)]
     with torch.inference_mode():
-        pointers = {dequantize(layer.weight, layer.scale).data_ptr() for layer in layers}
-    assert len(pointers) == 1
+        pointers = [dequantized(layer).data_ptr() for layer in (*layers, int8(LAYERS["linear"][0]))]
+    assert pointers[0] == pointers[1] != pointers[2]
     with torch.no_grad():  # a buffer made in inference mode would refuse this
         layers[0](torch.zeros(1, 24))
     x = torch.zeros(1, 24, requires_grad=True)
@@ -65,8 +78,7 @@ def test_the_scratch_buffer_is_shared_but_autograd_gets_its_own():
 def test_int8_layers_survive_a_state_dict(tmp_path):
     from safetensors.torch import load_model, save_model
 
-    first = zoodip.quantize_layer(torch.nn.Conv2d(8, 12, 3), "int8", torch.float32)
-    second = zoodip.quantize_layer(torch.nn.Conv2d(8, 12, 3), "int8", torch.float32)
+    first, second = int8(torch.nn.Conv2d(8, 12, 3)), int8(torch.nn.Conv2d(8, 12, 3))
     save_model(first, tmp_path / "layer.safetensors")
     load_model(second, tmp_path / "layer.safetensors")
     x = torch.randn(1, 8, 5, 5)
@@ -81,26 +93,27 @@ def unet_inputs(unet):
     return sample, torch.tensor([500, 800]), torch.randn(2, 8, width, generator=g)
 
 
-def settings(base, *more):
-    words = ["--pretrained_model_name_or_path", str(base), "--train_data_dir", ".", "--placeholder_token", "<t>"]
-    return zoodip.parse_args([*words, "--initializer_token", "star", *map(str, more)])
+def open_base(folder):
+    return base_model.open_base(base_model.ModelSource(str(folder)))
 
 
-def load(base, *more, part="unet", dtype=torch.float32):
-    return zoodip.load_frozen(settings(base, *more), part, torch.device("cpu"), dtype)
+def load(folder, quantization="int8", cache_dir=None, part="unet", dtype=torch.float32):
+    compute = Compute(torch.device("cpu"), dtype, torch.contiguous_format)
+    return zoodip.load_frozen(open_base(folder), part, BACKENDS[quantization], compute, cache_dir)
 
 
 @pytest.mark.parametrize("quantization, error", [("none", 1e-6), ("int8", 0.05), ("nf4", 0.35), ("quanto-int8", 0.05)])
 def test_load_frozen_unet(demo_base, quantization, error):
-    unet, share = load(demo_base, "--quantization", quantization)
+    unet, share = load(demo_base, quantization)
     reference = UNet2DConditionModel.from_pretrained(demo_base, subfolder="unet").eval()
     with torch.inference_mode():
         out, expected = (model(*unet_inputs(model))[0] for model in (unet, reference))
     assert (out - expected).norm() <= error * expected.norm()
     assert not any(p.requires_grad for p in unet.parameters())
 
-    full, stored = zoodip.module_bytes(reference), zoodip.module_bytes(unet)
-    predicted = zoodip.weight_bytes(zoodip.empty_model(settings(demo_base), "unet"), quantization, torch.float32)
+    full, stored = memory.tensor_bytes(reference), memory.tensor_bytes(unet)
+    empty = base_model.empty_model(open_base(demo_base), "unet")
+    predicted = memory.stored_bytes(empty, BACKENDS[quantization], torch.float32)
     assert stored == pytest.approx(predicted, rel=0.03)
     if quantization == "none":
         assert share == 0 and stored == full
@@ -115,7 +128,7 @@ def test_load_frozen_unet(demo_base, quantization, error):
 
 def test_nf4_layers_compute_in_the_activations_precision(demo_base):
     """In evaluation mode bitsandbytes' CPU kernel rounds to bfloat16, which drowns the differences of losses."""
-    layer = next(m for m in load(demo_base, "--quantization", "nf4")[0].modules() if type(m).__name__ == "Linear4bit")
+    layer = next(m for m in load(demo_base, "nf4")[0].modules() if type(m).__name__ == "Linear4bit")
     from bitsandbytes.functional import dequantize_4bit
 
     x = torch.randn(5, layer.in_features, generator=torch.Generator().manual_seed(0))
@@ -125,48 +138,59 @@ def test_nf4_layers_compute_in_the_activations_precision(demo_base):
 
 
 @pytest.mark.parametrize("part", ["unet", "text_encoder"])
-def test_the_cached_int8_file_holds_what_loading_without_it_gives(demo_base, tmp_path, part):
-    plain, _ = load(demo_base, "--quantized_cache_dir", "none", part=part)
-    first, _ = load(demo_base, "--quantized_cache_dir", tmp_path, part=part)
-    (path,) = tmp_path.glob("*.safetensors")
-    written = path.stat().st_mtime_ns
-    second, _ = load(demo_base, "--quantized_cache_dir", tmp_path, part=part)
-    assert path.stat().st_mtime_ns == written and len(list(tmp_path.glob("*.safetensors"))) == 1
+def test_the_cached_int8_files_hold_what_loading_without_them_gives(demo_base, tmp_path, part, monkeypatch):
+    monkeypatch.setattr(weight_cache, "SHARD_BYTES", 10**6)
+    plain, _ = load(demo_base, part=part)
+    first, _ = load(demo_base, cache_dir=tmp_path, part=part)
+    (folder,) = tmp_path.iterdir()
+    written = folder.stat().st_mtime_ns
+    second, _ = load(demo_base, cache_dir=tmp_path, part=part)
+    assert folder.stat().st_mtime_ns == written and list(tmp_path.iterdir()) == [folder]
     expected = plain.state_dict()
-    stored = load_file(path)
+    shards = sorted(folder.glob("*.safetensors"))
+    assert all(path.stat().st_size < 1.3 * 10**6 for path in shards) and len(shards) > (3 if part == "unet" else 0)
+    stored = {name: tensor for path in shards for name, tensor in load_file(path).items()}
     assert stored.keys() == expected.keys()
     for state in (stored, first.state_dict(), second.state_dict()):
         assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
     if Path("/proc/self/maps").is_file():  # the weights are the file's pages, not a copy of them
-        assert path.name in Path("/proc/self/maps").read_text()
+        assert folder.name in Path("/proc/self/maps").read_text()
 
 
 def test_the_cache_is_keyed_by_the_weights_and_the_precision(demo_base, tmp_path):
     base, cache = tmp_path / "base", tmp_path / "cache"
     shutil.copytree(demo_base, base)
     for dtype in (torch.float32, torch.bfloat16):
-        load(base, "--quantized_cache_dir", cache, dtype=dtype)
+        load(base, cache_dir=cache, dtype=dtype)
     weights = base / "unet" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(weights)
     tensors["conv_in.bias"] += 1
     save_file(tensors, weights)
-    changed, _ = load(base, "--quantized_cache_dir", cache)
+    changed, _ = load(base, cache_dir=cache)
     assert torch.equal(changed.conv_in.bias, tensors["conv_in.bias"])
-    assert len(list(cache.glob("unet-int8-*.safetensors"))) == 3
+    assert len(list(cache.glob("unet-int8-*"))) == 3
 
 
 def test_files_of_the_hubs_cache_are_not_read_to_know_their_hash(tmp_path):
     blob = tmp_path / ("0" * 63 + "1")
-    blob.touch()
+    blob.write_text("one")
     (tmp_path / "model.safetensors").symlink_to(blob)
-    digest = zoodip.source_digest([tmp_path / "model.safetensors"], tmp_path)
-    assert digest == hashlib.sha256(blob.name.encode()).hexdigest() and not list(tmp_path.glob("source-*"))
+    key = weight_cache.source_key([tmp_path / "model.safetensors"])
+    blob.write_text("another, which a blob of the Hub never becomes")
+    assert weight_cache.source_key([tmp_path / "model.safetensors"]) == key
+    local = tmp_path / "local.safetensors"
+    local.write_text("one")
+    key = weight_cache.source_key([local])
+    local.write_text("two")
+    os.utime(local, ns=(1, 1))
+    assert weight_cache.source_key([local]) != key
+    assert weight_cache.source_key([local], "a config") != weight_cache.source_key([local], "another")
 
 
 @pytest.mark.parametrize("cached", [True, False])
 def test_int8_loading_never_holds_the_whole_float_unet(demo_base, monkeypatch, tmp_path, cached):
     """Counts the bytes of stored tensors alive while loading: one or two at a time, not a model."""
-    alive, peak, total, largest, original = [0], [0], [0], [0], zoodip.stored_tensors
+    alive, peak, total, largest, original = [0], [0], [0], [0], base_model.stored_tensors
 
     def forget(size):
         alive[0] -= size
@@ -180,8 +204,8 @@ def test_int8_loading_never_holds_the_whole_float_unet(demo_base, monkeypatch, t
             yield name, tensor
             del tensor
 
-    monkeypatch.setattr(zoodip, "stored_tensors", watched)
-    load(demo_base, "--quantized_cache_dir", tmp_path if cached else "none")
+    monkeypatch.setattr(base_model, "stored_tensors", watched)
+    load(demo_base, cache_dir=tmp_path if cached else None)
     # The small float tensors (norms, biases) stay; of the others one is read while the last one is let go.
     assert peak[0] <= 2.2 * largest[0] + 0.1 * total[0] < 0.5 * total[0]
 
@@ -192,12 +216,12 @@ def test_missing_weights_are_one_sentence(demo_base, tmp_path):
     tensors = load_file(weights)
     del tensors["conv_in.bias"]
     save_file(tensors, weights)
-    for cache in ("none", tmp_path / "cache"):
-        with pytest.raises(zoodip.InputError, match="conv_in.bias"):
-            load(tmp_path / "base", "--quantized_cache_dir", cache)
-    assert not list((tmp_path / "cache").glob("*.safetensors"))
+    for cache in (None, tmp_path / "cache"):
+        with pytest.raises(InputError, match="conv_in.bias"):
+            load(tmp_path / "base", cache_dir=cache)
+    assert not list((tmp_path / "cache").iterdir())
     weights.unlink()
-    with pytest.raises(zoodip.InputError, match="safetensors in unet/"):
+    with pytest.raises(InputError, match="safetensors in unet/"):
         load(tmp_path / "base")
 
 
@@ -211,13 +235,17 @@ def test_prompt_rows_look_up_what_the_whole_table_holds():
     assert torch.equal(rows(torch.arange(48, 54)), candidates.flatten(0, 1))
     with pytest.raises(IndexError):
         rows(torch.tensor([5]))  # not announced
+    rows.check(torch.tensor([[3, 48], [53, 40]]))
+    for unknown in (5, 54):
+        with pytest.raises(IndexError, match="not announced"):
+            rows.check(torch.tensor([[3, unknown]]))
 
 
 def test_channels_last_weights_stay_so_and_change_nothing():
-    layer = zoodip.quantize_layer(torch.nn.Conv2d(8, 12, 3, padding=1), "int8", torch.float32)
+    layer = int8(torch.nn.Conv2d(8, 12, 3, padding=1))
     x = torch.randn(2, 8, 9, 9, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         expected = layer(x)
-        zoodip.use_channels_last(torch.nn.Sequential(layer))
-        assert dequantize(layer.weight, layer.scale).is_contiguous(memory_format=torch.channels_last)
+        torch.nn.Sequential(layer).to(memory_format=torch.channels_last)
+        assert dequantized(layer).is_contiguous(memory_format=torch.channels_last)
         torch.testing.assert_close(layer(x), expected)

@@ -1,6 +1,7 @@
 """OpenVINO, streamed weights, compilation and the prediction of memory: other ways to the same losses."""
 
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from conftest import as_arguments
 from safetensors.torch import load_file
 
 import train_zoodip_textual_inversion as zoodip
+from personalization import base_model, images, memory, openvino_unet
+from personalization.errors import InputError
 
 
 CPU = torch.device("cpu")
@@ -28,30 +31,25 @@ def model(basics, cache):
     def load(**flags):
         chosen = basics | {"--quantized_cache_dir": cache} | {f"--{n}": v for n, v in flags.items()}
         args = zoodip.parse_args(as_arguments(chosen))
-        dtype = zoodip.choose_precision(args, CPU)
-        zoodip.check_backend(args, CPU)
-        base = zoodip.read_base(args)
-        text_encoder, _ = zoodip.load_frozen(args, "text_encoder", CPU, dtype)
-        table, first = zoodip.load_token_table(args), base["first_placeholder_id"]
-        text_encoder.set_input_embeddings(zoodip.PromptRows(table, torch.arange(first), first, 8, CPU, dtype))
-        if args.unet_backend == "openvino":
-            length = base["tokenizer"].model_max_length
-            unet, _, _ = zoodip.load_openvino_unet(args, CPU, dtype, base["latent_size"], length)
-        else:
-            unet, _ = zoodip.load_frozen(args, "unet", CPU, dtype)
-        g = torch.Generator().manual_seed(0)
-        ids = base["tokenizer"]("a photo of a star", padding="max_length", return_tensors="pt").input_ids.repeat(2, 1)
-        ids[ids == base["initializer_id"]] = first
+        base, placeholder, compute = zoodip.resolve_settings(args, CPU)
+        text_encoder, unet, *_ = zoodip.load_networks(args, base, compute)
+        first = placeholder.first_id
+        ids = images.tokenize(base.tokenizer, ["a photo of a star"]).repeat(2, 1)
+        ids[ids == placeholder.initializer_id] = first
         assert (ids == first).sum() == 2
-        size = base["latent_size"]
+        args.max_candidates_per_forward = 8  # room for as many
+        args.num_perturbations = 7
+        frozen, start = zoodip.assemble_model(args, base, placeholder, ids, text_encoder, unet, compute)
+        g = torch.Generator().manual_seed(0)
+        size = args.resolution // base.vae_factor
         latents = torch.randn(2, unet.config.in_channels, size, size, generator=g)
-        batch = zoodip.noise_batch(latents, ids, torch.tensor([520, 870]), g, base["scheduler"], CPU)
+        batch = images.noise_batch(latents, ids, torch.tensor([520, 870]), g, base.scheduler)
 
         def loss_of(candidates):
             with torch.inference_mode():
-                return zoodip.candidate_losses(candidates, batch, text_encoder, unet, first)
+                return frozen.losses(candidates, batch)
 
-        return loss_of, table[base["initializer_id"]].float()[None], unet
+        return loss_of, start[None], unet
 
     return load
 
@@ -64,7 +62,7 @@ def test_openvino_and_torch_agree_on_losses_and_on_their_differences(model, cach
     pytest.importorskip("openvino")
     ours, theta, _ = model()
     theirs, _, unet = model(unet_backend="openvino")
-    assert isinstance(unet, zoodip.OpenVINOUNet)
+    assert isinstance(unet, openvino_unet.OpenVINOUNet)
     plain, _, _ = model(quantization="none")
     quantization_error = (ours(perturbed(theta, 3, 0.1)) - plain(perturbed(theta, 3, 0.1))).abs().max()
     for count in (1, 3, 5):  # one graph serves every batch
@@ -79,7 +77,7 @@ def test_openvino_and_torch_agree_on_losses_and_on_their_differences(model, cach
 def test_the_openvino_export_is_made_once_for_its_weights_and_shape(model, monkeypatch):
     pytest.importorskip("openvino")
     first, theta, _ = model(unet_backend="openvino")
-    monkeypatch.setattr(zoodip, "export_openvino", lambda *_: pytest.fail("exported again"))
+    monkeypatch.setattr(openvino_unet, "export_openvino", lambda *_: pytest.fail("exported again"))
     again, _, _ = model(unet_backend="openvino")
     assert torch.equal(first(theta[None]), again(theta[None]))
     with pytest.raises(pytest.fail.Exception, match="exported again"):
@@ -88,7 +86,7 @@ def test_the_openvino_export_is_made_once_for_its_weights_and_shape(model, monke
 
 def test_openvino_that_is_not_installed_is_one_sentence(model, monkeypatch):
     monkeypatch.setitem(sys.modules, "openvino", None)
-    with pytest.raises(zoodip.InputError, match="pip install openvino"):
+    with pytest.raises(InputError, match="pip install openvino"):
         model(unet_backend="openvino")
 
 
@@ -138,51 +136,51 @@ def test_live_bytes_are_those_of_a_hand_count():
         del y
         return z.view(3, 1000)[0].clone()  # a view is no memory; 16000 again
 
-    assert zoodip.activation_bytes(run, torch.device("cuda")) == 16000
+    assert memory.activation_bytes(run, torch.device("cuda")) == 16000
     conv = torch.nn.Conv2d(4, 8, 3, padding=1, device="meta")
     image = torch.empty(1, 4, 16, 16, device="meta")
     output = 8 * 16 * 16 * 4
-    assert zoodip.activation_bytes(lambda: conv(image), torch.device("cuda")) == output
+    assert memory.activation_bytes(lambda: conv(image), torch.device("cuda")) == output
     blocked = output + 4 * 16 * 16 * 4 + conv.weight.numel() * 4
     heap = int(output * 1.8)  # glibc's share of a small block
-    assert zoodip.activation_bytes(lambda: conv(image), CPU) == heap + blocked
+    assert memory.activation_bytes(lambda: conv(image), CPU) == heap + blocked
     large = torch.empty(2**24, device="meta")  # 64 MB: a mapping of its own
-    assert zoodip.activation_bytes(lambda: large + 1, CPU) == 2**26
+    assert memory.activation_bytes(lambda: large + 1, CPU) == 2**26
 
 
 def test_views_of_weights_are_no_activations():
     linear = torch.nn.Linear(100, 3, device="meta")  # multiplies with a transposed view of its weight
     x = torch.empty(1, 100, device="meta")
-    assert zoodip.activation_bytes(lambda: linear(x), torch.device("cuda")) == 3 * 4
+    assert memory.activation_bytes(lambda: linear(x), torch.device("cuda")) == 3 * 4
 
 
 def test_attention_counts_as_fused():
     q = torch.empty(1, 8, 4096, 40, device="meta")
     assert (
-        zoodip.activation_bytes(lambda: F.scaled_dot_product_attention(q, q, q), torch.device("cuda")) == q.numel() * 4
+        memory.activation_bytes(lambda: F.scaled_dot_product_attention(q, q, q), torch.device("cuda")) == q.numel() * 4
     )
 
 
 def test_more_candidates_a_pass_need_more_memory_and_streaming_less(basics):
     def figures(**flags):
         args = zoodip.parse_args(as_arguments(basics | {f"--{name}": value for name, value in flags.items()}))
-        dtype = zoodip.choose_precision(args, CPU)
-        return zoodip.estimate_memory(args, zoodip.read_base(args), CPU, dtype)
+        base, _, compute = zoodip.resolve_settings(args, CPU)
+        return zoodip.estimate_memory(args, base, compute)
 
     plain, many = figures(), figures(num_perturbations=8)
-    assert many["activations"] > 2 * plain["activations"]
-    assert figures(num_perturbations=8, max_candidates_per_forward=3)["activations"] == plain["activations"]
+    assert many.activations > 2 * plain.activations
+    assert figures(num_perturbations=8, max_candidates_per_forward=3).activations == plain.activations
     whole, streamed = figures(quantization="none"), figures(quantization="none", low_vram=True)
-    assert streamed["UNet"] < plain["UNet"] < whole["UNet"]
-    assert plain["peak"] == plain["libraries"] + max(plain["phases"].values())
+    assert streamed.unet < plain.unet < whole.unet
+    assert plain.peak == plain.libraries + max(plain.phases.values())
 
 
 def test_estimate_memory_prints_and_loads_nothing(train, monkeypatch, capsys):
     def refuse(*_, **__):
         raise AssertionError("a weight was loaded")
 
-    monkeypatch.setattr(zoodip, "stored_tensors", refuse)
-    monkeypatch.setattr(zoodip.AutoencoderKL, "from_pretrained", refuse)
+    monkeypatch.setattr(base_model, "stored_tensors", refuse)
+    monkeypatch.setattr(base_model.AutoencoderKL, "from_pretrained", refuse)
     out = train(estimate_memory=True)
     printed = capsys.readouterr().out
     for part in ("libraries", "text encoder", "UNet", "activations", "while training", "peak"):
@@ -191,30 +189,31 @@ def test_estimate_memory_prints_and_loads_nothing(train, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "case, mend",
+    "case, fix",
     [
         ("plenty", None),
         ("tight", "--quantization int8 --max_candidates_per_forward 1 --low_vram would fit"),
         ("none", "smaller --resolution"),
     ],
 )
-def test_too_little_memory_is_said_with_the_flags_that_fit(basics, monkeypatch, caplog, case, mend):
+def test_too_little_memory_is_said_with_the_flags_that_fit(basics, monkeypatch, caplog, case, fix):
     zoodip.Accelerator()
     rss = 500 * 2**20
-    monkeypatch.setattr(zoodip, "process_memory", lambda: {"rss": rss, "anonymous": rss})
+    monkeypatch.setattr(memory, "process_memory", lambda: memory.ProcessMemory(rss, rss))
     flags = {"--num_perturbations": 8, "--quantization": "none", "--quantized_cache_dir": "none"}
     args = zoodip.parse_args(as_arguments(basics | flags))
-    dtype, base = zoodip.choose_precision(args, CPU), zoodip.read_base(args)
-    least = zoodip.argparse.Namespace(
-        **vars(args) | {"quantization": "int8", "max_candidates_per_forward": 1, "low_vram": True}
-    )
-    tight = zoodip.estimate_memory(least, base, CPU, dtype)["peak"] + 10**5
+    base, _, compute = zoodip.resolve_settings(args, CPU)
+
+    def predict(settings):
+        return zoodip.estimate_memory(settings, base, compute)
+
+    tight = predict(Namespace(**vars(args) | zoodip.SMALLER)).peak + 10**5
     available = {"plenty": 10**12, "tight": tight, "none": 600 * 2**20 - 10**8}[case] - rss
-    monkeypatch.setattr(zoodip.psutil, "virtual_memory", lambda: type("Memory", (), {"available": available}))
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: type("Memory", (), {"available": available}))
     with caplog.at_level("WARNING"):
-        zoodip.warn_if_too_large(args, base, CPU, dtype)
+        memory.warn_if_too_large(args, zoodip.SMALLER, predict, CPU)
     messages = [record.message for record in caplog.records if "This run needs" in record.message]
-    assert (len(messages) == 1 and mend in messages[0]) if mend else not messages
+    assert (len(messages) == 1 and fix in messages[0]) if fix else not messages
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="host-device synchronisation exists on CUDA only")
@@ -233,10 +232,10 @@ def test_a_step_never_waits_for_the_device(train, monkeypatch):
 
 
 def test_the_process_knows_its_memory():
-    before = zoodip.process_memory()
+    before = memory.process_memory()
     block = torch.ones(50 * 2**20 // 4)
-    after = zoodip.process_memory()
-    assert after["rss"] - before["rss"] > 45 * 2**20
+    after = memory.process_memory()
+    assert after.rss - before.rss > 45 * 2**20
     if Path("/proc/self/status").is_file():
-        assert after["anonymous"] - before["anonymous"] > 45 * 2**20
+        assert after.anonymous - before.anonymous > 45 * 2**20
     del block

@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,9 +17,11 @@ from conftest import SCRIPT, as_arguments
 from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import CLIPTextModel
+from transformers import CLIPTextModel, CLIPTokenizer
 
 import train_zoodip_textual_inversion as zoodip
+from personalization import images, runs
+from personalization.errors import InputError
 
 
 def embeds(folder, name="learned_embeds.safetensors"):
@@ -73,11 +76,11 @@ def test_every_vector_is_trained_and_all_else_is_frozen(train, demo_base, monkey
     seen = []
     original = zoodip.candidate_losses
 
-    def watched(candidates, batch, text_encoder, unet, **rest):
+    def watched(candidates, batch, text_encoder, unet, *rest, **more):
         assert torch.is_inference_mode_enabled()
-        tensors = [candidates, *batch.values(), *text_encoder.parameters(), *unet.parameters()]
+        tensors = [candidates, *batch, *text_encoder.parameters(), *unet.parameters()]
         assert not any(tensor.requires_grad for tensor in tensors)
-        losses = original(candidates, batch, text_encoder, unet, **rest)
+        losses = original(candidates, batch, text_encoder, unet, *rest, **more)
         assert losses.dtype == torch.float32 and not losses.requires_grad
         seen.append((text_encoder, unet))
         return losses
@@ -101,8 +104,6 @@ def initial_table(demo_base):
 
 
 def zoodip_ids(demo_base, word):
-    from transformers import CLIPTokenizer
-
     return CLIPTokenizer.from_pretrained(demo_base, subfolder="tokenizer").convert_tokens_to_ids(word + "</w>")
 
 
@@ -118,12 +119,12 @@ def demo_loss(demo_base):
     text_encoder.set_input_embeddings(rows)
     text_encoder.requires_grad_(False), unet.requires_grad_(False)
     g = torch.Generator().manual_seed(0)
-    vocabulary = zoodip.CLIPTokenizer.from_pretrained(demo_base, subfolder="tokenizer")
+    vocabulary = CLIPTokenizer.from_pretrained(demo_base, subfolder="tokenizer")
     prompt = vocabulary("a photo of a star on the beach", padding="max_length", return_tensors="pt").input_ids
     prompt = torch.where(prompt == zoodip_ids(demo_base, "star"), first, prompt)
     assert (prompt == first).sum() == 1
     latents = torch.randn(1, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size, generator=g)
-    batch = zoodip.noise_batch(latents, prompt, torch.tensor([600]), g, scheduler, "cpu")
+    batch = images.noise_batch(latents, prompt, torch.tensor([600]), g, scheduler)
     start = table[zoodip_ids(demo_base, "star")][None].clone()
 
     def loss_of(candidates, **rest):
@@ -149,9 +150,9 @@ def test_mean_estimate_points_along_autograds_gradient(demo_loss):
     table = text_encoder.get_input_embeddings().weight
     rows = torch.cat([table[:first].detach(), theta, table[first + 1 :].detach()])
     name = next(n for n, p in text_encoder.named_buffers() if p is table)
-    hidden = torch.func.functional_call(text_encoder, {name: rows}, (batch["prompt_ids"],))[0]
-    prediction = unet(batch["noisy_latents"], batch["timesteps"], hidden).sample
-    loss = torch.nn.functional.mse_loss(prediction, batch["target"])
+    hidden = torch.func.functional_call(text_encoder, {name: rows}, (batch.prompt_ids,))[0]
+    prediction = unet(batch.noisy_latents, batch.timesteps, hidden).sample
+    loss = torch.nn.functional.mse_loss(prediction, batch.target)
     (gradient,) = torch.autograd.grad(loss, theta)
 
     g, total = torch.Generator().manual_seed(2), torch.zeros_like(start)
@@ -163,7 +164,13 @@ def test_mean_estimate_points_along_autograds_gradient(demo_loss):
     assert cosine > 0.95, float(cosine)
 
 
-RESUME = {"--max_train_steps": 14, "--checkpointing_steps": 4, "--sg_window": 3, "--validation_steps": 5}
+RESUME = {
+    "--max_train_steps": 14,
+    "--checkpointing_steps": 4,
+    "--sg_window": 3,
+    "--sg_threshold": 0.6,
+    "--validation_steps": 5,
+}
 RESUME |= {"--num_vectors": 2, "--gradient_accumulation_steps": 2, "--lr_scheduler": "cosine", "--train_batch_size": 2}
 
 
@@ -208,12 +215,20 @@ def test_killed_run_resumes_bit_identical(run_script, basics, tmp_path):
 RANK_DUMP = """
 import sys, torch
 import train_zoodip_textual_inversion as zoodip
-original = zoodip.save_checkpoint
-def dump(args, accelerator, step, shared, *rest):
-    torch.save({"theta": shared["theta"], "processes": accelerator.num_processes},
-               f"{args.output_dir}/rank-{accelerator.process_index}-step-{step}.pt")
-    original(args, accelerator, step, shared, *rest)
-zoodip.save_checkpoint = dump
+from personalization import runs
+original = runs.save_checkpoint
+def dump(accelerator, output_dir, state, *rest):
+    torch.save({"theta": state.shared["theta"], "processes": accelerator.num_processes},
+               f"{output_dir}/rank-{accelerator.process_index}-step-{state.step}.pt")
+    original(accelerator, output_dir, state, *rest)
+runs.save_checkpoint = dump
+validations = []
+def rising(*_):
+    # a held-out loss that only the first process computes, and that only ever rises
+    assert runs.os.environ["RANK"] == "0"
+    validations.append(1)
+    return float(len(validations))
+zoodip.held_out_loss = rising
 zoodip.main(zoodip.parse_args(sys.argv[1:]))
 """
 
@@ -221,7 +236,8 @@ zoodip.main(zoodip.parse_args(sys.argv[1:]))
 def test_two_processes_stay_identical(basics, repo, tmp_path):
     driver = tmp_path / "driver.py"
     driver.write_text(f"import sys; sys.path.insert(0, {str(repo)!r})\n" + RANK_DUMP)
-    flags = basics | {"--max_train_steps": 8, "--checkpointing_steps": 4, "--sg_window": 3}
+    flags = basics | {"--max_train_steps": 50, "--checkpointing_steps": 4, "--sg_window": 3}
+    flags |= {"--validation_steps": 2, "--early_stopping_patience": 4}  # of 0, 2, ... 8 the first is the best
     # On CPUs `accelerate launch` starts one process only; torchrun starts two, and accelerate picks up its variables.
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += [str(driver), *as_arguments(flags)]
@@ -236,6 +252,15 @@ def test_two_processes_stay_identical(basics, repo, tmp_path):
     states = [torch.load(out / "checkpoint-8" / f"generators_{r}.pt", weights_only=True) for r in (0, 1)]
     assert not torch.equal(states[0]["perturbations"], states[1]["perturbations"])  # each drew its own directions
     assert json.loads((out / "zoodip_config.json").read_text())["figures"]["forward_passes"] == 8 * 3 * 2
+
+
+def test_early_stopping_of_two_processes_is_one_verdict(train, monkeypatch):
+    """What the first process says is what counts: here another process, whose own loss would never stop it."""
+    monkeypatch.setattr(zoodip, "broadcast_object_list", lambda values: [1.0])
+    monkeypatch.setattr(zoodip, "held_out_loss", lambda *_: pytest.fail("only the first process computes it"))
+    monkeypatch.setattr(zoodip.Accelerator, "is_main_process", property(lambda self: False))
+    out = train(max_train_steps=20, validation_steps=1, early_stopping_patience=2, checkpointing_steps=100)
+    assert not (out / "learned_embeds.safetensors").exists()
 
 
 def test_validation_does_not_disturb_training(train, tmp_path):
@@ -267,7 +292,7 @@ def test_early_stopping_and_the_best_embedding(train, monkeypatch):
 
 
 def test_nan_stops_and_keeps_the_last_good_embedding(train, tmp_path):
-    with pytest.raises(zoodip.InputError, match=r"the loss became .* at step \d+: .*learning_rate"):
+    with pytest.raises(InputError, match=r"the loss became .* at step \d+: .*learning_rate"):
         train(learning_rate=1e30, max_train_steps=40, logging_steps=1, num_validation_samples=0)
     assert embeds(tmp_path / "out").isfinite().all()
 
@@ -275,26 +300,26 @@ def test_nan_stops_and_keeps_the_last_good_embedding(train, tmp_path):
 def test_a_nan_is_never_saved_or_taken_for_the_result(train, tmp_path):
     """Between two read-outs of the loss the token may break: no checkpoint and no early stop may pass it on."""
     flags = {"learning_rate": 1e30, "logging_steps": 100, "max_train_steps": 40, "num_validation_samples": 2}
-    with pytest.raises(zoodip.InputError, match="the loss became"):
+    with pytest.raises(InputError, match="the loss became"):
         train(**flags, validation_steps=3, early_stopping_patience=1, checkpointing_steps=3, save_steps=3)
     out = tmp_path / "out"
     assert embeds(out).isfinite().all() and embeds(out, "learned_embeds-best.safetensors").isfinite().all()
-    for checkpoint in zoodip.list_checkpoints(out):
+    for checkpoint in runs.list_checkpoints(out):
         assert torch.load(checkpoint / "state.pt", weights_only=True)["theta"].isfinite().all()
 
 
 def test_resume_under_other_settings_is_refused(train, tmp_path):
     train(max_train_steps=2, checkpointing_steps=1)
-    with pytest.raises(zoodip.InputError, match=r"other settings: learning_rate \(0.005, now 0.001\)"):
+    with pytest.raises(InputError, match=r"other settings: learning_rate \(0.005, now 0.001\)"):
         train(resume_from_checkpoint="latest", learning_rate=1e-3)
-    with pytest.raises(zoodip.InputError, match="is not a checkpoint"):
+    with pytest.raises(InputError, match="is not a checkpoint"):
         train(resume_from_checkpoint=str(tmp_path / "nowhere"))
     train(resume_from_checkpoint="checkpoint-1", max_train_steps=3)  # a longer run is not another run
 
 
 def test_checkpoints_are_rotated(train):
     out = train(max_train_steps=5, checkpointing_steps=1, checkpoints_total_limit=2)
-    assert [p.name for p in zoodip.list_checkpoints(out)] == ["checkpoint-4", "checkpoint-5"]
+    assert [p.name for p in runs.list_checkpoints(out)] == ["checkpoint-4", "checkpoint-5"]
 
 
 def test_full_pipeline_knows_the_word(train):
@@ -322,18 +347,18 @@ def test_epochs_count_repeats_and_accumulation(train, subject):
     assert steps == -(-images * 4 // 4)
 
 
-def test_every_flag_is_read():
-    """Each destination of the parser is used outside the parser: as `args.name` or by name in a settings list."""
-    tree = ast.parse(SCRIPT.read_text(encoding="utf-8"))
-    readers = [
-        n for n in tree.body if not (isinstance(n, ast.FunctionDef) and n.name in ("parse_args", "check_arguments"))
-    ]
-    read = {
-        node.attr
-        for reader in readers
-        for node in ast.walk(reader)
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args"
-    }
+def test_every_flag_is_read(repo):
+    """Each destination of the parser is used as `args.name` in script or Hub code, outside parser and checks."""
+    read = set()
+    for path in (SCRIPT, repo / "personalization" / "hub.py"):
+        body = ast.parse(path.read_text(encoding="utf-8")).body
+        readers = [n for n in body if getattr(n, "name", "") not in ("parse_args", "check_arguments")]
+        read |= {
+            node.attr
+            for reader in readers
+            for node in ast.walk(reader)
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args"
+        }
     parsed = vars(
         zoodip.parse_args(
             ["--pretrained_model_name_or_path", "x", "--train_data_dir", "x", "--placeholder_token", "<x>"]
@@ -344,7 +369,38 @@ def test_every_flag_is_read():
     assert set(parsed) - read == set()
 
 
+def test_held_out_passes_are_as_large_as_training_passes(train, monkeypatch):
+    """16 examples in passes of 3: the last pass is padded, so that a compiled UNet never meets another shape."""
+    sizes, losses, original = set(), [], zoodip.example_losses
+
+    def watched(candidates, batch, *rest, **more):
+        result = original(candidates, batch, *rest, **more)
+        sizes.add(len(candidates) * len(batch.timesteps))
+        losses.append(result)
+        return result
+
+    monkeypatch.setattr(zoodip, "example_losses", watched)
+    out = train(max_train_steps=1)
+    assert sizes == {3}
+    first_loss = torch.cat([x.flatten() for x in losses[:6]])[:16].mean()  # at step 0: 6 passes, the last two padding
+    figures = json.loads((out / "zoodip_config.json").read_text())["figures"]
+    assert figures["validation_losses"][0][1] == pytest.approx(first_loss.item())
+
+
 def test_validation_grid_shows_every_image(train):
     out = train(validation_prompt="a photo of {}", num_validation_images=3, num_inference_steps=1)
     with Image.open(out / "validation" / "step-000000.png") as grid:
         assert grid.size == (3 * 64, 64)
+
+
+@pytest.mark.parametrize("flags", [{}, {"--save_as_full_pipeline": True, "--validation_prompt": "a {}"}])
+def test_all_lines_of_a_run_are_its_own(launch, basics, flags):
+    """No library's alarm stands before, between or after the lines of the script."""
+    done = launch(
+        *as_arguments(
+            basics | {"--max_train_steps": 1, "--num_inference_steps": 1, "--num_validation_images": 1} | flags
+        ),
+        launcher=("--num_processes=1", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"),
+    )
+    lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip() and "%|" not in line]
+    assert lines and not [line for line in lines if not re.match(r"\d\d:\d\d:\d\d - (INFO|WARNING) - ", line)]

@@ -1,0 +1,327 @@
+"""Memory: what a process has, what a run will need, and glibc's habits."""
+
+import argparse
+import contextlib
+import ctypes
+import gc
+import re
+import sys
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+import torch
+import torch.nn.functional as F
+from accelerate.logging import get_logger
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+logger = get_logger(__name__)
+
+
+# =====================================================================================================
+# What a process has
+# =====================================================================================================
+
+
+def keep_freed_blocks(megabytes):
+    """Sets up to which size glibc keeps freed blocks for itself; larger ones go back to the system at once.
+
+    What is loaded once should go back. In the training loop that would cost 30 % of a step in page faults.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        mallopt, trim_threshold, mmap_threshold = ctypes.CDLL("libc.so.6").mallopt, -1, -3
+        mallopt(mmap_threshold, megabytes * 2**20)
+        mallopt(trim_threshold, 2 * megabytes * 2**20)
+
+
+def release_freed_memory():
+    """Gives what has been freed back to the system: after large models have left, glibc keeps hundreds of MB."""
+    gc.collect()
+    if hasattr(psutil, "heap_trim"):  # not every C library has such a call
+        psutil.heap_trim()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+class ProcessMemory(NamedTuple):
+    """Bytes that a process has in memory."""
+
+    rss: int
+    anonymous: int | None  # what is no page of a file; None where the system does not say
+
+
+def process_memory():
+    """The `ProcessMemory` of this process."""
+    rss, status = psutil.Process().memory_info().rss, Path("/proc/self/status")
+    anonymous = re.search(r"RssAnon:\s+(\d+)", status.read_text()) if status.is_file() else None
+    return ProcessMemory(rss, int(anonymous[1]) * 1024 if anonymous else None)
+
+
+def peak_memory(device):
+    """Peak memory so far, in MB: of the process, and of the CUDA allocator where there is one."""
+    figures, status = {}, Path("/proc/self/status")
+    if status.is_file():  # Linux; getrusage would count the launcher that this process was forked from, too
+        figures["process_mb"] = round(int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) / 2**10)
+    elif sys.platform == "darwin":
+        import resource
+
+        figures["process_mb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+    else:  # Windows
+        figures["process_mb"] = round(psutil.Process().memory_info().peak_wset / 2**20)
+    if device.type == "cuda":
+        figures["cuda_allocated_mb"] = round(torch.cuda.max_memory_allocated(device) / 2**20)
+        figures["cuda_reserved_mb"] = round(torch.cuda.max_memory_reserved(device) / 2**20)
+    return figures
+
+
+# =====================================================================================================
+# What a run will need, without loading a weight
+# =====================================================================================================
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensors alive while a model runs on the meta device; `peak` is the most there were at once.
+
+    Args:
+        on_cpu: count what a CPU needs beside the tensors, too. For a convolution, oneDNN's own copies of input, weight
+            and output in blocked layouts. For blocks of up to 32 MB, `heap_slack` of their size: glibc's heap keeps
+            what was freed, and fragments.
+    """
+
+    heap_block = 2**25
+
+    def __init__(self, on_cpu, heap_slack):
+        super().__init__()
+        self.on_cpu, self.heap_slack = on_cpu, heap_slack
+        self.live = self.peak = 0
+        self.known = set()
+
+    def _need(self, size):
+        return size * (1 + self.heap_slack) if self.on_cpu and size <= self.heap_block else size
+
+    def _forget(self, key, size):
+        self.known.discard(key)
+        self.live -= self._need(size)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        inputs = {t.untyped_storage()._cdata for t in inputs}  # views of weights and inputs are no new memory
+        result = func(*args, **(kwargs or {}))
+        tensors = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
+        for storage in (t.untyped_storage() for t in tensors):
+            if storage._cdata not in self.known and storage._cdata not in inputs:
+                self.known.add(storage._cdata)
+                self.live += self._need(storage.nbytes())
+                weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
+        copies = 0
+        if self.on_cpu and func is torch.ops.aten.convolution.default:
+            copies = sum(t.numel() * t.element_size() for t in (args[0], args[1], *tensors))
+        self.peak = max(self.peak, self.live + copies)
+        return result
+
+
+# The share by which glibc's heap outgrows the tensors in it while training, measured; see `keep_freed_blocks`.
+HEAP_SLACK = 0.8
+
+
+def activation_bytes(run, device, heap_slack=HEAP_SLACK):
+    """Peak bytes of the tensors that `run()` makes on the meta device, as they would be on `device`."""
+
+    def fused(query, *args, **kwargs):  # PyTorch's fused attention: only the result takes memory
+        return torch.empty_like(query)
+
+    attention = F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = fused
+    try:
+        with torch.no_grad(), LiveBytes(device.type == "cpu", heap_slack) as live:
+            run()
+    finally:
+        F.scaled_dot_product_attention = attention
+    return int(live.peak)
+
+
+# Beside tensors, measured: the code and caches of the CPU kernels of PyTorch and of OpenVINO. CUDA's context is not
+# counted.
+CPU_KERNEL_BYTES = 30 * 2**20
+OPENVINO_BYTES = 120 * 2**20
+
+
+class MemoryPlan(NamedTuple):
+    """How a run treats its memory."""
+
+    examples: int  # of one forward pass of the UNet
+    resolution: int  # of the pictures
+    cached: bool  # quantized weights may be kept in files and mapped from there
+    streamed: bool  # --low_vram
+    openvino: bool
+    images: bool  # validation images are drawn
+
+
+@dataclass(frozen=True)
+class MemoryPrediction:
+    """Bytes that a run needs, by component and by phase.
+
+    Args:
+        libraries: this process as it is now, on a CPU; 0 on CUDA.
+        vae, text_encoder, unet: weights, the last as they are while training.
+        vae_activations, activations: of encoding or decoding a picture, of a forward pass of the UNet.
+        mapped: the part of the weights that is pages of files, which the system can drop.
+        phases: name -> bytes that are there in it, libraries left out; 0 where it does not take place.
+    """
+
+    libraries: int
+    vae: int
+    text_encoder: int
+    unet: int
+    vae_activations: int
+    activations: int
+    mapped: int
+    phases: dict
+
+    @property
+    def peak(self):
+        """The largest sum of what is there at one time."""
+        return self.libraries + max(self.phases.values())
+
+    def table(self):
+        """The prediction as lines of text, in MB (2^20 bytes)."""
+        rows = {
+            "libraries": self.libraries,
+            "VAE": self.vae,
+            "VAE activations": self.vae_activations,
+            "text encoder": self.text_encoder,
+            "UNet": self.unet,
+            "activations": self.activations,
+            **{f"while {name}": self.libraries + size for name, size in self.phases.items() if size},
+            "peak": self.peak,
+        }
+        lines = [f"  {name:<26}{size / 2**20:8.0f} MB" for name, size in rows.items()]
+        if self.mapped:
+            lines.append(f"  of it pages of files, which the system can drop: {self.mapped / 2**20:.0f} MB")
+        return "\n".join(lines)
+
+
+def predict_memory(text_encoder, unet, vae, backend, plan, base, compute):
+    """The memory that a run will need, from empty models alone.
+
+    Args:
+        text_encoder, unet, vae: on the meta device, unquantized; they are changed.
+        backend: how weights are stored: `quantizes(layer)`, `weight_bytes(layer, dtype)`, `replace_layers(model,
+            dtype)` and the properties cached, whole_model, hidden_copies.
+        plan: `MemoryPlan`.
+        base: `Base`.
+        compute: `Compute`.
+
+    Returns:
+        `MemoryPrediction`.
+    """
+    device, dtype = compute.device, compute.dtype
+    on_cpu, is_mapped = device.type == "cpu", device.type == "cpu" and backend.cached and plan.cached
+    text_encoder.set_input_embeddings(torch.nn.Identity())  # only the rows in use come
+    layers = [layer for layer in unet.modules() if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d))]
+    largest = max(layers, key=lambda layer: layer.weight.numel())
+    largest_weights, largest_bytes = largest.weight.numel(), backend.weight_bytes(largest, dtype)
+    linear_weights = sum(layer.weight.numel() for layer in layers if isinstance(layer, torch.nn.Linear))
+    all_weights = sum(layer.weight.numel() for layer in layers)
+    text_bytes, unet_bytes = stored_bytes(text_encoder, backend, dtype), stored_bytes(unet, backend, dtype)
+    unquantized_bytes = sum(p.numel() for p in unet.parameters()) * dtype.itemsize
+    vae_bytes = sum(p.numel() for p in vae.parameters()) * dtype.itemsize
+
+    if not backend.hidden_copies:
+        backend.replace_layers(unet, dtype)
+    for model in (vae, unet):
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+    meta, size = {"device": "meta", "dtype": dtype}, plan.resolution // base.vae_factor
+    sample = torch.empty(plan.examples, unet.config.in_channels, size, size, **meta)
+    context = torch.empty(plan.examples, base.prompt_length, unet.config.cross_attention_dim, **meta)
+    timesteps = torch.empty(plan.examples, device="meta")
+    slack = 0.0 if plan.streamed else HEAP_SLACK
+    activations = activation_bytes(lambda: unet(sample, timesteps, context), device, slack)
+    if backend.hidden_copies:  # a dequantized layer and its transposed copy, which the meta device does not see
+        activations += 2 * largest_weights * dtype.itemsize
+    pixels, latent = torch.empty(1, 3, plan.resolution, plan.resolution, **meta), sample[:1]
+    encoding = activation_bytes(lambda: vae.encode(pixels).latent_dist.parameters, device, heap_slack=0.0)
+    decoding = activation_bytes(lambda: vae.decode(latent), device) if plan.images else 0
+    vae.decoder = None  # as while encoding
+
+    mapped, kept = text_bytes if is_mapped else 0, unet_bytes
+    if plan.openvino:
+        # Beside the stored weights it has all of them in float32, and those of products a second time, repacked.
+        kept += 4 * (all_weights + linear_weights) + OPENVINO_BYTES
+    elif is_mapped:
+        mapped += kept
+    if plan.streamed:  # one layer and the next one; pages of the mapped file stay until they are dropped
+        kept = 2 * largest_bytes + (kept if is_mapped else 0)
+    phases = {
+        "encoding the images": max(vae_bytes if on_cpu else 0, tensor_bytes(vae) + encoding),
+        "quantizing": text_bytes + unquantized_bytes if on_cpu and backend.whole_model else 0,
+        "writing the layers to disk": text_bytes + unet_bytes if on_cpu and plan.streamed else 0,
+        "training": text_bytes + kept + activations,
+        "validation images": text_bytes + kept + vae_bytes + decoding if plan.images else 0,
+    }
+    return MemoryPrediction(
+        libraries=process_memory().rss + CPU_KERNEL_BYTES if on_cpu else 0,
+        vae=vae_bytes,
+        text_encoder=text_bytes,
+        unet=kept,
+        vae_activations=max(encoding, decoding),
+        activations=activations,
+        mapped=mapped,
+        phases=phases,
+    )
+
+
+def stored_bytes(model, backend, dtype):
+    """Bytes of an unquantized (or empty) model's weights as `backend` keeps them, everything else in `dtype`."""
+    total = 0
+    for layer in model.modules():
+        for name, parameter in layer.named_parameters(recurse=False):
+            quantized = name == "weight" and backend.quantizes(layer)
+            total += backend.weight_bytes(layer, dtype) if quantized else parameter.numel() * dtype.itemsize
+    return total
+
+
+def warn_if_too_large(args, smaller, predict, device):
+    """Says before anything is loaded that a run needs more memory than there is, and which flags would make it fit.
+
+    Args:
+        args: settings.
+        smaller: setting -> the value that takes less memory, in the order in which they are tried.
+        predict: settings -> `MemoryPrediction`.
+        device: whose memory counts.
+    """
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = psutil.virtual_memory().available + process_memory().rss
+
+    def need(**changes):
+        prediction = predict(argparse.Namespace(**{**vars(args), **changes}))
+        return prediction.peak - prediction.mapped
+
+    needed = need()
+    if needed <= free:
+        return
+    flags, changes, fix = [], {}, "no choice of flags makes it fit; try a smaller --resolution."
+    for name, value in smaller.items():
+        if getattr(args, name) == value:
+            continue
+        changes[name] = value
+        flags.append(f"--{name}" + ("" if value is True else f" {value}"))
+        if need(**changes) <= free:
+            fix = " ".join(flags) + " would fit."
+            break
+    logger.warning(
+        f"This run needs about {needed / 2**20:.0f} MB and the {device.type} has {free / 2**20:.0f} MB free: {fix}"
+    )
+
+
+def tensor_bytes(model):
+    """Bytes of a model's parameters and buffers, quantized ones as stored."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum(t.numel() * t.element_size() for t in (getattr(t, "_data", t) for t in tensors))

@@ -1,0 +1,57 @@
+"""Pictures that show what a run has learned: drawn with fixed seeds, saved, and given to trackers."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+
+from .base_model import load_vae
+from .runs import atomic_path
+
+
+def draw_images(base, text_encoder, unet, compute, prompt, count, seed, **options):
+    """Draws a prompt `count` times, with the seeds from `seed` on; the VAE is here only while it decodes.
+
+    Args:
+        base: `Base`.
+        text_encoder, unet: as trained, in place.
+        compute: `Compute`.
+        prompt, count, seed: what and how often.
+        options: of the pipeline's call.
+
+    Returns:
+        PIL images.
+    """
+    pipeline = StableDiffusionPipeline(
+        vae=load_vae(base.source, compute.dtype).to(compute.device),
+        text_encoder=text_encoder,
+        tokenizer=base.tokenizer,
+        unet=unet,
+        scheduler=DPMSolverMultistepScheduler.from_config(base.scheduler.config),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(count)]
+    return [pipeline(prompt, generator=generator, **options).images[0] for generator in generators]
+
+
+def log_images(trackers, images, step):
+    """Gives images to those of accelerate's trackers that take images."""
+    for tracker in trackers:
+        if tracker.name == "tensorboard":
+            stacked = np.stack([np.asarray(image) for image in images])
+            tracker.log_images({"validation": stacked}, step=step, dataformats="NHWC")
+        elif tracker.name == "wandb":
+            tracker.log_images({"validation": images}, step=step)
+
+
+def save_images(folder, images):
+    """Images as `image_0.png`, ... in a folder that then holds these only: an earlier run may have made more."""
+    shutil.rmtree(folder, ignore_errors=True)
+    for i, image in enumerate(images):
+        with atomic_path(Path(folder) / f"image_{i}.png") as temporary:
+            image.save(temporary)
