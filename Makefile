@@ -1,5 +1,5 @@
 # Each target makes its own virtual environment on a fresh machine; a second call installs nothing.
-.PHONY: demo test quality style benchmark bench-real-photos clean
+.PHONY: demo test test-cuda pretend-cuda quality style benchmark bench-real-photos clean
 
 VENV ?= .venv
 PYTHON ?= python3
@@ -15,6 +15,22 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest
+
+# On a machine with a GPU (`make test-cuda TORCH=torch`); elsewhere it says so in one line. PYTHON_CUDA=python3 takes that
+# Python as it is: it needs a CUDA build of torch and the packages of requirements-dev.txt.
+PYTHON_CUDA ?=
+test-cuda: $(if $(PYTHON_CUDA),,$(VENV)/.installed-dev)
+	@python=$(or $(PYTHON_CUDA),$(BIN)/python); \
+	if $$python -W ignore -c "import torch; raise SystemExit(0 if torch.cuda.is_available() else 3)"; then \
+		$$python -m pytest -o addopts=-q -m cuda tests/gpu tests/test_speed_and_memory.py; \
+	elif [ $$? -eq 3 ]; then echo "test-cuda: there is no CUDA GPU here, nothing to test"; else exit 1; fi
+
+# The CUDA code path on a machine without a GPU, not part of CI: 3 minutes, once PyTorch's CUDA build (4.7 GB) is in an
+# environment of its own. All other packages there are the project's.
+VENV_CUDA ?= .venv-cuda
+TORCH_CUDA ?= torch==2.12.0
+pretend-cuda: $(VENV_CUDA)/.installed
+	$(VENV_CUDA)/bin/python tests/gpu/run_matrix.py
 
 quality: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -49,5 +65,12 @@ $(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
+$(VENV_CUDA)/.installed: $(VENV)/.installed
+	$(BIN)/python -m venv --clear $(VENV_CUDA)
+	$(VENV_CUDA)/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH_CUDA)"
+	site="import sysconfig; print(sysconfig.get_path('purelib'))"; \
+	$(BIN)/python -c "$$site" > "$$($(VENV_CUDA)/bin/python -c "$$site")/project.pth"
+	touch $@
+
 clean:
-	rm -rf $(VENV) demo/output .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV_CUDA) demo/output .pytest_cache .ruff_cache

@@ -30,6 +30,11 @@ SCRIPT = REPO / "train_zoodip_textual_inversion.py"
 torch.set_num_threads(1)
 
 
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+
+
 @pytest.fixture(scope="session")
 def repo():
     return REPO

@@ -216,7 +216,7 @@ def test_too_little_memory_is_said_with_the_flags_that_fit(basics, monkeypatch, 
     assert (len(messages) == 1 and fix in messages[0]) if fix else not messages
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="host-device synchronisation exists on CUDA only")
+@pytest.mark.cuda
 def test_a_step_never_waits_for_the_device(train, monkeypatch):
     original = zoodip.estimate_gradient
 
