@@ -45,12 +45,13 @@ BASICS = {
 }
 IMAGES = {"--validation_prompt": "a photo of {}", "--num_validation_images": 2, "--num_inference_steps": 3}
 RISING_LOSS = {"--learning_rate": 5.0, "--adam_epsilon": 1e-8, "--max_train_steps": 20, "--validation_steps": 1}
+SUBSPACE = {"--sg_window": 3, "--sg_threshold": 0.6}  # a window of 3 has two directions; this much removes the second
 
 MATRIX = (
     Case("int8", {}),
     Case("quanto-int8", {"--quantization": "quanto-int8"}),
     Case("no quantization", {"--quantization": "none"}),
-    Case("rge, 3 vectors, subspace", {"--num_vectors": 3, "--sg_window": 2, "--max_train_steps": 5}),
+    Case("rge, 3 vectors, subspace", SUBSPACE | {"--num_vectors": 3, "--max_train_steps": 5}),
     Case("spsa, 3 vectors", {"--num_vectors": 3, "--gradient_estimator": "spsa"}),
     Case(
         "bf16, accumulation, batches of 2",
@@ -68,9 +69,9 @@ MATRIX = (
     Case("no cache", {"--quantized_cache_dir": "none"}),
     Case(
         "resume",
-        {"--checkpointing_steps": 2, "--max_train_steps": 2, "--sg_window": 2, "--lr_scheduler": "cosine"},
-        then={"--max_train_steps": 4, "--resume_from_checkpoint": "latest"},
-        writes=("checkpoint-2/state.pt", "checkpoint-4/state.pt"),
+        SUBSPACE | {"--checkpointing_steps": 4, "--max_train_steps": 4, "--lr_scheduler": "cosine"},
+        then={"--max_train_steps": 6, "--resume_from_checkpoint": "latest"},
+        writes=("checkpoint-4/state.pt",),
         says="Resumed from",
     ),
     Case("early stopping", RISING_LOSS | {"--early_stopping_patience": 2}, stops_early=True),

@@ -3,8 +3,8 @@
     .venv-cuda/bin/python tests/gpu/pretend_cuda.py SCRIPT [arguments of the script]
 
 What is on the CPU is computed as usual. What is on cuda:0 is a FakeTensor: PyTorch checks devices, dtypes, shapes,
-strides and views as on a GPU and computes nothing. A value that is read back is 1 (an integer: 0, a truth: True). This
-needs a CUDA build of PyTorch, for without one "cuda" is no device that operations can be looked up for.
+strides and views as on a GPU and computes nothing. A value that is read back is 1 (an integer: 0, a truth: True), a
+tensor that is read back is random around 1. This needs a CUDA build of PyTorch: without one, "cuda" is no device.
 
 It finds mixed devices and dtypes, views that a memory layout does not allow, CPU tensors handed to CUDA modules, and,
 by its count of them, places where the host waits for the device. It says nothing of speed, memory or numbers, and has
@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 
 CUDA = torch.device("cuda", 0)
+RANDOM = torch.Generator().manual_seed(0)  # of its own: the script's draws stay what they are
 aten = torch.ops.aten
 
 
@@ -90,8 +91,8 @@ def is_cuda(device):
 
 
 def values(tensor):
-    """What the host reads back of a pretended tensor: ones."""
-    return torch.ones(tensor.shape, dtype=tensor.dtype)
+    """What the host reads back of a pretended tensor: numbers that differ, and never the same ones twice."""
+    return torch.empty(tensor.shape).uniform_(0.5, 1.5, generator=RANDOM).to(tensor.dtype)
 
 
 def pretend():

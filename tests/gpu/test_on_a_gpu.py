@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from matrix import BASICS, MATRIX, REPO, SCRIPT, TOKEN, command_line, command_lines, faults
+from matrix import BASICS, MATRIX, REPO, SCRIPT, SUBSPACE, TOKEN, command_line, command_lines, faults
 from safetensors.torch import load_file
 
 
@@ -83,9 +83,9 @@ def test_streamed_weights_learn_the_same(train, start):
 
 @pytest.mark.parametrize("quantization", ["int8", "none"])
 def test_resumed_run_equals_the_uninterrupted_one(train, quantization):
-    flags = {"quantization": quantization, "max_train_steps": 6, "sg_window": 2, "checkpointing_steps": 3}
+    flags = named(SUBSPACE) | {"quantization": quantization, "max_train_steps": 7, "checkpointing_steps": 4}
     whole = train("whole", **flags)
-    parts = train("parts", **flags, resume_from_checkpoint=whole / "checkpoint-3")
+    parts = train("parts", **flags, resume_from_checkpoint=whole / "checkpoint-4")
     for name in ("learned_embeds.safetensors", "learned_embeds-best.safetensors"):
         if name == "learned_embeds.safetensors" or (parts / name).is_file():  # the best may lie before the checkpoint
             assert (parts / name).read_bytes() == (whole / name).read_bytes()
