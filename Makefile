@@ -65,7 +65,7 @@ $(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
-$(VENV_CUDA)/.installed: $(VENV)/.installed
+$(VENV_CUDA)/.installed: | $(VENV)/.installed
 	$(BIN)/python -m venv --clear $(VENV_CUDA)
 	$(VENV_CUDA)/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH_CUDA)"
 	site="import sysconfig; print(sysconfig.get_path('purelib'))"; \
