@@ -1339,8 +1339,8 @@ def main(args):
     base, placeholder, compute = resolve_settings(args, accelerator.device)
     if args.estimate_memory:
         if accelerator.is_main_process:
-            print(f"Predicted peak, {candidates_per_pass(args)} candidates a pass at {args.resolution} px:")
-            print(estimate_memory(args, base, compute).table())
+            size = f"{args.resolution} px, {candidates_per_pass(args)} candidates a pass"
+            print(f"Predicted peak on {compute.device.type}, {size}:\n{estimate_memory(args, base, compute).table()}")
         return
     memory.warn_if_too_large(args, SMALLER, lambda settings: estimate_memory(settings, base, compute), compute.device)
     if args.validation_prompt and placeholder.token not in placeholder.fill(args.validation_prompt):
