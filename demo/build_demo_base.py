@@ -715,6 +715,15 @@ def stage_scorer(args):
     train(args, "scorer", model, loss_of, args.scorer_steps, lr=1e-3, weight_decay=0.02)
 
 
+IDENTITY_CONFIG = {  # with `modeling_identity.py` beside it, AutoModel reads the encoder
+    "model_type": "demo_identity",
+    "architectures": ["IdentityEncoder"],
+    "width": 32,
+    "width_out": 64,
+    "auto_map": {"AutoConfig": "modeling_identity.IdentityConfig", "AutoModel": "modeling_identity.IdentityEncoder"},
+}
+
+
 def stage_identity(args):
     """An encoder that maps renders of one object together, whatever the background and the pose (SupCon)."""
     torch.manual_seed(args.seed + 2000)
@@ -840,7 +849,9 @@ def export_scorer(args):
         (folder / "identity").mkdir()
         weights = {k.removeprefix("tower."): v.half().contiguous() for k, v in identity["model"].items()}
         save_file(weights, folder / "identity" / "model.safetensors")
-        (folder / "identity" / "config.json").write_text(json.dumps({"width": 32, "width_out": 64}) + "\n")
+        (folder / "identity" / "config.json").write_text(json.dumps(IDENTITY_CONFIG, indent=2) + "\n")
+        (folder / "identity" / "preprocessor_config.json").write_text(json.dumps(preprocessing, indent=2) + "\n")
+        shutil.copyfile(Path(__file__).with_name("modeling_identity.py"), folder / "identity" / "modeling_identity.py")
     replace_folder(folder, args.out_dir / "scorer")
     print(f"export: {args.out_dir / 'scorer'}", flush=True)
 

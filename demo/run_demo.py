@@ -23,6 +23,7 @@ import personalization.quiet  # noqa: F401, before the libraries whose false ala
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -31,8 +32,10 @@ import torch
 import world
 from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageDraw
-from scoring import Scorer
 from tqdm.auto import tqdm
+
+import evaluate_personalization as evaluation
+from personalization.base_model import ModelSource, open_base
 
 
 SCRIPT = DEMO.parent / "train_zoodip_textual_inversion.py"
@@ -53,9 +56,10 @@ SETTINGS = {
     "--save_steps": 1_000_000,
     "--report_to": "none",
 }
-SCENES = ("on the beach", "in the snow", "on the grass", "in the night sky")
+SCENES = range(4)  # the prompts of `prompts.txt`
 SEEDS = 4  # images per scene and subject
 GUIDANCE, INFERENCE_STEPS = 4.0, 25  # as in check_demo_base.py
+NAMES = {"CLIP-I": "CLIP-I", "DINO": "identity", "CLIP-T": "CLIP-T"}  # the scorer's stand-in for DINO is its own
 
 
 def parse_args():
@@ -105,25 +109,27 @@ def train(subject, args):
     return json.loads((output / "zoodip_config.json").read_text())
 
 
-def draw(pipeline, word):
-    """SEEDS images of `word` in each scene; the noise depends on scene and seed alone."""
-    images = []
-    for i, scene in enumerate(SCENES):
-        generators = [torch.Generator().manual_seed(1000 * i + seed) for seed in range(SEEDS)]
-        prompts = [f"a photo of a {word} {scene}"] * SEEDS
-        images += pipeline(
-            prompts, guidance_scale=GUIDANCE, num_inference_steps=INFERENCE_STEPS, generator=generators
-        ).images
-    return images
+def evaluate(subject, folder, pipeline, encoders, base):
+    """Draws and judges one subject by `evaluate_personalization`: the plain word before, the learned token after.
 
-
-def score(scorer, references, images, shape):
-    prompts = [f"a photo of a {shape} {scene}" for scene in SCENES for _ in range(SEEDS)]
-    return {
-        "CLIP-I": scorer.clip_i(references, images),
-        "identity": scorer.identity(references, images),
-        "CLIP-T": scorer.clip_t(prompts, images),
-    }
+    Returns:
+        References and, before and after, the first image of each scene (PIL), and metric -> mean before and after.
+    """
+    shape, pictures = world.SUBJECTS[subject].shape, DEMO / "subjects" / subject
+    references = [Image.open(path).convert("RGB") for path in sorted(pictures.glob("*.png"))]
+    columns = evaluation.read_columns([f"learned={folder}"], shape, base)
+    prompts = evaluation.read_prompts(DEMO / "prompts.txt")
+    drawing = evaluation.Drawing("demo", prompts, SEEDS, 0, base.resolution, INFERENCE_STEPS, GUIDANCE)
+    shutil.rmtree(folder / "evaluation", ignore_errors=True)  # of an earlier demo
+    evaluation.draw_missing(folder / "evaluation", columns, drawing, pipeline, SEEDS)
+    row, scores, texts = {"references": references}, {}, [prompt.replace("{}", shape) for prompt in prompts]
+    for name, column in zip(("before", "after"), columns):
+        paths = [[evaluation.image_path(folder / "evaluation", column, p, i) for i in range(SEEDS)] for p in SCENES]
+        images = [[Image.open(path).convert("RGB") for path in scene] for scene in paths]
+        scored = evaluation.score_column(images, references, texts, encoders)
+        scores[name] = {NAMES[metric]: value.mean for metric, value in scored.items() if metric in NAMES}
+        row[name] = [scene[0] for scene in images]
+    return row, scores
 
 
 def before_after_picture(rows, path, scale=2):
@@ -154,25 +160,18 @@ def main():
     training_seconds = time.perf_counter() - started
 
     print("Drawing and scoring before/after images ...")
-    scorer, rows, scores = Scorer(), [], {}
+    rows, scores = [], {}
+    encoders = evaluation.Encoders(DEMO / "scorer", DEMO / "scorer" / "identity", True, torch.device("cpu"), 64)
+    base = open_base(ModelSource(str(DEMO / "base")))
     pipeline = StableDiffusionPipeline.from_pretrained(DEMO / "base")
     pipeline.set_progress_bar_config(disable=True)
     for subject in tqdm(args.subjects, desc="Subjects"):
-        shape = world.SUBJECTS[subject].shape
-        references = [Image.open(path).convert("RGB") for path in sorted((DEMO / "subjects" / subject).glob("*.png"))]
-        before = draw(pipeline, shape)
-        pipeline.load_textual_inversion(str(args.output_dir / subject), weight_name="learned_embeds.safetensors")
-        after = draw(pipeline, PLACEHOLDER)
-        pipeline.unload_textual_inversion()
-        scores[subject] = {
-            "before": score(scorer, references, before, shape),
-            "after": score(scorer, references, after, shape),
-            "training": configs[subject]["figures"],
-        }
-        rows.append({"references": references, "before": before[::SEEDS], "after": after[::SEEDS]})
+        row, scores[subject] = evaluate(subject, args.output_dir / subject, pipeline, encoders, base)
+        scores[subject]["training"] = configs[subject]["figures"]
+        rows.append(row)
     before_after_picture(rows, args.output_dir / "before_after.png")
 
-    names = ("CLIP-I", "identity", "CLIP-T")
+    names = NAMES.values()
     print(f"\n{'subject':18}" + "".join(f"{name:>22}" for name in names))
     for subject, result in scores.items():
         pairs = (f"{result['before'][n]:.3f} -> {result['after'][n]:.3f}" for n in names)

@@ -60,7 +60,8 @@ class Scorer:
         if folder.exists():
             from safetensors.torch import load_file
 
-            self.identity_encoder = ConvTower(**json.loads((folder / "config.json").read_text()))
+            config = json.loads((folder / "config.json").read_text())
+            self.identity_encoder = ConvTower(config["width"], config["width_out"])
             weights = {k: v.float() for k, v in load_file(folder / "model.safetensors").items()}
             self.identity_encoder.load_state_dict(weights)
             self.identity_encoder.to(device).eval().requires_grad_(False)

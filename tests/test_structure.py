@@ -11,7 +11,7 @@ METHOD = {
     *("Int8Linear", "Int8Conv2d", "load_frozen", "PromptRows", "candidate_losses", "train", "main"),
 }
 PACKAGE = sorted((REPO / "personalization").glob("*.py"))
-SCRIPTS = sorted(path for pattern in ("train_*.py", "*_pipeline.py") for path in REPO.glob(pattern))
+SCRIPTS = sorted(path for pattern in ("train_*.py", "evaluate_*.py", "*_pipeline.py") for path in REPO.glob(pattern))
 MAY_IMPORT = {"train_selective_dreambooth_lora": {"train_zoodip_textual_inversion"}}  # loading and estimator
 
 

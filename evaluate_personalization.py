@@ -1,0 +1,520 @@
+#!/usr/bin/env python
+# Copyright 2026 The ZOODiP textual inversion authors. SPDX-License-Identifier: Apache-2.0
+"""Judge learned concepts: CLIP-T, CLIP-I, DINO and diversity over DreamBooth's prompts, with intervals and pictures.
+
+    python evaluate_personalization.py --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \
+        --reference_images ./my-dog --class_word dog --prompts living --results mine=my-dog-concept --output_dir scores
+
+on the demo base, with the demo's own scorer, offline:
+
+    python evaluate_personalization.py --pretrained_model_name_or_path demo/base \
+        --reference_images demo/subjects/striped_star --class_word star --prompts demo/prompts.txt \
+        --results learned=demo/output/striped_star --clip_model demo/scorer --dino_model demo/scorer/identity \
+        --trust_remote_code --output_dir scores
+
+Every column (the plain word first, then the results) draws the same prompts from the same noise. Pictures that are
+there already are not drawn again, so a run that was stopped goes on. Written to `--output_dir`: `images/`,
+`evaluation.json`, `evaluation.md` (the table) and `contact_sheet.png`.
+"""
+
+import personalization.quiet  # noqa: F401, before the libraries whose false alarms it silences
+
+
+# isort: split
+import hashlib
+import itertools
+import json
+import re
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import StableDiffusionPipeline
+from PIL import Image, ImageDraw
+from safetensors import SafetensorError, safe_open
+from tqdm.auto import tqdm
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, CLIPModel
+
+from personalization import arguments, base_model, images, runs, weight_cache
+from personalization.errors import InputError, run_script
+
+
+# =====================================================================================================
+# Metrics. Features are of length one; P prompts, N images of each, R references.
+# =====================================================================================================
+
+
+def prompt_fidelity(image_features, text_features):
+    """CLIP-T by prompt `[P]`: mean cosine of `[P, N, d]` with its own prompt's `[P, d]`."""
+    return torch.einsum("pnd,pd->pn", image_features, text_features).mean(dim=1)
+
+
+def subject_fidelity(image_features, reference_features):
+    """CLIP-I or DINO by prompt `[P]`: mean cosine over all pairs of `[P, N, d]` with `[R, d]`."""
+    return torch.einsum("pnd,rd->pnr", image_features, reference_features).mean(dim=(1, 2))
+
+
+def similarity_within_prompts(image_features):
+    """DINO between images of one prompt `[P]` (lower is more diverse): mean cosine over pairs of different images."""
+    count = image_features.shape[1]
+    cosines = torch.einsum("pnd,pmd->pnm", image_features, image_features)
+    return (cosines.sum(dim=(1, 2)) - count) / (count * (count - 1))
+
+
+def bootstrap_interval(values, resamples=10_000, seed=0):
+    """95 % percentile interval of the mean of `[P]` values, prompts drawn with replacement."""
+    values = np.asarray(values, dtype=np.float64)
+    drawn = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
+    return tuple(float(x) for x in np.quantile(values[drawn].mean(axis=1), [0.025, 0.975]))
+
+
+@dataclass(frozen=True)
+class Score:
+    """A metric of a column."""
+
+    mean: float
+    low: float  # of the 95 % interval over prompts
+    high: float
+    by_prompt: list
+
+
+def score(values):
+    """The `Score` of a metric's values by prompt."""
+    values = [float(x) for x in values]
+    return Score(sum(values) / len(values), *bootstrap_interval(values), values)
+
+
+# =====================================================================================================
+# Prompts
+# =====================================================================================================
+
+# DreamBooth's (Ruiz et al., CVPR 2023), {} where the subject stands.
+_SHARED = (
+    "in the jungle|in the snow|on the beach|on a cobblestone street|on top of pink fabric|on top of a wooden floor|"
+    "with a city in the background|with a mountain in the background|with a blue house in the background|"
+    "on top of a purple rug in a forest"
+).split("|")
+_OBJECT = (
+    "with a wheat field in the background|with a tree and autumn leaves in the background|"
+    "with the Eiffel Tower in the background|floating on top of water|floating in an ocean of milk|"
+    "on top of green grass with sunflowers around it|on top of a mirror|on top of the sidewalk in a crowded street|"
+    "on top of a dirt road|on top of a white rug"
+).split("|")
+_LIVING = (
+    "wearing a red hat|wearing a santa hat|wearing a rainbow scarf|wearing a black top hat and a monocle|"
+    "in a chef outfit|in a firefighter outfit|in a police outfit|wearing pink glasses|wearing a yellow shirt|"
+    "in a purple wizard outfit"
+).split("|")
+_ATTRIBUTES = [f"a {word} {{}}" for word in ("red", "purple", "shiny", "wet", "cube shaped")]
+PROMPTS = {
+    name: [f"a {{}} {scene}" for scene in _SHARED + scenes] + _ATTRIBUTES
+    for name, scenes in {"object": _OBJECT, "living": _LIVING}.items()
+}
+
+
+def read_prompts(name):
+    """The prompts of a set in `PROMPTS`, or the lines of a text file.
+
+    Raises:
+        InputError: no such set or file, no prompt in it, or one without {}.
+    """
+    if name in PROMPTS:
+        return PROMPTS[name]
+    try:
+        lines = [line.strip() for line in Path(name).read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, UnicodeError) as error:
+        sets = " or ".join(PROMPTS)
+        raise InputError(f"--prompts {name!r} cannot be read ({error}): give {sets}, or a text file.") from None
+    prompts = [line for line in lines if line]
+    if not prompts:
+        raise InputError(f"--prompts {name!r} holds no prompt: write one on each line, {{}} where the subject stands.")
+    for prompt in prompts:
+        if "{}" not in prompt:
+            raise InputError(
+                f"--prompts {name!r}: {prompt[:80]!r} does not say where the subject stands: put {{}} there."
+            )
+    return prompts
+
+
+# =====================================================================================================
+# What is compared
+# =====================================================================================================
+
+
+@dataclass(frozen=True)
+class Column:
+    """The plain word, or a result."""
+
+    label: str
+    word: str  # what stands for the subject in prompts
+    folder: Path | None  # of a result
+    fingerprint: str  # of what it draws with
+
+
+RESULT_FILE, CONFIG_FILE = "learned_embeds.safetensors", "zoodip_config.json"
+PLAIN = "plain-word"
+
+
+def read_column(given, base):
+    """A `label=folder` of the command line as a `Column`.
+
+    Raises:
+        InputError: it is no result, or one of another base.
+    """
+    label, _, folder = given.partition("=")
+    if not re.fullmatch(r"[A-Za-z0-9._-]+", label) or not folder or label == PLAIN:
+        raise InputError(f"--results {given!r} is no label=folder: write for example mine=my-dog-concept.")
+    folder = Path(folder)
+    file = folder / RESULT_FILE
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            ((token, shape),) = [(name, tensors.get_slice(name).get_shape()) for name in tensors.keys()]
+        config = (
+            json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")) if (folder / CONFIG_FILE).exists() else {}
+        )
+        fingerprint = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"--results {given!r} holds no {RESULT_FILE} that can be read ({error}).") from None
+    width, here = base.text_config.hidden_size, Path(base.source.name).name
+    trained_on = config.get("base_model")
+    if shape[-1] != width:
+        raise InputError(
+            f"--results {given!r} was learned on another base{f' ({trained_on})' if trained_on else ''}: its vectors"
+            f" have {shape[-1]} entries and those of {base.source.name!r} {width}."
+        )
+    if trained_on and trained_on != base.source.name and Path(trained_on).name != here:
+        raise InputError(f"--results {given!r} was learned on {trained_on!r} and not on {base.source.name!r}.")
+    return Column(label, token, folder, fingerprint)
+
+
+def read_columns(given, class_word, base):
+    """The plain word and all results as `Column`s."""
+    columns = [Column(PLAIN, class_word, None, class_word)] + [read_column(one, base) for one in given]
+    labels = [column.label for column in columns]
+    if twice := {label for label in labels if labels.count(label) > 1}:
+        raise InputError(f"--results has the label {min(twice)!r} twice: give each result its own.")
+    return columns
+
+
+# =====================================================================================================
+# Drawing
+# =====================================================================================================
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How pictures are drawn; a change of it makes other pictures."""
+
+    base: str  # which weights
+    prompts: list
+    num_images: int  # of each prompt
+    seed: int
+    resolution: int
+    num_inference_steps: int
+    guidance_scale: float
+
+
+def image_path(output_dir, column, prompt_index, image_index):
+    return Path(output_dir) / "images" / column.label / f"{prompt_index:03d}-{image_index:02d}.png"
+
+
+def seed_of(drawing, prompt_index, image_index):
+    """Every picture has noise of its own, the same for all columns."""
+    return drawing.seed + 1000 * prompt_index + image_index
+
+
+def claim_images(output_dir, columns, drawing):
+    """Makes sure that pictures in `output_dir` are of this drawing and these results; older ones of a result go.
+
+    Raises:
+        InputError: they are of another drawing.
+    """
+    settings, found = Path(output_dir) / "images" / "drawing.json", None
+    if settings.is_file():
+        found = json.loads(settings.read_text(encoding="utf-8"))
+        if found["drawing"] != asdict(drawing):
+            changed = [name for name, value in asdict(drawing).items() if found["drawing"].get(name) != value]
+            raise InputError(
+                f"--output_dir {str(output_dir)!r} has pictures drawn otherwise ({', '.join(changed)}): give another."
+            )
+    known = found["fingerprints"] if found else {}
+    for column in columns:
+        if known.get(column.label, column.fingerprint) != column.fingerprint:
+            for path in (Path(output_dir) / "images" / column.label).glob("*.png"):
+                path.unlink()
+    fingerprints = known | {column.label: column.fingerprint for column in columns}
+    runs.write_json(settings, {"drawing": asdict(drawing), "fingerprints": fingerprints})
+
+
+def draw_missing(output_dir, columns, drawing, pipeline, batch_size):
+    """Draws every picture of every column that is not there yet."""
+    grid = list(itertools.product(range(len(drawing.prompts)), range(drawing.num_images)))
+    missing = {c.label: [cell for cell in grid if not image_path(output_dir, c, *cell).is_file()] for c in columns}
+    options = {"num_inference_steps": drawing.num_inference_steps, "guidance_scale": drawing.guidance_scale}
+    options |= {"height": drawing.resolution, "width": drawing.resolution}
+    bar = tqdm(total=sum(map(len, missing.values())), desc="Drawing")
+    for column in columns:
+        if not missing[column.label]:
+            continue
+        if column.folder:
+            pipeline.load_textual_inversion(str(column.folder), weight_name=RESULT_FILE)
+        for start in range(0, len(missing[column.label]), batch_size):
+            cells = missing[column.label][start : start + batch_size]
+            prompts = [drawing.prompts[p].replace("{}", column.word) for p, _ in cells]
+            generators = [torch.Generator().manual_seed(seed_of(drawing, *cell)) for cell in cells]
+            for cell, image in zip(cells, pipeline(prompts, generator=generators, **options).images):
+                with runs.atomic_path(image_path(output_dir, column, *cell)) as temporary:
+                    image.save(temporary)
+            bar.update(len(cells))
+        if column.folder:
+            pipeline.unload_textual_inversion()
+    bar.close()
+
+
+# =====================================================================================================
+# Features
+# =====================================================================================================
+
+
+class Encoders:
+    """CLIP and DINO.
+
+    Args:
+        clip_model, dino_model: folders or Hub ids of a `CLIPModel` and of any image encoder that `AutoModel` loads.
+        trust_remote_code: run model code that lies beside their weights.
+        device: torch device.
+        batch_size: images at a time.
+
+    Raises:
+        InputError: they cannot be loaded, or the first is no CLIP.
+    """
+
+    def __init__(self, clip_model, dino_model, trust_remote_code, device, batch_size):
+        self.device, self.batch_size = device, batch_size
+        code = {"trust_remote_code": trust_remote_code}
+        try:
+            flag, name = "--clip_model", clip_model
+            self.clip = CLIPModel.from_pretrained(clip_model, dtype=torch.float32).to(device).eval()
+            self.tokenizer = AutoTokenizer.from_pretrained(clip_model)
+            self.clip_processor = AutoImageProcessor.from_pretrained(clip_model)
+            flag, name = "--dino_model", dino_model
+            self.dino = AutoModel.from_pretrained(dino_model, dtype=torch.float32, **code).to(device).eval()
+            self.dino_processor = AutoImageProcessor.from_pretrained(dino_model, **code)
+        except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"{flag} {name!r} is not such a model, in a folder or on the Hub ({reason}).") from None
+        if self.clip.config.model_type != "clip":
+            raise InputError(f"--clip_model {clip_model!r} is a {self.clip.config.model_type} model and no CLIP.")
+
+    def _images(self, encode, processor, pictures):
+        parts = []
+        for start in range(0, len(pictures), self.batch_size):
+            pixels = processor(images=pictures[start : start + self.batch_size], return_tensors="pt").pixel_values
+            parts.append(encode(pixels.to(self.device)).float().cpu())
+        return F.normalize(torch.cat(parts), dim=-1)
+
+    @torch.inference_mode()
+    def clip_images(self, pictures):
+        """PIL images -> `[N, d]`."""
+        return self._images(
+            lambda pixels: self.clip.get_image_features(pixel_values=pixels).pooler_output,
+            self.clip_processor,
+            pictures,
+        )
+
+    @torch.inference_mode()
+    def dino_images(self, pictures):
+        """PIL images -> `[N, d]`: the class token after the last norm."""
+        return self._images(lambda pixels: self.dino(pixel_values=pixels).pooler_output, self.dino_processor, pictures)
+
+    @torch.inference_mode()
+    def clip_texts(self, texts):
+        """Strings -> `[N, d]`."""
+        length = self.clip.config.text_config.max_position_embeddings
+        limit = {"padding": "max_length", "truncation": True, "max_length": length}
+        tokens = self.tokenizer(list(texts), return_tensors="pt", **limit).to(self.device)
+        return F.normalize(self.clip.get_text_features(input_ids=tokens.input_ids).pooler_output.float().cpu(), dim=-1)
+
+
+def score_column(pictures, references, texts, encoders):
+    """All metrics of P x N pictures: name -> `Score`.
+
+    Args:
+        pictures: P lists of N PIL images.
+        references: PIL images.
+        texts: P prompts with the plain word.
+        encoders: `Encoders`, or anything with its three methods.
+    """
+    flat, shape = [image for row in pictures for image in row], (len(pictures), len(pictures[0]), -1)
+    clip, dino = encoders.clip_images(flat).view(shape), encoders.dino_images(flat).view(shape)
+    scores = {
+        "CLIP-T": score(prompt_fidelity(clip, encoders.clip_texts(texts))),
+        "CLIP-I": score(subject_fidelity(clip, encoders.clip_images(references))),
+        "DINO": score(subject_fidelity(dino, encoders.dino_images(references))),
+    }
+    if shape[1] > 1:
+        scores["DINO between images"] = score(similarity_within_prompts(dino))
+    return scores
+
+
+# =====================================================================================================
+# Report
+# =====================================================================================================
+
+
+def markdown_table(scores):
+    """Label -> metric -> `Score`, as a table of means and intervals."""
+    metrics = list(next(iter(scores.values())))
+    lines = [f"| | {' | '.join(metrics)} |", "| --- " * (len(metrics) + 1) + "|"]
+    for label, row in scores.items():
+        cells = [f"{row[name].mean:.3f} ({row[name].low:.3f}–{row[name].high:.3f})" for name in metrics]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def contact_sheet(references, columns, drawing, open_image, side=128, margin=230):
+    """Rows: prompts; columns: references (in turn), the plain word, each result; a PIL image."""
+    titles = ["reference", *(column.label for column in columns)]
+    sheet = Image.new("RGB", (margin + side * len(titles), 24 + side * len(drawing.prompts)), "white")
+    ink = ImageDraw.Draw(sheet)
+    for i, title in enumerate(titles):
+        ink.text((margin + i * side + 4, 6), title[:20], fill="black", font_size=12)
+    for row, prompt in enumerate(drawing.prompts):
+        words, lines = prompt.split(), [""]
+        for word in words:
+            lines = lines if len(lines[-1]) + len(word) < 34 else [*lines, ""]
+            lines[-1] += f"{word} "
+        ink.multiline_text((6, 24 + row * side + 8), "\n".join(lines), fill="black", font_size=12)
+        shown = [references[row % len(references)], *(open_image(column, row, 0) for column in columns)]
+        for i, image in enumerate(shown):
+            sheet.paste(image.resize((side, side), Image.Resampling.LANCZOS), (margin + i * side, 24 + row * side))
+    return sheet
+
+
+def write_report(output_dir, args, columns, drawing, scores, references, open_image):
+    """`evaluation.json`, `evaluation.md`, `contact_sheet.png`."""
+    content = {
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "settings": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+        "drawing": asdict(drawing),
+        "versions": runs.installed_versions(),
+        "fingerprints": {column.label: column.fingerprint for column in columns},
+        "scores": {label: {name: asdict(value) for name, value in row.items()} for label, row in scores.items()},
+    }
+    runs.write_json(output_dir / "evaluation.json", content)
+    with runs.atomic_path(output_dir / "evaluation.md") as temporary:
+        temporary.write_text(markdown_table(scores), encoding="utf-8")
+    with runs.atomic_path(output_dir / "contact_sheet.png") as temporary:
+        contact_sheet(references, columns, drawing, open_image).save(temporary)
+
+
+def push_scores(column, scores):
+    """Writes a result's scores into its config and pushes it again, card renewed, with its own trainer.
+
+    Raises:
+        InputError: the result has no config, or the push failed.
+    """
+    path = column.folder / CONFIG_FILE
+    if not path.is_file():
+        raise InputError(f"--push: {str(column.folder)!r} has no {CONFIG_FILE} to write the scores into.")
+    config = json.loads(path.read_text(encoding="utf-8"))
+    values = {name: f"{s.mean:.3f} ({s.low:.3f} to {s.high:.3f})" for name, s in scores.items()}
+    runs.write_json(path, {**config, "scores": values})
+    trainer = Path(__file__).with_name("train_zoodip_textual_inversion.py")
+    done = subprocess.run([sys.executable, str(trainer), "--push_only", "--output_dir", str(column.folder)])
+    if done.returncode:
+        raise InputError(f"--push: the scores are in {str(path)!r}, but the push of {str(column.folder)!r} failed.")
+
+
+# =====================================================================================================
+# Main
+# =====================================================================================================
+
+
+def parse_args(input_args=None):
+    """Parses and checks the command line; bad input exits with code 2."""
+    parser = arguments.new_parser(
+        "Judge learned concepts by CLIP-T, CLIP-I, DINO and diversity.",
+        "%(prog)s --pretrained_model_name_or_path MODEL --reference_images FOLDER --class_word WORD"
+        " --results LABEL=FOLDER ... [options]",
+    )
+    add = parser.add_argument
+    add("--pretrained_model_name_or_path", required=True, help="The base: a local folder or a model id on the Hub.")
+    add("--revision", help="Branch, tag or commit of the base on the Hub.")
+    add("--results", nargs="*", default=[], metavar="LABEL=FOLDER", help="Folders of learned embeddings to compare.")
+    add("--reference_images", required=True, help="Folder of the subject's pictures.")
+    add("--class_word", required=True, help="The plain word for the subject: dog.")
+    add("--prompts", default="object", help='"object" or "living" (DreamBooth\'s 25 each), or a text file.')
+    add("--num_images_per_prompt", type=int, default=5, help="Pictures of each prompt.")
+    add("--seed", type=int, default=0, help="Of the noise, the same for all columns.")
+    add("--resolution", type=int, help="Of the pictures. Default: the model's own.")
+    add("--num_inference_steps", type=int, default=50, help="Denoising steps.")
+    add("--guidance_scale", type=float, default=7.5, help="Guidance.")
+    add("--batch_size", type=int, default=4, help="Pictures at a time.")
+    add("--clip_model", default="openai/clip-vit-base-patch32", help="Folder or Hub id of the CLIP that judges.")
+    add("--dino_model", default="facebook/dinov2-base", help="Folder or Hub id of the DINO that judges.")
+    add("--trust_remote_code", action="store_true", help="Run model code beside the weights of --dino_model.")
+    add("--output_dir", default="evaluation", help="Where everything is written.")
+    add("--push", action="store_true", help="Write each result's scores into its config and card, and push it.")
+    args = parser.parse_args(input_args)
+    counts = "num_images_per_prompt num_inference_steps batch_size resolution".split()
+    arguments.check_ranges(parser, args, at_least_one=counts, at_least_zero=["seed"], positive=["guidance_scale"])
+    if not args.class_word.strip():
+        parser.error("--class_word must be a word, such as dog.")
+    return args
+
+
+def main(args):
+    prompts = read_prompts(args.prompts)
+    base = base_model.open_base(base_model.ModelSource(args.pretrained_model_name_or_path, args.revision))
+    columns = read_columns(args.results, args.class_word, base)
+    resolution = args.resolution or base.resolution
+    base_model.check_resolution(base, resolution)
+    pictures = images.read_folder(args.reference_images, resolution, center_crop=True)
+    references = [Image.fromarray(picture.pixels.permute(1, 2, 0).numpy()) for picture in pictures]
+    output_dir = Path(args.output_dir)
+    runs.check_writable("--output_dir", args.output_dir)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    encoders = Encoders(args.clip_model, args.dino_model, args.trust_remote_code, device, args.batch_size)
+    drawing = Drawing(
+        weight_cache.source_key(base_model.find_weight_files(base.source, "unet")),
+        prompts,
+        args.num_images_per_prompt,
+        args.seed,
+        resolution,
+        args.num_inference_steps,
+        args.guidance_scale,
+    )
+    claim_images(output_dir, columns, drawing)
+
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        base.source.name,
+        revision=args.revision,
+        dtype=torch.float16 if device.type == "cuda" else torch.float32,
+        safety_checker=None,
+        requires_safety_checker=False,
+    ).to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    draw_missing(output_dir, columns, drawing, pipeline, args.batch_size)
+    del pipeline
+
+    def open_image(column, prompt_index, image_index):
+        return Image.open(image_path(output_dir, column, prompt_index, image_index)).convert("RGB")
+
+    texts, scores = [prompt.replace("{}", args.class_word) for prompt in prompts], {}
+    for column in tqdm(columns, desc="Scoring"):
+        drawn = [[open_image(column, p, i) for i in range(drawing.num_images)] for p in range(len(prompts))]
+        scores[column.label] = score_column(drawn, references, texts, encoders)
+    write_report(output_dir, args, columns, drawing, scores, references, open_image)
+    print(f"\n{markdown_table(scores)}\nLook at {output_dir / 'contact_sheet.png'}")
+    if args.push:
+        for column in columns[1:]:
+            push_scores(column, scores[column.label])
+
+
+if __name__ == "__main__":
+    run_script(lambda: main(parse_args()), __file__)
