@@ -41,8 +41,9 @@ def read_captions(folder):
         rows = list((table_rows if path.suffix == ".csv" else json_rows)(read_text(path)))
         captions = captions_by_file(rows)
     except InputError as error:
+        problem = str(error).removesuffix(".")
         raise InputError(
-            f"--train_data_dir {quoted(folder, 300)}: {path.name} cannot be read: {error}; every row needs the"
+            f"--train_data_dir {quoted(folder, 300)}: {path.name} cannot be read: {problem}; every row needs the"
             " fields file_name and text."
         ) from None
     if not rows:
@@ -68,7 +69,7 @@ def check_text(value, what):
     if value is None:
         return None
     if not isinstance(value, str):
-        raise InputError(f"{what} is {kind_of(value)} and not text")
+        raise InputError(f"{what} is {kind_of(value)} and not text.")
     check_unicode(value, what)
     return value if value.strip() else None
 
@@ -83,7 +84,7 @@ def check_unicode(text, what):
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise InputError(
-            f"{what} has {ascii(text[error.start])} in it, which is half of a character: write that character anew"
+            f"{what} has {ascii(text[error.start])} in it, which is half of a character: write it again."
         ) from None
 
 

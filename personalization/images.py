@@ -15,7 +15,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .base_model import StoredModel, load_vae
 from .captions import METADATA_NAMES, check_text, check_unicode, file_key, read_captions
-from .errors import InputError, quoted, reason
+from .errors import InputError, quoted, reason, shorten
 from .memory import release_freed_memory, tensor_bytes
 
 
@@ -160,11 +160,12 @@ def read_folder(folder, resolution, center_crop):
         logger.warning(f"Skipped links to nothing, pipes or devices in {shown}: {some(entries.strange)}.")
     listed = [(name, lambda path=folder / name: Image.open(path)) for name in entries.pictures]
     pictures = [
-        picture._replace(caption=captions.pop(file_key(picture.name), None))
+        picture._replace(caption=captions.get(file_key(picture.name)))
         for picture in decode_pictures(listed, resolution, center_crop)
     ]
-    if captions and pictures:
-        logger.warning(f"The metadata lists files that are not among the images: {some(list(captions))}.")
+    others = sorted(captions.keys() - {file_key(picture.name) for picture in pictures})
+    if others and pictures:
+        logger.warning(f"The metadata lists files that are not among the images: {some(others)}.")
     if not pictures:
         looked_at = len(entries.pictures) + len(entries.ignored) + len(entries.strange)
         advice = "put 3 to 20 pictures of your concept there"
@@ -284,7 +285,9 @@ def check_columns(dataset, shown, image_column, caption_column):
     images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
     texts = [name for name, feature in features.items() if getattr(feature, "dtype", None) in TEXT_TYPES]
     if image_column not in features:
-        raise InputError(f"--image_column {quoted(image_column)} is not in {shown}: choose from {list(features)}.")
+        raise InputError(
+            f"--image_column {quoted(image_column)} is not in {shown}: choose from {shorten(list(features), 300)}."
+        )
     if image_column not in images:
         raise InputError(
             f"--image_column {quoted(image_column)} of {shown} does not hold images but"
@@ -450,8 +453,8 @@ def build_prompts(pictures, placeholder, tokenizer, learnable_property="object")
         caption = picture.caption
         if caption is not None and "{}" not in caption and placeholder.token not in caption:
             raise InputError(
-                f"the caption of {plain(picture.name)}, {quoted(caption)}, does not say where the concept goes: put {{}} or"
-                f" {placeholder.token} there."
+                f"the caption of {plain(picture.name)}, {quoted(caption)}, does not say where the concept goes: put"
+                f" {{}} or {plain(placeholder.token)} there."
             )
         texts = [placeholder.expand(text) for text in (templates if caption is None else [caption])]
         prompts_of_image.append([rows_of_text.setdefault(text, len(rows_of_text)) for text in texts])
@@ -475,7 +478,8 @@ def cut_off(text, of_templates, placeholder, tokenizer):
         )
     or_fewer = f", or lower --num_vectors {placeholder.num_vectors}" if placeholder.num_vectors > 1 else ""
     return InputError(
-        f"the caption {quoted(text)} is longer than {limit}, which cut off {plain(placeholder.token)}: shorten it{or_fewer}."
+        f"the caption {quoted(text)} is longer than {limit}, which cut off {plain(placeholder.token)}: shorten"
+        f" it{or_fewer}."
     )
 
 
