@@ -9,7 +9,7 @@ import unicodedata
 
 from accelerate.logging import get_logger
 
-from .errors import InputError, quoted, reason, shorten
+from .errors import InputError, first_cause, quoted, shorten
 
 
 logger = get_logger(__name__)
@@ -84,7 +84,8 @@ def check_unicode(text, what):
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise InputError(
-            f"{what} has {ascii(text[error.start])} in it, which is half of a character: write it again."
+            f"{what} has {ascii(text[error.start])} in it, which is half of a character (text that is not UTF-8):"
+            " write it again."
         ) from None
 
 
@@ -105,7 +106,7 @@ def read_text(path):
             raise InputError("it is not a file (but a folder, a device or a link to nothing)")
         data = path.read_bytes()
     except OSError as error:
-        raise InputError(reason(error)) from None
+        raise InputError(first_cause(error)) from None
     if b"\0" in data or data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise InputError("it is not text in UTF-8: save it as UTF-8")
     try:

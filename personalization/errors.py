@@ -23,7 +23,7 @@ def quoted(text, limit=80):
     return repr(text if len(text) <= limit else text[: limit - 1] + "…")
 
 
-def reason(error, limit=200):
+def first_cause(error, limit=200):
     """Why something of the outside world failed, by the first cause of an exception: one line of at most `limit`."""
     while error.__cause__ is not None:
         error = error.__cause__

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .base_model import StoredModel, load_vae
 from .captions import METADATA_NAMES, check_text, check_unicode, file_key, read_captions
-from .errors import InputError, quoted, reason, shorten
+from .errors import InputError, first_cause, quoted, shorten
 from .memory import release_freed_memory, tensor_bytes
 
 
@@ -66,8 +66,11 @@ def check_apart(data_dir, output_dir):
     """Refuses a run that would write its images (loss curve, samples ...) among the pictures it learns from.
 
     Raises:
-        InputError: the output folder is the data folder, or the data folder is one that a run writes.
+        InputError: the output folder is the data folder, or the data folder is one that a run writes; or the name of
+            one of them is not UTF-8, so that the results could not name it.
     """
+    for flag, path in (("--train_data_dir", data_dir), ("--output_dir", output_dir)):
+        check_unicode(str(path), f"{flag} {quoted(path, 300)}")
     if not str(data_dir).strip():  # `read_folder` has the words for it
         return
     data, output = os.path.realpath(data_dir), os.path.realpath(output_dir)
@@ -107,7 +110,7 @@ def list_folder(folder):
             raise InputError(f"--train_data_dir {shown} is not a folder: {advice}")
         names = sorted(os.listdir(folder))
     except OSError as error:
-        raise InputError(f"--train_data_dir {shown} cannot be read ({reason(error)}): {advice}") from None
+        raise InputError(f"--train_data_dir {shown} cannot be read ({first_cause(error)}): {advice}") from None
     known, entries = set(Image.registered_extensions()), Entries([], [], [], [], [])
     for name in names:
         suffix = os.path.splitext(name)[1].lower()
@@ -225,7 +228,7 @@ def why_not(error):
         return "it is empty, or of no format that is known here"
     if isinstance(error, Image.DecompressionBombError):
         return f"it has more than {2 * Image.MAX_IMAGE_PIXELS // 10**6} million pixels: scale it down"
-    return reason(error)
+    return first_cause(error)
 
 
 def read_dataset(name, config_name, image_column, caption_column, resolution, center_crop):
@@ -243,7 +246,7 @@ def read_dataset(name, config_name, image_column, caption_column, resolution, ce
         dataset = datasets.load_dataset(name, config_name, split="train")
     except Exception as error:  # datasets raises its own, huggingface_hub's, pyarrow's and OS errors here
         raise InputError(
-            f"--dataset_name {shown} cannot be loaded ({reason(error)}): check the name, --dataset_config_name, and"
+            f"--dataset_name {shown} cannot be loaded ({first_cause(error)}): check the name, --dataset_config_name, and"
             " that it has a split train."
         ) from None
     has_captions = check_columns(dataset, shown, image_column, caption_column)
@@ -257,7 +260,9 @@ def read_dataset(name, config_name, image_column, caption_column, resolution, ce
         try:
             texts = list(dataset.select_columns([caption_column])[caption_column])
         except (OSError, ValueError) as error:  # pyarrow's are ValueErrors
-            raise InputError(f"--dataset_name {shown} cannot be read ({reason(error)}): download it again.") from None
+            raise InputError(
+                f"--dataset_name {shown} cannot be read ({first_cause(error)}): download it again."
+            ) from None
         captions = {f"image {i}": check_text(text, f"{what} {i}") for i, text in enumerate(texts)}
     listed = [(f"image {i}", lambda i=i: decode_stored(feature, stored[i][image_column])) for i in range(count)]
     pictures = [

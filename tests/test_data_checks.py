@@ -15,7 +15,7 @@ from PIL import Image
 import train_zoodip_textual_inversion as zoodip
 from personalization import base_model, images
 from personalization.captions import read_captions
-from personalization.errors import InputError, quoted, reason, shorten
+from personalization.errors import InputError, first_cause, quoted, shorten
 
 
 @pytest.fixture(autouse=True)
@@ -438,6 +438,8 @@ def test_the_output_folder_is_not_the_data_folder(folder, tmp_path):
     for name in images.WRITTEN_FOLDERS:
         message = sentence(images.check_apart, tmp_path / name, tmp_path)
         assert "is a folder that this run writes its own images into" in message
+    for paths in ((folder, "/out\udcff"), ("/data\udcff", folder)):
+        assert "in it, which is half of a character" in sentence(images.check_apart, *paths)
     for output in (tmp_path, folder / "out", tmp_path / "images-2"):
         images.check_apart(folder, output)
 
@@ -553,7 +555,7 @@ def test_what_a_sentence_echoes_is_short_and_on_one_line():
     assert quoted("a\n\udcff") == "'a\\n\\udcff'" and len(quoted("x" * 10**6)) == 82
     error = OSError("outer")
     error.__cause__ = PermissionError(13, "Permission denied", "/secret")
-    assert reason(error) == "Permission denied" and reason(ValueError()) == "ValueError"
+    assert first_cause(error) == "Permission denied" and first_cause(ValueError()) == "ValueError"
 
 
 @pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
