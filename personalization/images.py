@@ -246,8 +246,8 @@ def read_dataset(name, config_name, image_column, caption_column, resolution, ce
         dataset = datasets.load_dataset(name, config_name, split="train")
     except Exception as error:  # datasets raises its own, huggingface_hub's, pyarrow's and OS errors here
         raise InputError(
-            f"--dataset_name {shown} cannot be loaded ({first_cause(error)}): check the name, --dataset_config_name, and"
-            " that it has a split train."
+            f"--dataset_name {shown} cannot be loaded ({first_cause(error)}): check the name, --dataset_config_name,"
+            " and that it has a split train."
         ) from None
     has_captions = check_columns(dataset, shown, image_column, caption_column)
     if not len(dataset):
