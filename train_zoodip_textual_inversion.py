@@ -1007,7 +1007,8 @@ class Run:
 
 def read_pictures(args):
     """The `Picture`s to learn from."""
-    if args.train_data_dir:
+    if args.train_data_dir is not None:
+        images.check_apart(args.train_data_dir, args.output_dir)
         return images.read_folder(args.train_data_dir, args.resolution, args.center_crop)
     names = args.dataset_name, args.dataset_config_name, args.image_column, args.caption_column
     return images.read_dataset(*names, args.resolution, args.center_crop)

@@ -16,6 +16,12 @@
     )
     pipeline("a photo of <my-dog> on the beach", negative_prompt="<bad-hands>").images[0].save("dog.png")
 
+or from a pipeline that is loaded already, whose tokenizer and text encoder both then share:
+
+    pipeline = DiffusionPipeline.from_pipe(
+        stable_diffusion, custom_pipeline="./zoodip_pipeline.py", trust_remote_code=True, learned_embeds=...
+    )
+
 The images are those of `load_textual_inversion`; what this class adds is that a concept which does not fit the base
 model is refused in plain words, or warned about, before it silently does nothing.
 """
@@ -24,10 +30,14 @@ import json
 import re
 from pathlib import Path
 
-from diffusers import StableDiffusionPipeline
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.loaders.textual_inversion import load_textual_inversion_state_dicts
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils import logging
 from huggingface_hub import hf_hub_download
+from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
 
 logger = logging.get_logger(__name__)
@@ -45,19 +55,21 @@ class ZOODiPPipeline(StableDiffusionPipeline):
         concepts: by placeholder token, the concept's `zoodip_config.json` ({} where it has none).
     """
 
-    def __init__(
+    def __init__(  # `from_pipe` takes over the components whose annotated type is theirs
         self,
-        vae,
-        text_encoder,
-        tokenizer,
-        unet,
-        scheduler,
-        safety_checker,
-        feature_extractor,
-        image_encoder=None,
-        requires_safety_checker=True,
-        learned_embeds=None,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        unet: UNet2DConditionModel,
+        scheduler: KarrasDiffusionSchedulers,
+        safety_checker: StableDiffusionSafetyChecker,
+        feature_extractor: CLIPImageProcessor,
+        image_encoder: CLIPVisionModelWithProjection = None,
+        requires_safety_checker: bool = True,
+        learned_embeds: str | Path | list | tuple = None,
     ):
+        if isinstance(image_encoder, (list, tuple)):  # `DiffusionPipeline.from_pipe` passes what the config says of it
+            image_encoder = None
         super().__init__(
             vae=vae,
             text_encoder=text_encoder,
@@ -73,14 +85,30 @@ class ZOODiPPipeline(StableDiffusionPipeline):
         if learned_embeds is not None:
             self.load_learned_embeds(learned_embeds)
 
+    @classmethod
+    def from_pipe(cls, pipeline, **kwargs):
+        """A pipeline of the same components, which are shared; it knows the concepts that `pipeline` knows."""
+        new = super().from_pipe(pipeline, **kwargs)
+        if hasattr(new, "concepts"):  # `custom_pipeline` can make it another class
+            new.concepts = {**getattr(pipeline, "concepts", {}), **new.concepts}
+        return new
+
     def load_learned_embeds(self, learned_embeds):
         """Adds one concept or a list of them to tokenizer and text encoder.
 
+        An Automatic1111 file without a name gives its concept the name of the file, as that program does.
+
         Raises:
             OSError: no embedding is found there.
-            ValueError: it does not fit this base model: another dimension, or a name that is taken.
+            ValueError: it is no embedding (of floating-point numbers that are finite, with a name that is one word),
+                or does not fit this base model: another dimension, or a name that is taken.
         """
         for source in learned_embeds if isinstance(learned_embeds, (list, tuple)) else [learned_embeds]:
+            if not isinstance(source, (str, Path)) or not str(source).strip():
+                raise ValueError(
+                    f"learned_embeds has {_quoted(source)}, which names no concept: give the path of a file or folder,"
+                    " or a repository on the Hub."
+                )
             try:
                 (content,) = load_textual_inversion_state_dicts([str(source)])
             except Exception as error:  # Hub, safetensors, pickle and OS errors alike
@@ -88,22 +116,14 @@ class ZOODiPPipeline(StableDiffusionPipeline):
                     f"learned_embeds {str(source)!r} is neither an embedding file, nor a folder or a repository on the"
                     f" Hub with a learned_embeds.safetensors ({' '.join(str(error).split())[:300]})."
                 ) from error
-            if "string_to_param" in content:  # Automatic1111
-                token, embedding = content["name"], content["string_to_param"]["*"]
-            elif len(content) == 1:
-                ((token, embedding),) = content.items()
-            else:
-                raise ValueError(
-                    f"learned_embeds {str(source)!r} holds {sorted(content)} and not one token with its embedding:"
-                    " files of other kinds, such as those of SDXL, do not fit Stable Diffusion 1.x and 2.x."
-                )
+            token, embedding = _token_and_embedding(source, content)
             config = _read_config(source, token)
-            self._check_fit(source, token, embedding.reshape(-1, embedding.shape[-1]).shape, config)
-            rows = len(self.tokenizer) + embedding.reshape(-1, embedding.shape[-1]).shape[0]
+            self._check_fit(source, token, embedding, config)
+            rows = len(self.tokenizer) + len(embedding)
             if rows > self.text_encoder.get_input_embeddings().num_embeddings:
                 # as `load_textual_inversion` would, but without guessing rows that it overwrites at once
                 self.text_encoder.resize_token_embeddings(rows, mean_resizing=False)
-            self.load_textual_inversion(content)
+            self.load_textual_inversion({token: embedding})
             self.concepts[token] = config
             self._warn_about_other_base(token)
 
@@ -132,13 +152,19 @@ class ZOODiPPipeline(StableDiffusionPipeline):
         content = json.loads(super().to_json_string())
         return json.dumps({**content, "_class_name": "StableDiffusionPipeline"}, indent=2, sort_keys=True) + "\n"
 
-    def _check_fit(self, source, token, shape, config):
-        expected = self.text_encoder.get_input_embeddings().embedding_dim
+    def _check_fit(self, source, token, embedding, config):
+        expected, shape = self.text_encoder.get_input_embeddings().embedding_dim, embedding.shape
         if shape[1] != expected:
             origin = f" ({config['base_model']!r})" if config.get("base_model") else ""
             raise ValueError(
                 f"learned_embeds {str(source)!r} does not fit this base model: its vectors have {shape[1]} entries and"
                 f" this text encoder takes {expected}; load the base it was learned on{origin}."
+            )
+        if not embedding.to(self.text_encoder.dtype).isfinite().all():
+            dtype = str(self.text_encoder.dtype).removeprefix("torch.")
+            raise ValueError(
+                f"learned_embeds {str(source)!r} has entries that are too large for {dtype}, the precision of this"
+                " text encoder: load the pipeline with torch_dtype=torch.float32."
             )
         vocabulary = self.tokenizer.get_vocab()
         for name in [token, *(f"{token}_{i}" for i in range(1, shape[0]))]:
@@ -165,6 +191,61 @@ class ZOODiPPipeline(StableDiffusionPipeline):
             )
 
 
+def _quoted(value):
+    """A name as a sentence echoes it: on one line, and not all of a long one."""
+    text = str(value)
+    return repr(text if len(text) <= 80 else text[:79] + "…")
+
+
+def _token_and_embedding(source, content):
+    """The name and the vectors `[k, d]` in the content of an embedding file.
+
+    Raises:
+        ValueError: it holds something else, or vectors or a name that cannot be used.
+    """
+    name = f"learned_embeds {str(source)!r}"
+    if isinstance(content, dict) and "string_to_param" in content:  # Automatic1111
+        token, vectors = content.get("name"), content["string_to_param"]
+        if not token or not isinstance(token, str):
+            token = Path(source).stem if Path(source).is_file() else Path(source).name
+        if not hasattr(vectors, "keys") or "*" not in vectors.keys():
+            raise ValueError(
+                f'{name} has no vectors under string_to_param["*"], where Automatic1111 files keep them: save it again'
+                " from the program that made it."
+            )
+        embedding = vectors["*"]
+    elif isinstance(content, dict) and len(content) == 1:
+        ((token, embedding),) = content.items()
+    else:
+        held = sorted(map(str, content))[:10] if isinstance(content, dict) else f"a {type(content).__name__}"
+        raise ValueError(
+            f"{name} holds {held} and not one token with its embedding: files of other kinds, such as those of SDXL,"
+            " do not fit Stable Diffusion 1.x and 2.x."
+        )
+    if not isinstance(embedding, torch.Tensor) or embedding.dim() not in (1, 2) or 0 in embedding.shape:
+        shape = list(embedding.shape) if isinstance(embedding, torch.Tensor) else type(embedding).__name__
+        raise ValueError(
+            f"{name} holds {shape} where the vectors of its token should be, [vectors, dimension] with at least one of"
+            " each: save it again from the program that made it."
+        )
+    if not embedding.is_floating_point():
+        raise ValueError(
+            f"{name} holds {str(embedding.dtype).removeprefix('torch.')} and not floating-point vectors: save it again"
+            " from the program that made it."
+        )
+    if not embedding.float().isfinite().all():
+        raise ValueError(
+            f"{name} holds NaN or infinite entries, the sign of a training that diverged: use an earlier save of it,"
+            " or train again with a smaller learning rate."
+        )
+    if not isinstance(token, str) or not token.isprintable() or not token or " " in token:
+        raise ValueError(
+            f"{name} names its token {_quoted(token)}, which is not one word: give it another name with"
+            f' load_textual_inversion({str(source)!r}, token="<another-name>").'
+        )
+    return token, embedding.detach().reshape(-1, embedding.shape[-1])
+
+
 def _read_config(source, token):
     """The `zoodip_config.json` beside a concept, if it speaks of this token; else {}."""
     try:
@@ -172,6 +253,7 @@ def _read_config(source, token):
         folder = path if path.is_dir() else path.parent
         file = folder / "zoodip_config.json" if path.exists() else hf_hub_download(str(source), "zoodip_config.json")
         config = json.loads(Path(file).read_text(encoding="utf-8"))
-        return config if config.get("placeholder_token") == token else {}
-    except (OSError, ValueError, AttributeError):  # not there, or not ours
+        ours = config.get("placeholder_token") == token and isinstance(config.get("base_model", ""), str)
+        return config if ours else {}
+    except (OSError, ValueError, AttributeError, RecursionError):  # not there, or not ours
         return {}

@@ -11,6 +11,26 @@ class InputError(ValueError):
     exit_code = 2
 
 
+def shorten(text, limit=80):
+    """`text` as a sentence echoes it: on one line, and at most `limit` characters of it."""
+    text = " ".join(str(text).split())
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def quoted(text, limit=80):
+    """What a user gave, in quotes, with anything unprintable spelled out; at most `limit` characters of it."""
+    text = str(text)
+    return repr(text if len(text) <= limit else text[: limit - 1] + "…")
+
+
+def first_cause(error, limit=200):
+    """Why something of the outside world failed, by the first cause of an exception: one line of at most `limit`."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    what = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return shorten(what, limit) or type(error).__name__
+
+
 class PushError(InputError):
     """A finished run could not be uploaded; it is safe on disk, and the message has the command that pushes it."""
 

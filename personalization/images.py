@@ -1,7 +1,8 @@
 """Pictures and captions: read, turned into latent moments and prompt ids, and what a training step draws from them."""
 
-import csv
-import json
+import os
+import stat
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -10,14 +11,21 @@ import datasets
 import numpy as np
 import torch
 from accelerate.logging import get_logger
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .base_model import StoredModel, load_vae
-from .errors import InputError
+from .captions import METADATA_NAMES, check_text, check_unicode, file_key, read_captions
+from .errors import InputError, first_cause, quoted, shorten
 from .memory import release_freed_memory, tensor_bytes
 
 
 logger = get_logger(__name__)
+
+MANY_PICTURES, MANY_WARNINGS = 1000, 10
+FOREIGN_FORMATS = set(".heic .heif .hif .jxl .dng .cr2 .cr3 .nef .arw .raf .orf .rw2 .svg".split())
+WRITTEN_FOLDERS = "samples", "validation", "reference_images"  # in --output_dir
+DEFAULT_CAPTION_COLUMN = "text"
+TEXT_TYPES = "string", "large_string", "string_view"
 
 
 class Picture(NamedTuple):
@@ -54,25 +62,85 @@ def to_pixels(image, resolution, center_crop):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def read_captions(folder):
-    """Captions by file name from `metadata.jsonl` or `metadata.csv` (the imagefolder format), {} if there is none."""
-    jsonl, table = folder / "metadata.jsonl", folder / "metadata.csv"
-    try:
-        if jsonl.is_file():
-            lines = jsonl.read_text(encoding="utf-8").splitlines()
-            rows = [json.loads(line) for line in lines if line.strip()]
-        elif table.is_file():
-            with table.open(encoding="utf-8", newline="") as file:
-                rows = list(csv.DictReader(file))
-        else:
-            return {}
-        return {row["file_name"]: row["text"] for row in rows}
-    except (ValueError, KeyError, TypeError) as error:
-        name = jsonl.name if jsonl.is_file() else table.name
+def check_apart(data_dir, output_dir):
+    """Refuses a run that would write its images (loss curve, samples ...) among the pictures it learns from.
+
+    Raises:
+        InputError: the output folder is the data folder, or the data folder is one that a run writes; or the name of
+            one of them is not UTF-8, so that the results could not name it.
+    """
+    for flag, path in (("--train_data_dir", data_dir), ("--output_dir", output_dir)):
+        check_unicode(str(path), f"{flag} {quoted(path, 300)}")
+    if not str(data_dir).strip():  # `read_folder` has the words for it
+        return
+    data, output = os.path.realpath(data_dir), os.path.realpath(output_dir)
+    if data == output or (os.path.isdir(output) and os.path.isdir(data) and os.path.samefile(data, output)):
         raise InputError(
-            f"--train_data_dir {str(folder)!r}: {name} cannot be read ({error!r}); every row needs the fields"
-            " file_name and text."
-        ) from None
+            f"--output_dir {quoted(output_dir, 300)} is the folder of the training images: give another folder, or the"
+            " next run would learn from the loss curve of this one."
+        )
+    if os.path.dirname(data) == output and os.path.basename(data) in WRITTEN_FOLDERS:
+        raise InputError(
+            f"--train_data_dir {quoted(data_dir, 300)} is a folder that this run writes its own images into: copy the"
+            " pictures to another folder, or give another --output_dir."
+        )
+
+
+class Entries(NamedTuple):
+    """What lies in a data folder, by what it is; the names of each, sorted."""
+
+    pictures: list  # regular files named as images
+    ignored: list  # other files
+    foreign: list  # of these, images of formats that cannot be read here
+    folders: list
+    strange: list  # links to nothing, pipes, devices, sockets
+
+
+def list_folder(folder):
+    """The `Entries` of a data folder, metadata left out; nothing is opened.
+
+    Raises:
+        InputError: there is no such folder, or it cannot be read.
+    """
+    shown, advice = quoted(folder, 300), "give the folder that holds your images."
+    if not str(folder).strip():
+        raise InputError(f"--train_data_dir {shown} is empty: {advice}")
+    try:
+        if not os.path.isdir(folder):
+            raise InputError(f"--train_data_dir {shown} is not a folder: {advice}")
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        raise InputError(f"--train_data_dir {shown} cannot be read ({first_cause(error)}): {advice}") from None
+    known, entries = set(Image.registered_extensions()), Entries([], [], [], [], [])
+    for name in names:
+        suffix = os.path.splitext(name)[1].lower()
+        try:
+            mode = os.stat(os.path.join(folder, name)).st_mode
+        except OSError:  # a link to nothing or to itself, or gone since
+            mode = 0
+        if stat.S_ISDIR(mode):
+            entries.folders.append(name)
+        elif name in METADATA_NAMES:
+            continue
+        elif not stat.S_ISREG(mode):
+            entries.strange.append(name)
+        elif suffix in known and not name.startswith("."):
+            entries.pictures.append(name)
+        else:
+            entries.ignored.append(name)
+            if suffix in FOREIGN_FORMATS and not name.startswith("."):
+                entries.foreign.append(name)
+    return entries
+
+
+def plain(name):
+    """A file's name for a warning, with anything unprintable spelled out."""
+    return quoted(name)[1:-1]
+
+
+def some(names):
+    """The first few of many names, for a warning."""
+    return ", ".join(map(plain, names[:5])) + (", ..." if len(names) > 5 else "")
 
 
 def read_folder(folder, resolution, center_crop):
@@ -81,54 +149,183 @@ def read_folder(folder, resolution, center_crop):
     Raises:
         InputError: there is no such folder, no image in it, or its captions cannot be read.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise InputError(f"--train_data_dir {str(folder)!r} is not a folder: give the folder that holds your images.")
+    entries = list_folder(folder)
+    shown, folder = quoted(folder, 300), Path(folder)
     captions = read_captions(folder)
-    known = set(Image.registered_extensions())
-    files = sorted(path for path in folder.iterdir() if path.is_file())
-    image_files = [path for path in files if path.suffix.lower() in known and not path.name.startswith(".")]
-    ignored = [p.name for p in files if p not in image_files and p.name not in ("metadata.jsonl", "metadata.csv")]
-    if ignored:
-        logger.warning(f"Ignored {len(ignored)} files in {folder} that are not images: {', '.join(ignored[:5])}.")
-    pictures = []
-    for path in image_files:
-        try:
-            with Image.open(path) as image:
-                pixels = to_pixels(image, resolution, center_crop)
-            pictures.append(Picture(path.name, pixels, captions.pop(path.name, None)))
-        except Exception as error:  # PIL raises nearly anything on a damaged file
-            logger.warning(f"Skipped {path.name}, which cannot be read as an image ({error}).")
-    if captions and pictures:
-        logger.warning(f"The metadata lists files that are not among the images: {', '.join(list(captions)[:5])}.")
+    foreign = f"{some(entries.foreign)} cannot be read here: save such images as JPEG or PNG"
+    if entries.ignored:
+        advice = f" ({foreign})" if entries.foreign else ""
+        names = some(entries.ignored)
+        logger.warning(f"Ignored {len(entries.ignored)} files in {shown} that are not images: {names}{advice}.")
+    if any(not name.startswith(".") for name in entries.folders):
+        logger.warning(f"Ignored folders in {shown}: {some(entries.folders)}; only pictures beside them are read.")
+    if entries.strange:
+        logger.warning(f"Skipped links to nothing, pipes or devices in {shown}: {some(entries.strange)}.")
+    listed = [(name, lambda path=folder / name: Image.open(path)) for name in entries.pictures]
+    pictures = [
+        picture._replace(caption=captions.get(file_key(picture.name)))
+        for picture in decode_pictures(listed, resolution, center_crop)
+    ]
+    others = sorted(captions.keys() - {file_key(picture.name) for picture in pictures})
+    if others and pictures:
+        logger.warning(f"The metadata lists files that are not among the images: {some(others)}.")
     if not pictures:
-        raise InputError(
-            f"--train_data_dir {str(folder)!r} holds no readable image ({len(files)} files looked at): put 3 to 20"
-            " pictures of your concept there."
-        )
+        looked_at = len(entries.pictures) + len(entries.ignored) + len(entries.strange)
+        advice = "put 3 to 20 pictures of your concept there"
+        if entries.foreign:
+            advice = foreign
+        elif entries.folders:
+            advice += f", or give one of the folders in it ({some(entries.folders)})"
+        raise InputError(f"--train_data_dir {shown} holds no readable image ({looked_at} files looked at): {advice}.")
     return pictures
+
+
+def decode_pictures(listed, resolution, center_crop):
+    """Decodes pictures one by one; one that cannot be decoded is skipped with a warning.
+
+    Args:
+        listed: (name, function that opens it as a PIL image) pairs.
+
+    Returns:
+        The `Picture`s, without captions.
+    """
+    if len(listed) > MANY_PICTURES:
+        size = len(listed) * 3 * resolution**2 / 1e9
+        logger.warning(
+            f"{len(listed)} pictures are many (3 to 20 are usual): all are kept in memory ({size:.1f} GB) and encoded"
+            " before training starts."
+        )
+    pictures, skipped, animated, tiny = [], [], [], []
+    for name, open_image in listed:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large, and below PIL's limit
+                with open_image() as image:
+                    pixels = to_pixels(image, resolution, center_crop)
+                    moving, side = getattr(image, "is_animated", False) and image.format != "MPO", min(image.size)
+            pictures.append(Picture(name, pixels, None))
+        except Exception as error:  # PIL raises nearly anything on a damaged file
+            skipped.append(name)
+            if len(skipped) <= MANY_WARNINGS:
+                logger.warning(f"Skipped {plain(name)}, which cannot be read as an image ({why_not(error)}).")
+            continue
+        if moving:
+            animated.append(name)
+        if side < resolution / 8:
+            tiny.append(name)
+    if len(skipped) > MANY_WARNINGS:
+        logger.warning(f"Skipped {len(skipped)} of {len(listed)} files in all.")
+    if animated:
+        logger.warning(f"Of pictures that move or have pages, only the first is used: {some(animated)}.")
+    if tiny:
+        logger.warning(f"Pictures far smaller than the resolution of {resolution} will be a blur: {some(tiny)}.")
+    return pictures
+
+
+def why_not(error):
+    """Why a picture could not be decoded, in words."""
+    if isinstance(error, UnidentifiedImageError):  # it would name an object in memory, or the whole path again
+        return "it is empty, or of no format that is known here"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"it has more than {2 * Image.MAX_IMAGE_PIXELS // 10**6} million pixels: scale it down"
+    return first_cause(error)
 
 
 def read_dataset(name, config_name, image_column, caption_column, resolution, center_crop):
     """The `Picture`s of a `datasets` dataset on the Hub or on disk (its train split).
 
+    An image that cannot be decoded is skipped with a warning; a caption that is null, empty or blank is none.
+
     Raises:
-        InputError: it cannot be loaded, has no such column or no images.
+        InputError: it cannot be loaded, has no such column, one of another kind, or no images.
     """
+    shown = quoted(name, 300)
+    if not name.strip():
+        raise InputError("--dataset_name '' is empty: give the id of a dataset on the Hub, or --train_data_dir.")
     try:
         dataset = datasets.load_dataset(name, config_name, split="train")
     except Exception as error:  # datasets raises its own, huggingface_hub's, pyarrow's and OS errors here
-        raise InputError(f"--dataset_name {name!r} cannot be loaded ({error}): check the name.") from None
-    if image_column not in dataset.column_names:
-        raise InputError(f"--image_column {image_column!r} is not in {name}: choose from {dataset.column_names}.")
-    has_captions = caption_column in dataset.column_names
-    pictures = []
-    for i, row in enumerate(dataset):
-        caption = row[caption_column] if has_captions else None
-        pictures.append(Picture(f"image {i}", to_pixels(row[image_column], resolution, center_crop), caption))
+        raise InputError(
+            f"--dataset_name {shown} cannot be loaded ({first_cause(error)}): check the name, --dataset_config_name,"
+            " and that it has a split train."
+        ) from None
+    has_captions = check_columns(dataset, shown, image_column, caption_column)
+    if not len(dataset):
+        raise InputError(f"--dataset_name {shown} has no images in its train split: choose another.")
+    feature, count = dataset.features[image_column], len(dataset)
+    stored = dataset.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
+    captions = {}
+    if has_captions:
+        what = f"--caption_column {quoted(caption_column)} of image"
+        try:
+            texts = list(dataset.select_columns([caption_column])[caption_column])
+        except (OSError, ValueError) as error:  # pyarrow's are ValueErrors
+            raise InputError(
+                f"--dataset_name {shown} cannot be read ({first_cause(error)}): download it again."
+            ) from None
+        captions = {f"image {i}": check_text(text, f"{what} {i}") for i, text in enumerate(texts)}
+    listed = [(f"image {i}", lambda i=i: decode_stored(feature, stored[i][image_column])) for i in range(count)]
+    pictures = [
+        picture._replace(caption=captions.get(picture.name))
+        for picture in decode_pictures(listed, resolution, center_crop)
+    ]
     if not pictures:
-        raise InputError(f"--dataset_name {name!r} has no images in its train split.")
+        raise InputError(
+            f"--dataset_name {shown} has no readable image among the {count} of its train split: choose another"
+            " or another --image_column."
+        )
     return pictures
+
+
+def check_columns(dataset, shown, image_column, caption_column):
+    """Judges the columns of a dataset by their types, before anything is decoded.
+
+    Returns:
+        Whether there are captions.
+
+    Raises:
+        InputError: a column is not there or of another kind.
+    """
+    features = dataset.features or {}
+    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    texts = [name for name, feature in features.items() if getattr(feature, "dtype", None) in TEXT_TYPES]
+    if image_column not in features:
+        raise InputError(
+            f"--image_column {quoted(image_column)} is not in {shown}: choose from {shorten(list(features), 300)}."
+        )
+    if image_column not in images:
+        raise InputError(
+            f"--image_column {quoted(image_column)} of {shown} does not hold images but"
+            f" {type_of(features[image_column])}: choose from {images}."
+        )
+    if not caption_column:
+        return False
+    if caption_column not in features and caption_column == DEFAULT_CAPTION_COLUMN:
+        if texts:
+            logger.warning(f"{shown} has no column {caption_column!r}: --caption_column would choose from {texts}.")
+        return False
+    choose = f"choose from {texts}, or give '' for no captions."
+    if caption_column not in features:
+        raise InputError(f"--caption_column {quoted(caption_column)} is not in {shown}: {choose}")
+    if caption_column not in texts:
+        raise InputError(
+            f"--caption_column {quoted(caption_column)} of {shown} does not hold text but"
+            f" {type_of(features[caption_column])}: {choose}"
+        )
+    return True
+
+
+def type_of(feature):
+    """What a column of a dataset holds, in words."""
+    kind = type(feature).__name__
+    return str(feature.dtype) if kind == "Value" else f"the type {kind}"
+
+
+def decode_stored(feature, value):
+    """An image of a dataset as PIL decodes it."""
+    if value is None:
+        raise ValueError("it is null")
+    return feature.decode_example(value)
 
 
 # =====================================================================================================
@@ -189,10 +386,20 @@ def add_placeholder(tokenizer, token, num_vectors, initializer_token):
         `Placeholder`.
 
     Raises:
-        InputError: a name is taken, or the initializer is not one known token.
+        InputError: the token is not one visible word, a name is taken, no prompt could hold all vectors, or the
+            initializer is not one known token.
     """
-    if not token or token.split() != [token] or "{}" in token:
-        raise InputError(f'--placeholder_token {token!r} must be one word, such as "<my-dog>".')
+    if not token or " " in token or not token.isprintable() or "{}" in token:
+        raise InputError(
+            f"--placeholder_token {quoted(token)} must be one word without spaces or invisible characters, such as"
+            ' "<my-dog>".'
+        )
+    check_unicode(initializer_token, "--initializer_token")
+    room = words_in_prompt(tokenizer)
+    if num_vectors > room:
+        raise InputError(
+            f"--num_vectors {num_vectors} does not fit into a prompt, which takes {room} tokens: give fewer."
+        )
     vocabulary = tokenizer.get_vocab()
     for word in placeholder_names(token, num_vectors):
         if word in vocabulary or f"{word.lower()}</w>" in vocabulary:
@@ -219,6 +426,11 @@ def add_placeholder(tokenizer, token, num_vectors, initializer_token):
     return Placeholder(token, num_vectors, tokenizer.convert_tokens_to_ids(token), initializer[0])
 
 
+def words_in_prompt(tokenizer):
+    """How many tokens a prompt has room for."""
+    return tokenizer.model_max_length - tokenizer.num_special_tokens_to_add()
+
+
 def tokenize(tokenizer, texts):
     """Prompt ids `[len(texts), length]`, padded and cut as the text encoder wants them."""
     limit = {"padding": "max_length", "truncation": True, "max_length": tokenizer.model_max_length}
@@ -238,16 +450,16 @@ def build_prompts(pictures, placeholder, tokenizer, learnable_property="object")
         Prompt ids `[P, length]` and, for each picture, the list of its rows.
 
     Raises:
-        InputError: a caption has no placeholder, or is so long that the placeholder is cut off.
+        InputError: a caption has no placeholder, or is so long, or the vectors so many, that it is cut off.
     """
     templates = STYLE_TEMPLATES if learnable_property == "style" else OBJECT_TEMPLATES
-    rows_of_text, prompts_of_image = {}, []
+    rows_of_text, prompts_of_image, of_templates = {}, [], {placeholder.expand(text) for text in templates}
     for picture in pictures:
         caption = picture.caption
         if caption is not None and "{}" not in caption and placeholder.token not in caption:
             raise InputError(
-                f"the caption of {picture.name}, {caption!r}, does not say where the concept goes: put {{}} or"
-                f" {placeholder.token} there."
+                f"the caption of {plain(picture.name)}, {quoted(caption)}, does not say where the concept goes: put"
+                f" {{}} or {plain(placeholder.token)} there."
             )
         texts = [placeholder.expand(text) for text in (templates if caption is None else [caption])]
         prompts_of_image.append([rows_of_text.setdefault(text, len(rows_of_text)) for text in texts])
@@ -255,11 +467,25 @@ def build_prompts(pictures, placeholder, tokenizer, learnable_property="object")
     vector_ids = torch.tensor(tokenizer.convert_tokens_to_ids(placeholder.names))
     for text, ids in zip(rows_of_text, prompt_ids):
         if not torch.isin(vector_ids, ids).all():
-            raise InputError(
-                f"the caption {text!r} is longer than the {tokenizer.model_max_length} tokens of the text encoder,"
-                f" which cut off {placeholder.token}: shorten it."
-            )
+            raise cut_off(text, of_templates, placeholder, tokenizer)
     return prompt_ids, prompts_of_image
+
+
+def cut_off(text, of_templates, placeholder, tokenizer):
+    """The `InputError` for a prompt that does not hold all vectors of the placeholder; it names what is too long."""
+    limit = f"the {tokenizer.model_max_length} tokens of the text encoder"
+    if text in of_templates:
+        others = (words.replace(" ".join(placeholder.names), "") for words in of_templates)
+        most = max(len(tokenizer.encode(words, add_special_tokens=False)) for words in others)
+        return InputError(
+            f"--num_vectors {placeholder.num_vectors} does not fit into {limit} beside the other words of a prompt:"
+            f" give at most {words_in_prompt(tokenizer) - most}."
+        )
+    or_fewer = f", or lower --num_vectors {placeholder.num_vectors}" if placeholder.num_vectors > 1 else ""
+    return InputError(
+        f"the caption {quoted(text)} is longer than {limit}, which cut off {plain(placeholder.token)}: shorten"
+        f" it{or_fewer}."
+    )
 
 
 # =====================================================================================================

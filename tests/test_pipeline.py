@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from personalization.embeddings import save_a1111, save_embeds
 from personalization.runs import write_json
+from zoodip_pipeline import ZOODiPPipeline
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -168,7 +169,10 @@ def test_the_file_stands_alone(repo):
     tree = ast.parse((repo / "zoodip_pipeline.py").read_text())
     imported = {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
     imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert {name.split(".")[0] for name in imported} <= {"json", "re", "pathlib", "diffusers", "huggingface_hub"}
+    assert {name.split(".")[0] for name in imported} <= {
+        *("json", "re", "pathlib", "torch"),
+        *("diffusers", "huggingface_hub", "transformers"),
+    }
     assert [node.name for node in tree.body if isinstance(node, ast.ClassDef)] == ["ZOODiPPipeline"]
 
 
@@ -176,3 +180,131 @@ def test_a_config_of_something_else_is_ignored(load, concept):
     folder = concept("<toy>")
     (folder / "zoodip_config.json").write_text(json.dumps(["not", "ours"]))
     assert load(folder).concepts == {"<toy>": {}}
+
+
+def test_from_pipe_shares_components_and_concepts(plain, concept, repo, caplog):
+    toy, other = concept("<toy>", vectors=2), concept("<other>")
+    base = plain()
+    pipeline = ZOODiPPipeline.from_pipe(base, learned_embeds=toy)
+    assert list(pipeline.concepts) == ["<toy>"] and pipeline.unet is base.unet and pipeline.name_or_path
+    code = {"custom_pipeline": f"{repo}/zoodip_pipeline.py", "trust_remote_code": True}
+    again = ZOODiPPipeline.from_pipe(pipeline, learned_embeds=[other])
+    assert list(again.concepts) == ["<toy>", "<other>"] and list(pipeline.concepts) == ["<toy>"]
+    back = StableDiffusionPipeline.from_pipe(again)
+    assert type(back) is StableDiffusionPipeline
+    image = draw(pipeline, "a photo of <toy>")
+    assert np.array_equal(draw(back, "a photo of <toy>"), image)
+    by_file = DiffusionPipeline.from_pipe(back, **code, learned_embeds=concept("<third>"))
+    assert list(by_file.concepts) == ["<third>"] and by_file.image_encoder is None
+    assert np.array_equal(draw(by_file, "a photo of <toy>"), image)
+    assert list(ZOODiPPipeline.from_pipe(by_file, **code).concepts) == ["<third>"]
+    assert "Expected types" not in caplog.text and "not switched over" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "make, expected",
+    [
+        (lambda d: torch.tensor(1.0), r"holds \[\] where the vectors"),
+        (lambda d: torch.zeros(2, 2, d), r"holds \[2, 2, \d+\] where the vectors"),
+        (lambda d: torch.zeros(0, d), r"holds \[0, \d+\] where the vectors"),
+        (lambda d: torch.zeros(2, 0), r"holds \[2, 0\] where the vectors"),
+        (lambda d: torch.zeros(0), r"holds \[0\] where the vectors"),
+        (lambda d: torch.full((2, d), torch.nan), "NaN or infinite"),
+        (lambda d: torch.full((d,), -torch.inf), "NaN or infinite"),
+        (lambda d: torch.ones(2, d, dtype=torch.int64), "holds int64 and not floating-point"),
+        (lambda d: torch.ones(2, d, dtype=torch.bool), "holds bool and not floating-point"),
+        (lambda d: torch.ones(2, d, dtype=torch.complex64), "holds complex64 and not floating-point"),
+    ],
+)
+def test_vectors_that_cannot_be_used(knows_nothing, make, expected, tmp_path, dimension):
+    torch.save({"<toy>": make(dimension)}, tmp_path / "toy.bin")
+    refused(knows_nothing, tmp_path / "toy.bin", expected)
+    save_file({"<toy>": make(dimension)}, tmp_path / "toy.safetensors")
+    refused(knows_nothing, tmp_path / "toy.safetensors", expected)
+
+
+def test_vectors_too_large_for_the_precision_of_the_text_encoder(load, tmp_path, dimension):
+    save_file({"<toy>": torch.full((1, dimension), 1e6)}, tmp_path / "toy.safetensors")
+    refused(load(torch_dtype=torch.float16), tmp_path / "toy.safetensors", "too large for float16.*torch.float32")
+
+
+@pytest.mark.parametrize(
+    "token", ["", " ", "my toy", " <toy>", "<toy>\n", "<t\u200boy>", "<t\x07oy>", "long " * 10**5]
+)
+def test_names_that_are_not_one_word(knows_nothing, token, tmp_path, dimension):
+    save_file({token: torch.zeros(1, dimension)}, tmp_path / "toy.safetensors")
+    refused(knows_nothing, tmp_path / "toy.safetensors", r"names its token .* which is not one word.*token=")
+    torch.save({"string_to_param": {"*": torch.zeros(1, dimension)}, "name": token or "a b"}, tmp_path / "toy.pt")
+    refused(knows_nothing, tmp_path / "toy.pt", r"names its token .* which is not one word")
+
+
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        (
+            {"string_to_param": {"other": torch.zeros(1, 4)}, "name": "toy"},
+            r"no vectors under string_to_param\[\"\*\"\]",
+        ),
+        ({"string_to_param": None, "name": "toy"}, "no vectors under string_to_param"),
+        ({"string_to_param": torch.zeros(3), "name": "toy"}, "no vectors under string_to_param"),
+        ({"string_to_param": {"*": [1.0, 2.0]}, "name": "toy"}, "holds list where the vectors"),
+        ({"<toy>": "text"}, "holds str where the vectors"),
+        ({3: torch.zeros(1, 4)}, "names its token '3'"),
+        ({}, r"holds \[\] and not one token"),
+        ({1: torch.zeros(2), "<toy>": torch.zeros(2)}, r"holds \['1', '<toy>'\] and not one token"),
+        (torch.zeros(1, 4), "holds a Tensor and not one token"),
+        ([torch.zeros(1, 4)], "holds a list and not one token"),
+    ],
+)
+def test_files_of_other_kinds(knows_nothing, content, expected, tmp_path):
+    torch.save(content, tmp_path / "toy.pt")
+    refused(knows_nothing, tmp_path / "toy.pt", expected)
+
+
+@pytest.mark.parametrize("source", ["", "  ", None, 3, {"<toy>": torch.zeros(2)}])
+def test_a_source_that_names_nothing(knows_nothing, source):
+    with pytest.raises(ValueError, match="which names no concept: give the path"):
+        knows_nothing.load_learned_embeds([source])
+
+
+@pytest.mark.parametrize("name", [None, "", 7, ...])
+def test_an_automatic1111_file_without_a_name_has_that_of_its_file(load, name, tmp_path, dimension):
+    theta = torch.randn(2, dimension, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    content = {"string_to_param": {"*": theta}, "string_to_token": {"*": 265}}
+    torch.save(content if name is ... else {**content, "name": name}, tmp_path / "zoodip-toy.pt")
+    pipeline = load(tmp_path / "zoodip-toy.pt")
+    ids = pipeline.tokenizer.convert_tokens_to_ids(["zoodip-toy", "zoodip-toy_1"])
+    assert list(pipeline.concepts) == ["zoodip-toy"]
+    assert torch.equal(pipeline.text_encoder.get_input_embeddings().weight[ids], theta)
+
+
+def test_one_dimension_is_one_vector(load, tmp_path, dimension):
+    theta = torch.randn(dimension, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    save_file({"<toy>": theta}, tmp_path / "toy.safetensors")
+    pipeline = load(tmp_path / "toy.safetensors")
+    row = pipeline.text_encoder.get_input_embeddings().weight[pipeline.tokenizer.convert_tokens_to_ids("<toy>")]
+    assert torch.equal(row, theta.float())
+
+
+@pytest.mark.parametrize("config", ["[" * 10**5, '{"placeholder_token": "<toy>", "base_model": ["x"]}', "\0", "null"])
+def test_a_damaged_config_is_ignored(load, concept, config):
+    folder = concept("<toy>")
+    (folder / "zoodip_config.json").write_text(config)
+    assert load(folder).concepts == {"<toy>": {}}
+
+
+@pytest.fixture(scope="module")
+def knows_nothing(demo_base):
+    """A pipeline that every concept in these tests is refused by."""
+    return ZOODiPPipeline.from_pretrained(demo_base, torch_dtype=torch.float32)
+
+
+def refused(pipeline, path, expected):
+    """The file is refused in one sentence that names it, and nothing has changed."""
+    before = len(pipeline.tokenizer), pipeline.text_encoder.get_input_embeddings().num_embeddings
+    with pytest.raises(ValueError, match=expected) as caught:
+        pipeline.load_learned_embeds(path)
+    message = str(caught.value)
+    assert str(path) in message and "\n" not in message and len(message) < 500 + 2 * len(str(path))
+    assert not pipeline.concepts
+    assert before == (len(pipeline.tokenizer), pipeline.text_encoder.get_input_embeddings().num_embeddings)
