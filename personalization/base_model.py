@@ -223,9 +223,11 @@ def read_scheduler(root, label):
         raise InputError(
             f"{label} predicts {prediction!r}; only epsilon and v_prediction models can be trained: choose another."
         )
-    reason = "it has no beta_schedule"
-    if "beta_schedule" in content or content.get("trained_betas") is not None:
+    missing = [key for key in ("beta_schedule", "beta_start", "beta_end") if key not in content]
+    reason = f"it has no {', '.join(missing)}"
+    if not missing or content.get("trained_betas") is not None:
         try:
+            check_counts(content)
             scheduler = DDPMScheduler.from_config(content)
             noise, count = scheduler.alphas_cumprod, scheduler.config.num_train_timesteps
             if type(count) is int and len(noise) == count and bool(((noise >= 0) & (noise <= 1)).all()):
@@ -295,6 +297,7 @@ def build_empty(component, config, label):
         InputError: it describes none.
     """
     try:
+        check_counts(config.to_dict() if component == "text_encoder" else config)
         with init_empty_weights():
             if component == "text_encoder":
                 model = CLIPTextModel(config)
@@ -306,6 +309,16 @@ def build_empty(component, config, label):
             " again."
         ) from None
     return model.requires_grad_(False).eval()
+
+
+def check_counts(config):
+    """Raises a `ValueError` where a config asks for so many layers or positions that building them would not end."""
+    for name, value in config.items():
+        many = name in ("max_position_embeddings", "num_train_timesteps")
+        limit = 10**6 if many else 1000 if "layers" in name else None
+        for count in value if isinstance(value, (list, tuple)) else [value]:
+            if limit and isinstance(count, (int, float)) and count > limit:
+                raise ValueError(f"{name} {value!r} is more than {limit}")
 
 
 def empty_model(base, component):

@@ -246,7 +246,7 @@ def predict_memory(text_encoder, unet, vae, backend, plan, base, compute):
         activations, encoding, decoding = count_activations(unet, vae, plan, base, compute)
     except (RuntimeError, OverflowError, TypeError) as error:  # PyTorch cannot count that far
         raise InputError(
-            f"{plan.resolution} px and {plan.examples} examples a pass make tensors too large to be counted"
+            f"--resolution {plan.resolution} and {plan.examples} examples a pass make tensors too large to be counted"
             f" ({str(error).splitlines()[0][:200].rstrip('.')}): choose a smaller --resolution, --num_perturbations or"
             " --train_batch_size."
         ) from None
@@ -341,7 +341,11 @@ def warn_if_too_large(args, smaller, predict, device):
     needed = need()
     if needed <= free:
         return
-    flags, changes, fix = [], {}, "no choice of flags makes it fit; try a smaller --resolution."
+    flags, changes, fix = (
+        [],
+        {},
+        "no choice of flags makes it fit; try a smaller --resolution, --num_perturbations or --train_batch_size.",
+    )
     for name, value in smaller.items():
         if getattr(args, name) == value:
             continue

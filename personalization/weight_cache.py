@@ -19,6 +19,7 @@ import time
 import zlib
 from pathlib import Path
 
+import psutil
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -42,7 +43,8 @@ def open_cache(folder, default, output_dir):
     """Makes sure that the cache can be written, and removes what killed runs left in it.
 
     The default lies in `$HF_HOME`, which clusters share read-only. Then the cache goes into the output folder: without
-    any, the weights would be memory that the system cannot drop, where mapped files are pages that it can.
+    any, the weights would be memory that the system cannot drop, where mapped files are pages that it can. What the
+    default already holds is linked to, and read from there.
 
     Args:
         folder: `--quantized_cache_dir`.
@@ -66,9 +68,19 @@ def open_cache(folder, default, output_dir):
             f"The default --quantized_cache_dir {folder!r} cannot be written: quantized weights go into {spare!r},"
             " which may be deleted after the run."
         )
+        link_entries(folder, spare)
         folder = spare
     remove_leftovers(folder)
     return folder
+
+
+def link_entries(folder, spare):
+    """Makes the entries of a cache that can only be read part of another one."""
+    with contextlib.suppress(OSError):  # it may not be readable either, or not be there at all
+        for path in Path(folder).resolve().iterdir():
+            link = Path(spare) / path.name
+            if (path / MANIFEST).is_file() and not os.path.lexists(link):
+                link.symlink_to(path)
 
 
 @functools.cache
@@ -98,10 +110,13 @@ def host_name():
 
 
 def process_lives(pid):
-    """Whether a process of this host is alive."""
-    import psutil
-
-    return psutil.pid_exists(pid)
+    """Whether a process of this host is alive (a killed one whose parent has not noticed is not)."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.Error:  # another user's
+        return True
 
 
 def last_change(path):
@@ -218,12 +233,18 @@ def provide(folder, write, expected=None):
             return True
         logger.warning(f"{folder} is damaged or of an earlier version ({damage}): it is made anew.")
     try:
-        with new_entry(folder) as temporary:
+        with temporary_entry(folder) as temporary:
             write(temporary)
+            for path in temporary.iterdir():  # safetensors writes for its owner alone
+                path.chmod(0o666 & ~current_umask())
             write_manifest(temporary)
             damage = find_damage(temporary, expected)
             if damage is not None:
                 raise OSError(damage)
+            if find_damage(folder, expected) is not None:  # no other process was faster, whose files may be in use
+                if folder.is_symlink() or folder.is_file():
+                    folder.unlink()
+                replace_folder(temporary, folder)
         return True
     except (OSError, SafetensorError, RuntimeError) as error:  # OpenVINO raises the last
         if find_damage(folder, expected) is None:  # another process was faster
@@ -237,17 +258,14 @@ def provide(folder, write, expected=None):
 
 
 @contextlib.contextmanager
-def new_entry(folder):
-    """Yields a temporary folder and renames it into place, over whatever is there, when the block succeeds."""
+def temporary_entry(folder):
+    """Yields a new folder beside `folder`, and removes it if it is still there in the end."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".tmp-{os.getpid()}@{host_name()}@-{folder.name}-"
     temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
     try:
         temporary.chmod(0o777 & ~current_umask())  # mkdtemp's is for its owner alone
         yield temporary
-        if folder.is_symlink() or folder.is_file():
-            folder.unlink()
-        replace_folder(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
