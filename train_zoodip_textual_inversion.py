@@ -464,7 +464,7 @@ def load_frozen(base, component, backend, compute, cache_dir=None, device=None):
         kind = str(dtype).removeprefix("torch.")
         key = weight_cache.source_key(files, weight_cache.config_key(model.config))
         folder = Path(cache_dir) / f"{component}-int8-{kind}-{key}"
-        tensors = weight_cache.through_cache(folder, quantized, expected)
+        tensors = weight_cache.through_cache(folder, component, quantized, expected)
     else:
         tensors = quantized()
     staging = "cpu" if backend.whole_model else device

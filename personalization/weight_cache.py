@@ -306,11 +306,12 @@ def read_shards(folder):
                 yield name, file.get_tensor(name)
 
 
-def through_cache(folder, make, expected):
+def through_cache(folder, component, make, expected):
     """The `(name, tensor)` pairs that `make()` gives, from a cache.
 
     Args:
         folder: of the entry; it is written if it is not there yet.
+        component: what they are the weights of.
         make: returns the pairs anew each time.
         expected: name -> (shape, dtype) of them, see `expected_tensors`.
 
@@ -319,7 +320,7 @@ def through_cache(folder, make, expected):
     """
 
     def write(temporary):
-        logger.info(f"Quantizing once, into {folder}")
+        logger.info(f"Quantizing the {component} once, into {folder}")
         write_shards(temporary, make())
 
     return read_shards(folder) if provide(folder, write, expected) else make()
