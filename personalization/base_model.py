@@ -4,8 +4,10 @@ A base is judged as a whole before anything slow: `open_base` reads its small fi
 they fit each other, `check_weights` compares the headers of all weight files with them.
 """
 
+import fnmatch
 import json
 import math
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -141,14 +143,14 @@ def find_root(source):
         InputError: there is none.
     """
     label, root = source.label, Path(source.name)
-    if root.is_dir() and source.name:
+    if source.name and os.path.isdir(root):
         if source.revision:
             raise InputError(
                 f"--revision {source.revision!r} names a version on the Hub, but {label} is a local folder, which has"
                 " only one: leave out --revision, or give the model's id on the Hub."
             )
         return root
-    if root.is_file():
+    if os.path.isfile(root):
         raise InputError(
             f"{label} is a file; this script reads models in diffusers format, which are folders: convert it"
             " (scripts/convert_original_stable_diffusion_to_diffusers.py of diffusers)."
@@ -175,7 +177,7 @@ def read_json(root, name, label):
         InputError: it is missing or holds no such thing.
     """
     path = root / name
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InputError(
             f"{label} is not a whole Stable Diffusion model in diffusers format, {name} is missing: check the name or"
             " get the model again."
@@ -241,7 +243,7 @@ def read_scheduler(root, label):
 def find_tokenizer(name):
     """The folder of `--tokenizer_name`, downloaded where it is on the Hub, and the beginning of an error message."""
     label = f"--tokenizer_name {name!r}"
-    if name and Path(name).is_dir():
+    if name and os.path.isdir(name):
         return Path(name), label
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.txt"])), label
@@ -258,7 +260,7 @@ def read_tokenizer(folder, label, fix):
     Raises:
         InputError: files are missing or damaged.
     """
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    names = set(weight_files.names_in(folder))
     if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= names:
         raise InputError(f"{label} has neither tokenizer.json nor vocab.json and merges.txt: {fix}.")
     try:
@@ -510,12 +512,11 @@ def download_weights(base, component, stem):
         InputError: the Hub has none (of that variant), or cannot be reached.
     """
     source, commit = base.source, base.root.name
-    wanted = [
-        f"{component}/{pattern}" for group in weight_files.file_patterns(stem, source.variant) for pattern in group
-    ]
+    patterns = [pattern for group in weight_files.file_patterns(stem, source.variant) for pattern in group]
     try:
-        snapshot_download(source.name, revision=commit, allow_patterns=wanted)
-        if any(found for pattern in wanted for found in base.root.glob(pattern)):
+        snapshot_download(source.name, revision=commit, allow_patterns=[f"{component}/{name}" for name in patterns])
+        there = weight_files.names_in(base.root / component)
+        if any(fnmatch.filter(there, pattern) for pattern in patterns):
             return
         names = HfApi().list_repo_files(source.name, revision=commit)
     except Exception as error:  # see `find_root`
@@ -525,8 +526,8 @@ def download_weights(base, component, stem):
         ) from None
     names = [name.removeprefix(f"{component}/") for name in names if name.startswith(f"{component}/")]
     raise InputError(
-        f"{source.label} has no {wanted[0].rpartition('/')[2]} in {component}/:"
-        f" {weight_files.advice(base.root / component, stem, source.variant, names)}"
+        f"{source.label} has no {weight_files.printable(patterns[0])} in {component}/:"
+        f" {weight_files.advice(names, stem, source.variant)}"
     )
 
 

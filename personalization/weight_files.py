@@ -1,6 +1,9 @@
 """The safetensors files of a model's component: which there are, whether they are whole, what they hold."""
 
+import fnmatch
+import glob
 import json
+import os
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +22,7 @@ class StoredTensor(NamedTuple):
 
 def file_patterns(stem, variant):
     """Patterns of the names that weights (one file, or shards) and their index can have, the likeliest first."""
-    dot, shard = f".{variant}" if variant else "", "-[0-9]*-of-[0-9]*"
+    dot, shard = f".{glob.escape(variant)}" if variant else "", "-[0-9]*-of-[0-9]*"
     weights = [f"{stem}{dot}.safetensors", f"{stem}{dot}{shard}.safetensors"]
     weights += [f"{stem}{shard}{dot}.safetensors"] if variant else []
     indexes = [f"{stem}.safetensors.index{dot}.json", f"{stem}{dot}.safetensors.index.json"]
@@ -43,24 +46,39 @@ def find_files(folder, stem, variant, label):
     """
     folder = Path(folder)
     weights, indexes = file_patterns(stem, variant)
-    files = next((found for pattern in weights if (found := sorted(folder.glob(pattern)))), [])
-    index = next((folder / name for name in indexes if (folder / name).is_file()), None)
+    names = names_in(folder)
+    files = next((found for pattern in weights if (found := fnmatch.filter(names, pattern))), [])
+    files = [folder / name for name in files]
+    index = next((folder / name for name in indexes if os.path.isfile(folder / name)), None)
     whole = len(files) == 1 and files[0].name == weights[0]
     if not files and index is None:
-        raise InputError(f"{label} has no {weights[0]} in {folder.name}/: {advice(folder, stem, variant)}")
+        raise InputError(f"{label} has no {printable(weights[0])} in {folder.name}/: {advice(names, stem, variant)}")
     if whole:
         return files
     if index is not None:
         names = sorted(set(read_index(index, label).values()))
     else:
         names = sorted({name for path in files for name in shard_names(path.name)})
-    missing = [name for name in names if not (folder / name).is_file()]
+    missing = [name for name in names if not os.path.isfile(folder / name)]
     if missing:
         raise InputError(
             f"{label} lacks {folder.name}/{missing[0]}, {len(missing)} of the {len(names)} shards of its"
             f" {folder.name}: get them again."
         )
     return [folder / name for name in names]
+
+
+def printable(name):
+    """A file's name as a sentence can carry it."""
+    return name.encode("unicode_escape").decode()[-100:]
+
+
+def names_in(folder):
+    """Names of the entries of a folder, none where it is missing or cannot be read."""
+    try:
+        return sorted(os.listdir(folder))
+    except OSError:
+        return []
 
 
 def read_index(path, label):
@@ -92,15 +110,13 @@ def variants(names, stem):
     return sorted(found)
 
 
-def advice(folder, stem, variant, names=None):
-    """What to do about missing weights, judged by what is there instead.
+def advice(names, stem, variant):
+    """What to do about missing weights.
 
     Args:
-        folder, stem, variant: as for `find_files`.
-        names: of the files there, where they are not in `folder`.
+        names: of the files that are there instead.
+        stem, variant: as for `find_files`.
     """
-    if names is None:
-        names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     others = [name for name in variants(names, stem) if name != (variant or "")]
     if "" in others:
         return "leave out --variant, there are weights without one."

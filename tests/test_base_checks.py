@@ -315,6 +315,18 @@ def test_the_wrong_kind_of_model_is_named(base, tmp_path):
     assert "--pretrained_model_name_or_path ''" in refusal("")
 
 
+@pytest.mark.parametrize("name", ["a" * 5000, "two\nlines", "a//b", "..", "**", "-"])
+def test_odd_names_are_one_sentence(base, name, monkeypatch):
+    monkeypatch.setattr(base_model, "snapshot_download", lambda *_, **__: base_model.Path("/nowhere/to/be/found"))
+    with pytest.raises(InputError) as caught:
+        base_model.open_base(ModelSource(name))
+    assert "\n" not in str(caught.value)
+    assert "leave out --variant" in refusal(base, variant=name)
+    with pytest.raises(InputError) as caught:
+        base_model.open_base(ModelSource(str(base)), name)
+    assert "\n" not in str(caught.value) and str(caught.value).startswith("--tokenizer_name")
+
+
 def test_a_revision_of_a_local_folder_is_refused(base):
     assert "--revision 'fp16' names a version on the Hub" in refusal(base, revision="fp16")
 
