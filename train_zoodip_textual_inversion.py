@@ -25,7 +25,6 @@ import personalization.quiet  # noqa: F401, before the libraries whose false ala
 import argparse
 import contextlib
 import functools
-import logging
 import math
 import os
 import shutil
@@ -230,7 +229,7 @@ def quantize_per_channel(weight):
     """Symmetric absmax INT8 per output channel: weight `[out, ...]` -> int8 like it, float32 scale `[out, 1, ...]`."""
     weight = weight.float()
     scale = weight.abs().amax(dim=tuple(range(1, weight.dim())), keepdim=True) / 127
-    scale = torch.where(scale > 0, scale, 1.0)
+    scale = torch.where(scale == 0, 1.0, scale)
     return (weight / scale).round_().clamp_(-127, 127).to(torch.int8), scale
 
 
@@ -357,6 +356,8 @@ class Int8(Unquantized):
             layer, _, leaf = name.rpartition(".")
             if leaf == "weight" and isinstance(model.get_submodule(layer), Int8Layer):
                 weight, scale = quantize_per_channel(value)
+                if not scale.isfinite().all():  # which INT8 would hide
+                    raise InputError(f"the weights hold NaN or infinity in {name!r}: get the model again.")
                 yield name, weight
                 yield f"{layer}.scale", scale
             else:
@@ -444,45 +445,35 @@ def load_frozen(base, component, backend, compute, cache_dir=None, device=None):
         The frozen module, and the share of its parameters that is quantized.
 
     Raises:
-        InputError: weights are missing.
+        InputError: weights are missing or damaged.
     """
     device, dtype = device or compute.device, compute.dtype
-    files = base_model.find_weight_files(base.source, component)
+    files = base_model.find_weight_files(base, component)
     model = base_model.empty_model(base, component)
     share = quantized_share(model, backend)
     if component == "text_encoder":
         model.set_input_embeddings(torch.nn.Identity())
     backend.replace_layers(model, dtype)
-    known = model.state_dict()
-    stored = ((name, value) for name, value in base_model.stored_tensors(files) if name in known)
-    tensors = backend.tensors(model, stored, dtype)
+    expected = weight_cache.expected_tensors(model, dtype)
+
+    def quantized():
+        stored = ((name, value) for name, value in base_model.stored_tensors(files) if name in expected)
+        return backend.tensors(model, stored, dtype)
+
     if backend.cached and cache_dir is not None:
         kind = str(dtype).removeprefix("torch.")
         key = weight_cache.source_key(files, weight_cache.config_key(model.config))
         folder = Path(cache_dir) / f"{component}-int8-{kind}-{key}"
-        if not folder.is_dir():
-            logging.info(f"Quantizing the {component} once, into {folder}")
-            weight_cache.write_shards(folder, complete(tensors, known, base.source, component))
-        tensors = weight_cache.read_shards(folder)
+        tensors = weight_cache.through_cache(folder, component, quantized, expected)
+    else:
+        tensors = quantized()
     staging = "cpu" if backend.whole_model else device
-    for name, value in complete(tensors, known, base.source, component):
+    for name, value in tensors:
         backend.place(model, name, value, staging)
     model.to(memory_format=compute.memory_format)  # before quanto, which keeps the layout but does not change it
     if backend.whole_model:
         backend.quantize_whole(model)
     return model.requires_grad_(False).to(device), share
-
-
-def complete(tensors, expected, source, component):
-    """Passes (name, tensor) pairs on; raises an `InputError` at the end if not all of `expected` were among them."""
-    missing = set(expected)
-    for name, value in tensors:
-        missing.discard(name)
-        yield name, value
-    if missing:
-        raise InputError(
-            f"the {component} weights of {source.name!r} lack {min(missing)!r}: the file is cut; get it again."
-        )
 
 
 class PromptRows(torch.nn.Module):
@@ -745,8 +736,7 @@ def complete_for_base(args, base):
             f"--puts_max_timestep {args.puts_max_timestep} is outside [0, {timesteps}), the timesteps of this model:"
             f" give at most {timesteps}."
         )
-    args.resolution = args.resolution or base.resolution
-    base_model.check_resolution(base, args.resolution)
+    args.resolution = base_model.check_resolution(base, args.resolution)
     dimension = base.text_config.hidden_size
     args.sg_window = min(128, dimension // 6) if args.sg_window is None else args.sg_window
     if args.sg_window > args.num_vectors * dimension:
@@ -800,6 +790,7 @@ def estimate_memory(args, base, compute):
         streamed=args.low_vram,
         openvino=args.unet_backend == "openvino",
         images=bool(args.validation_prompt),
+        coordinates=candidates_per_step(args) * args.num_vectors * base.text_config.hidden_size,
     )
     return memory.predict_memory(*networks, BACKENDS[args.quantization], plan, base, compute)
 
@@ -1059,7 +1050,7 @@ def load_openvino_unet(args, base, compute, cache_dir):
     backend, latent_size = BACKENDS[args.quantization], args.resolution // base.vae_factor
     config, path = base_model.empty_model(base, "unet").config, None
     if cache_dir is not None:
-        files = base_model.find_weight_files(base.source, "unet")
+        files = base_model.find_weight_files(base, "unet")
         path = openvino_unet.export_path(cache_dir, files, config, args.quantization, latent_size, base.prompt_length)
 
     def load():
@@ -1083,7 +1074,7 @@ def assemble_model(args, base, placeholder, prompt_ids, text_encoder, unet, comp
     Returns:
         `FrozenModel`, and where θ starts, float32 `[d]`.
     """
-    table = base_model.load_token_table(base.source)
+    table = base_model.load_token_table(base)
     of_images = images.tokenize(base.tokenizer, [placeholder.expand(args.validation_prompt or ""), ""])
     in_use = torch.cat([prompt_ids.flatten(), of_images.flatten()])
     num_rows = candidates_per_pass(args) * placeholder.num_vectors
@@ -1335,7 +1326,8 @@ def main(args):
     memory.keep_freed_blocks(1)
     runs.check_writable("--output_dir", args.output_dir)
     if args.quantized_cache_dir != "none":
-        runs.check_writable("--quantized_cache_dir", args.quantized_cache_dir)
+        options = args.quantized_cache_dir, arguments.DEFAULT_CACHE, args.output_dir
+        args.quantized_cache_dir = weight_cache.open_cache(*options)
     accelerator = runs.start(args.output_dir, args.logging_dir, args.report_to, args.allow_tf32)
     base, placeholder, compute = resolve_settings(args, accelerator.device)
     if args.estimate_memory:
@@ -1352,13 +1344,14 @@ def main(args):
         args.max_train_steps = training_length(args, len(pictures), accelerator.num_processes)
     settings = runs.trajectory_settings(args, TRAJECTORY_SETTINGS, accelerator.num_processes, pictures)
     checkpoint = runs.find_checkpoint(args.resume_from_checkpoint, args.output_dir, settings)
+    base_model.check_weights(base)  # last of the checks: of a model on the Hub it downloads the weights
     repo_id = None
     if args.push_to_hub and accelerator.is_main_process:
         wanted = args.hub_model_id or Path(args.output_dir).resolve().name
         repo_id = hub.prepare_hub(wanted, args.hub_private_repo, args.hub_token)
 
     # 2. The VAE comes and goes; then text encoder and UNet arrive, frozen and quantized.
-    concept, stored_vae = images.load_concept(pictures, prompts, base.source, args.flip_probability, compute)
+    concept, stored_vae = images.load_concept(pictures, prompts, base, args.flip_probability, compute)
     layers_dir = runs.temporary_folder(args.output_dir) if args.low_vram and compute.device.type == "cpu" else None
     with accelerator.local_main_process_first():  # the first process fills the cache, the others read it
         text_encoder, unet, *stored = load_networks(args, base, compute, layers_dir)

@@ -111,8 +111,8 @@ def draw_cells(args, device):
         base, placeholder, compute = zoodip.resolve_settings(settings, torch.device("cpu"))
         pictures = zoodip.read_pictures(settings)
         prompts = images.build_prompts(pictures, placeholder, base.tokenizer)
-        concept, _ = images.load_concept(pictures, prompts, base.source, flip_probability=0.0, compute=compute)
-        table = base_model.load_token_table(base.source)
+        concept, _ = images.load_concept(pictures, prompts, base, flip_probability=0.0, compute=compute)
+        table = base_model.load_token_table(base)
         thetas = {"initial": table[placeholder.initializer_id].float()[None].to(device)}
         if args.learned:
             learned = load_file(args.learned / subject / "learned_embeds.safetensors", str(device))

@@ -12,6 +12,9 @@ from huggingface_hub.constants import HF_HOME
 from .compute import DTYPES
 
 
+DEFAULT_CACHE = os.path.join(HF_HOME, "zoodip")  # of quantized weights
+
+
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows the defaults that say something."""
 
@@ -77,7 +80,7 @@ def add_model_arguments(parser):
     )
     add(
         "--quantized_cache_dir",
-        default=os.path.join(HF_HOME, "zoodip"),
+        default=DEFAULT_CACHE,
         help="Folder of INT8 weights, quantized once and memory-mapped by every later run (0.9 GB for SD 1.5);"
         ' "none" keeps none.',
     )

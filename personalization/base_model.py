@@ -1,18 +1,32 @@
-"""A base model: configs, tokenizer, scheduler and weights, found locally or on the Hub and read piece by piece."""
+"""A base model: configs, tokenizer, scheduler and weights, found locally or on the Hub and read piece by piece.
 
+A base is judged as a whole before anything slow: `open_base` reads its small files and lets empty models show that
+they fit each other, `check_weights` compares the headers of all weight files with them.
+"""
+
+import fnmatch
+import json
 import math
-from dataclasses import dataclass
+import os
+import re
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from accelerate import init_empty_weights
-from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
-from huggingface_hub import snapshot_download
-from safetensors import safe_open
+from accelerate.utils import set_module_tensor_to_device
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from huggingface_hub import HfApi, snapshot_download
+from safetensors import SafetensorError, safe_open
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from . import weight_files
 from .errors import InputError
+
+
+COMPONENTS = ("unet", "text_encoder", "vae")
+SMALL_FILES = ["model_index.json", "scheduler/*.json", "tokenizer/*", *(f"{name}/config.json" for name in COMPONENTS)]
 
 
 class ModelSource(NamedTuple):
@@ -22,6 +36,11 @@ class ModelSource(NamedTuple):
     revision: str | None = None
     variant: str | None = None
 
+    @property
+    def label(self):
+        """The beginning of an error message."""
+        return f"--pretrained_model_name_or_path {self.name!r}"
+
 
 @dataclass(frozen=True)
 class Base:
@@ -29,17 +48,21 @@ class Base:
 
     Args:
         source: where it comes from.
+        root: the local folder, or the Hub's snapshot of it.
         tokenizer, scheduler: `CLIPTokenizer`, `DDPMScheduler`.
-        unet_config, vae_config: as diffusers reads them.
+        unet_config, vae_config: of diffusers, defaults filled in.
         text_config: `CLIPTextConfig`.
+        checked_files: component -> its weight files, once they have been checked.
     """
 
     source: ModelSource
+    root: Path
     tokenizer: CLIPTokenizer
     scheduler: DDPMScheduler
     unet_config: dict
     vae_config: dict
     text_config: CLIPTextConfig
+    checked_files: dict = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def vae_factor(self):
@@ -48,8 +71,11 @@ class Base:
 
     @property
     def resolution(self):
-        """Side of the pictures that the model was trained on."""
-        return self.unet_config["sample_size"] * self.vae_factor
+        """Side of the pictures that the model was trained on; None where its config does not say."""
+        sizes = self.unet_config["sample_size"]
+        sizes = set(sizes) if isinstance(sizes, (list, tuple)) else {sizes}
+        size = sizes.pop() if len(sizes) == 1 else None
+        return size * self.vae_factor if type(size) is int and size > 0 else None
 
     @property
     def resolution_multiple(self):
@@ -62,52 +88,347 @@ class Base:
         return self.tokenizer.model_max_length
 
 
+# =====================================================================================================
+# The small files
+# =====================================================================================================
+
+
 def open_base(source, tokenizer_name=None):
-    """Reads a base model's small files.
+    """Reads a base model's small files and makes sure that its parts fit each other.
 
     Args:
         source: `ModelSource`.
         tokenizer_name: folder or id of a tokenizer, if not the model's own.
 
     Raises:
-        InputError: it is no such model, or of a kind that cannot be trained.
+        InputError: it is no such model, a file of it is missing or damaged, or it is of a kind that cannot be trained.
     """
-    name, revision = source.name, {"revision": source.revision}
-    try:
-        index = DiffusionPipeline.load_config(name, **revision)
-        unet_config = UNet2DConditionModel.load_config(name, subfolder="unet", **revision)
-        vae_config = AutoencoderKL.load_config(name, subfolder="vae", **revision)
-        text_config = CLIPTextConfig.from_pretrained(name, subfolder="text_encoder", **revision)
-        scheduler = DDPMScheduler.from_pretrained(name, subfolder="scheduler", **revision)
-        folder = {} if tokenizer_name else {"subfolder": "tokenizer"}
-        tokenizer = CLIPTokenizer.from_pretrained(tokenizer_name or name, **folder, **revision)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(
-            f"--pretrained_model_name_or_path {name!r} is not a Stable Diffusion model in diffusers format, neither a"
-            f" local folder nor on the Hub ({reason}): check the name and your connection."
-        ) from None
+    label, root = source.label, find_root(source)
+    index = read_json(root, "model_index.json", label)
     if "text_encoder_2" in index:
         raise InputError(
-            f"--pretrained_model_name_or_path {name!r} has two text encoders (SDXL); this script trains Stable"
-            " Diffusion 1.x and 2.x: choose one of those."
+            f"{label} has two text encoders (SDXL); this script trains Stable Diffusion 1.x and 2.x: choose one of"
+            " those."
         )
-    if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
+    for name in ("transformer", "prior"):
+        if name in index and "unet" not in index:
+            raise InputError(
+                f"{label} has a {name} and no UNet; this script trains Stable Diffusion 1.x and 2.x: choose one of"
+                " those."
+            )
+    configs = {name: read_json(root, f"{name}/config.json", label) for name in COMPONENTS}
+    for name, expected in (("unet", "UNet2DConditionModel"), ("vae", "AutoencoderKL")):
+        found = configs[name].get("_class_name", expected)
+        if found != expected:
+            raise InputError(
+                f"{label}: {name}/config.json is of a {found!r} and must be of a {expected}: choose a Stable Diffusion"
+                " 1.x or 2.x model."
+            )
+    text_config = read_text_config(root, configs["text_encoder"], label)
+    scheduler = read_scheduler(root, label)
+    if tokenizer_name is None:
+        tokenizer = read_tokenizer(root / "tokenizer", f"{label}: tokenizer/", "get the model again")
+    else:
+        tokenizer = read_tokenizer(*find_tokenizer(tokenizer_name), "give another one")
+    configs = {name: build_empty(name, configs[name], label).config for name in ("unet", "vae")}
+    base = Base(source, root, tokenizer, scheduler, dict(configs["unet"]), dict(configs["vae"]), text_config)
+    check_fit(base, f"--tokenizer_name {tokenizer_name!r}" if tokenizer_name else f"{label}: tokenizer/")
+    return base
+
+
+def find_root(source):
+    """The folder of a base model; of one on the Hub the small files are downloaded.
+
+    Raises:
+        InputError: there is none.
+    """
+    label, root = source.label, Path(source.name)
+    if source.name and os.path.isdir(root):
+        if source.revision:
+            raise InputError(
+                f"--revision {source.revision!r} names a version on the Hub, but {label} is a local folder, which has"
+                " only one: leave out --revision, or give the model's id on the Hub."
+            )
+        return root
+    if os.path.isfile(root):
         raise InputError(
-            f"--pretrained_model_name_or_path {name!r} predicts {scheduler.config.prediction_type!r}; only epsilon and"
-            " v_prediction models can be trained: choose another."
+            f"{label} is a file; this script reads models in diffusers format, which are folders: convert it"
+            " (scripts/convert_original_stable_diffusion_to_diffusers.py of diffusers)."
         )
-    return Base(source, tokenizer, scheduler, unet_config, vae_config, text_config)
+    try:
+        return Path(snapshot_download(source.name, revision=source.revision, allow_patterns=SMALL_FILES))
+    except Exception as error:  # huggingface_hub raises its own errors, the HTTP library's and the system's
+        raise InputError(
+            f"{label} is not a Stable Diffusion model in diffusers format, neither a local folder nor on the Hub"
+            f" ({first_line(error)}): check the name and your connection."
+        ) from None
+
+
+def first_line(error):
+    """An error's message, cut to what a sentence can carry."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].strip()[:300].rstrip(".:")
+
+
+def read_json(root, name, label):
+    """The object in a JSON file of the base.
+
+    Raises:
+        InputError: it is missing or holds no such thing.
+    """
+    path = root / name
+    if not os.path.isfile(path):
+        raise InputError(
+            f"{label} is not a whole Stable Diffusion model in diffusers format, {name} is missing: check the name or"
+            " get the model again."
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, dict) and content:
+            return content
+        reason = "it holds no object with entries"
+    except (OSError, ValueError, RecursionError) as error:
+        reason = first_line(error)
+    raise InputError(f"{label}: {name} cannot be read ({reason}): get it again.")
+
+
+def read_text_config(root, content, label):
+    """The `CLIPTextConfig`.
+
+    Raises:
+        InputError: it describes another kind of model.
+    """
+    kinds = [str(content.get("model_type", "clip_text_model")), *map(str, content.get("architectures") or [])]
+    if not all(kind.lower().startswith("clip") for kind in kinds):
+        raise InputError(
+            f"{label}: text_encoder/config.json is of a {kinds[-1]} and must be of a CLIPTextModel: choose a Stable"
+            " Diffusion 1.x or 2.x model."
+        )
+    try:
+        return CLIPTextConfig.from_pretrained(root / "text_encoder")
+    except Exception as error:  # transformers raises nearly anything on values of other types
+        raise InputError(
+            f"{label}: text_encoder/config.json cannot be read ({first_line(error)}): get it again."
+        ) from None
+
+
+def read_scheduler(root, label):
+    """The `DDPMScheduler`.
+
+    Raises:
+        InputError: it is damaged, or the model predicts something else than noise or velocity.
+    """
+    name = "scheduler/scheduler_config.json"
+    content = read_json(root, name, label)
+    prediction = content.get("prediction_type", "epsilon")
+    if prediction not in ("epsilon", "v_prediction"):
+        raise InputError(
+            f"{label} predicts {prediction!r}; only epsilon and v_prediction models can be trained: choose another."
+        )
+    missing = [key for key in ("beta_schedule", "beta_start", "beta_end") if key not in content]
+    reason = f"it has no {', '.join(missing)}"
+    if not missing or content.get("trained_betas") is not None:
+        try:
+            check_counts(content)
+            scheduler = DDPMScheduler.from_config(content)
+            noise, count = scheduler.alphas_cumprod, scheduler.config.num_train_timesteps
+            if type(count) is int and len(noise) == count and bool(((noise >= 0) & (noise <= 1)).all()):
+                return scheduler
+            reason = "its noise levels lie outside [0, 1]"
+        except Exception as error:  # whatever arithmetic raises on values of other types
+            reason = first_line(error)
+    raise InputError(f"{label}: {name} describes no noise schedule ({reason}): get it again or choose another model.")
+
+
+def find_tokenizer(name):
+    """The folder of `--tokenizer_name`, downloaded where it is on the Hub, and the beginning of an error message."""
+    label = f"--tokenizer_name {name!r}"
+    if name and os.path.isdir(name):
+        return Path(name), label
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.txt"])), label
+    except Exception as error:  # see `find_root`
+        raise InputError(
+            f"{label} is neither a local folder nor a model on the Hub ({first_line(error)}): check the name and your"
+            " connection."
+        ) from None
+
+
+def read_tokenizer(folder, label, fix):
+    """The `CLIPTokenizer` of a folder; without its files transformers would make an empty one in silence.
+
+    Raises:
+        InputError: files are missing or damaged.
+    """
+    names = set(weight_files.names_in(folder))
+    if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= names:
+        raise InputError(f"{label} has neither tokenizer.json nor vocab.json and merges.txt: {fix}.")
+    try:
+        if "tokenizer.json" not in names:
+            check_merges(folder)
+        tokenizer = CLIPTokenizer.from_pretrained(folder)
+        length = tokenizer.model_max_length
+        if type(length) is not int or not 3 <= length < 10**6:
+            raise ValueError("tokenizer_config.json is missing or gives no model_max_length")
+        ids = tokenizer(["a photo"], padding="max_length", truncation=True, max_length=length).input_ids[0]
+        if len(ids) != length:
+            raise ValueError(f"it pads to {len(ids)} tokens and not to {length}")
+    except Exception as error:  # tokenizers raises plain exceptions
+        raise InputError(f"{label} is no tokenizer of CLIP ({first_line(error)}): {fix}.") from None
+    return tokenizer
+
+
+def check_merges(folder):
+    """Raises a `ValueError` if merges.txt has lost lines: words would fall into letters in silence."""
+    vocabulary = len(json.loads((folder / "vocab.json").read_text(encoding="utf-8")))
+    lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+    merges = sum(bool(line.strip()) and not line.startswith("#version") for line in lines)
+    if merges + 2 * 256 + 16 < vocabulary:  # every token but bytes and a few special ones is made by a merge
+        raise ValueError(f"merges.txt has {merges} merges for {vocabulary} tokens, it is cut")
+
+
+# =====================================================================================================
+# Do the parts fit each other, and can this script serve them?
+# =====================================================================================================
+
+
+def build_empty(component, config, label):
+    """The "unet", "text_encoder" or "vae" that a config describes, frozen, on the meta device.
+
+    Raises:
+        InputError: it describes none.
+    """
+    try:
+        check_counts(config.to_dict() if component == "text_encoder" else config)
+        with init_empty_weights():
+            if component == "text_encoder":
+                model = CLIPTextModel(config)
+            else:
+                model = (UNet2DConditionModel if component == "unet" else AutoencoderKL).from_config(config)
+    except Exception as error:  # diffusers and transformers raise nearly anything on values that make no sense
+        raise InputError(
+            f"{label}: {component}/config.json describes no model that can be built ({first_line(error)}): get it"
+            " again."
+        ) from None
+    return model.requires_grad_(False).eval()
+
+
+def check_counts(config):
+    """Raises a `ValueError` where a config asks for so many layers or positions that building them would not end."""
+    for name, value in config.items():
+        many = name in ("max_position_embeddings", "num_train_timesteps")
+        limit = 10**6 if many else 1000 if "layers" in name else None
+        for count in value if isinstance(value, (list, tuple)) else [value]:
+            if limit and isinstance(count, (int, float)) and count > limit:
+                raise ValueError(f"{name} {value!r} is more than {limit}")
+
+
+def empty_model(base, component):
+    """The "unet", "text_encoder" or "vae" as its config describes it, frozen, on the meta device."""
+    configs = {"unet": base.unet_config, "vae": base.vae_config, "text_encoder": base.text_config}
+    return build_empty(component, configs[component], base.source.label)
+
+
+def check_fit(base, tokenizer_label):
+    """Makes sure that tokenizer, text encoder, UNet and VAE fit each other and need nothing that training lacks.
+
+    What has a sentence of its own comes first; then empty models compute once, with the shapes that training has.
+
+    Args:
+        base: `Base`.
+        tokenizer_label: the beginning of messages about the tokenizer.
+
+    Raises:
+        InputError: they do not.
+    """
+    label, unet, vae, text = base.source.label, base.unet_config, base.vae_config, base.text_config
+    faults = []
+    if unet["in_channels"] == 9 and vae["latent_channels"] == 4:
+        faults.append("is for inpainting (its UNet has 9 input channels): choose its text-to-image model")
+    elif not unet["in_channels"] == unet["out_channels"] == vae["latent_channels"]:
+        channels = f"takes {unet['in_channels']} channels and returns {unet['out_channels']}"
+        faults.append(f"has a UNet that {channels}, and a VAE with {vae['latent_channels']}: choose another model")
+    if unet["addition_embed_type"] not in (None, "text"):
+        faults.append(
+            f"has a UNet with addition_embed_type {unet['addition_embed_type']!r}, whose input this script does not"
+            " have (SDXL, Kandinsky): choose a Stable Diffusion 1.x or 2.x model"
+        )
+    for name in ("class_embed_type", "num_class_embeds"):
+        if unet[name] is not None:
+            faults.append(f"has a UNet with class labels ({name}: {unet[name]!r}): choose a text-to-image model")
+    width = unet["encoder_hid_dim"] or unet["cross_attention_dim"]
+    widths = set(width) if isinstance(width, (list, tuple)) else {width}
+    if widths != {text.hidden_size}:
+        faults.append(
+            f"has a UNet for text embeddings of width {width} and a text encoder of width {text.hidden_size}: unet/ or"
+            " text_encoder/ belongs to another model, get it again"
+        )
+    scaling = vae["scaling_factor"]
+    if type(scaling) not in (int, float) or not 0 < scaling < math.inf:
+        faults.append(f"has a VAE with scaling_factor {scaling!r}: get vae/config.json again")
+    if faults:
+        raise InputError(f"{label} {faults[0]}.")
+    size = max(len(base.tokenizer), 1 + max(base.tokenizer.get_vocab().values()))
+    if size > text.vocab_size:
+        raise InputError(
+            f"{tokenizer_label} has {size} tokens and the text encoder of {base.source.name!r} has rows for"
+            f" {text.vocab_size}: it belongs to another model, give that model's own."
+        )
+    if base.prompt_length > text.max_position_embeddings:
+        raise InputError(
+            f"{tokenizer_label} makes prompts of {base.prompt_length} tokens and the text encoder of"
+            f" {base.source.name!r} takes {text.max_position_embeddings}: it belongs to another model, give that"
+            " model's own."
+        )
+    compute_empty(base)
+
+
+def compute_empty(base):
+    """Lets the empty models of a base compute once, on the meta device.
+
+    Raises:
+        InputError: they cannot, or the UNet's prediction is not shaped like a latent.
+    """
+    networks = {name: empty_model(base, name) for name in COMPONENTS}
+    side = base.resolution_multiple
+    try:
+        with torch.no_grad():
+            pixels = torch.empty(1, 3, side, side, device="meta")
+            moments = networks["vae"].encode(pixels).latent_dist.parameters
+            ids = torch.zeros(1, base.prompt_length, dtype=torch.long, device="meta")
+            latents, context = moments.chunk(2, dim=1)[0], networks["text_encoder"](ids)[0]
+            prediction = networks["unet"](latents, torch.empty(1, device="meta"), context, return_dict=False)[0]
+            decoded = networks["vae"].decode(latents, return_dict=False)[0]
+        fits = prediction.shape == latents.shape and decoded.shape == pixels.shape
+        reason = f"a latent is {list(latents.shape)}, the UNet's prediction {list(prediction.shape)}"
+        fits = fits and latents.shape[-1] * base.vae_factor == side
+    except Exception as error:  # whatever layers raise on shapes that do not fit, or inputs that they miss
+        fits, reason = False, first_line(error)
+    if not fits:
+        raise InputError(
+            f"{base.source.label} has a UNet, a text encoder and a VAE that cannot work together as in Stable"
+            f" Diffusion 1.x and 2.x ({reason}): choose such a model, or get its configs again."
+        )
 
 
 def check_resolution(base, resolution):
-    """Raises an `InputError` unless the model can draw pictures of `resolution`."""
-    multiple = base.resolution_multiple
+    """Raises an `InputError` unless the model can draw pictures of `resolution`, its own where that is None."""
+    multiple, own = base.resolution_multiple, base.resolution
+    if resolution is None and own is None:
+        raise InputError(
+            f"{base.source.label} does not say how large its pictures are (sample_size in unet/config.json is"
+            f" {base.unet_config['sample_size']!r}): give --resolution, a multiple of {multiple}."
+        )
+    flag = (
+        "--resolution" if resolution is not None else f"{base.source.label} draws pictures of a side that cannot be,"
+    )
+    resolution = own if resolution is None else resolution
     if resolution % multiple:
         raise InputError(
-            f"--resolution {resolution} must be divisible by {multiple} for this model: try"
-            f" {max(1, round(resolution / multiple)) * multiple}."
+            f"{flag} {resolution} must be divisible by {multiple} for this model: try"
+            f" {'' if flag == '--resolution' else '--resolution '}{max(1, round(resolution / multiple)) * multiple}."
         )
+    return resolution
 
 
 # =====================================================================================================
@@ -122,61 +443,133 @@ class StoredModel(NamedTuple):
     quantized_share: float  # of its parameters
 
 
-def empty_model(base, component):
-    """The "unet", "text_encoder" or "vae" as its config describes it, frozen, on the meta device."""
-    with init_empty_weights():
-        if component == "unet":
-            model = UNet2DConditionModel.from_config(base.unet_config)
-        elif component == "vae":
-            model = AutoencoderKL.from_config(base.vae_config)
-        else:
-            model = CLIPTextModel(base.text_config)
-    return model.requires_grad_(False).eval()
+def check_weights(base):
+    """Makes sure that the weights of all components are there, whole, and those that the configs describe.
 
-
-def find_weight_files(source, component):
-    """The safetensors files (one, or its shards) of a component, from a local folder or the Hub.
+    Only headers are read; of a model on the Hub the weights are downloaded first, which training needs anyway.
 
     Raises:
-        InputError: the component has no safetensors weights (of that variant).
+        InputError: they are not.
     """
+    for component in COMPONENTS:
+        find_weight_files(base, component)
+
+
+def find_weight_files(base, component):
+    """The safetensors files (one, or its shards) of a component, checked against its config.
+
+    Raises:
+        InputError: they are missing (in that variant), damaged, or hold other tensors than the config describes.
+    """
+    if component in base.checked_files:
+        return base.checked_files[component]
+    source, label = base.source, base.source.label
     stem = "model" if component == "text_encoder" else "diffusion_pytorch_model"
-    variant = f".{source.variant}" if source.variant else ""
-    shard = "-[0-9]*-of-[0-9]*"
-    patterns = [f"{stem}{variant}.safetensors", f"{stem}{variant}{shard}.safetensors"]
-    patterns += [f"{stem}{shard}{variant}.safetensors"] if variant else []
-    root = Path(source.name)
-    if not root.is_dir():
-        allowed = [f"{component}/{pattern}" for pattern in patterns]
-        root = Path(snapshot_download(source.name, revision=source.revision, allow_patterns=allowed))
-    files = next((found for p in patterns if (found := sorted((root / component).glob(p)))), [])
-    if not files:
+    folder = base.root / component
+    if base.root != Path(source.name):
+        download_weights(base, component, stem)
+    files = weight_files.find_files(folder, stem, source.variant, label)
+    known = {name: tuple(tensor.shape) for name, tensor in empty_model(base, component).state_dict().items()}
+    missing = set(known)
+    for path in files:
+        where = f"{component}/{path.name}"
+        for name, stored in weight_files.read_header(path, label).items():
+            name = current_name(name)
+            if name not in known:
+                if name.startswith(NO_WEIGHTS) or name.rpartition(".")[2] == "position_ids":
+                    continue
+                reason = f"holds {name!r}, which the config has no place for"
+            elif name not in missing:
+                reason = f"holds {name!r} a second time"
+            elif stored.shape != known[name]:
+                reason = f"holds {name!r} of shape {list(stored.shape)}, the config wants {list(known[name])}"
+            elif not stored.dtype.startswith(("F", "BF")):
+                reason = f"holds {name!r} as {stored.dtype}, which are no floating-point weights"
+            else:
+                missing.discard(name)
+                continue
+            raise InputError(
+                f"{label}: {where} does not fit {component}/config.json, it {reason}: one of them belongs to another"
+                " model or is damaged, get both again."
+            )
+    if missing:
         raise InputError(
-            f"--pretrained_model_name_or_path {source.name!r} has no {patterns[0]} in {component}/: choose another"
-            " --variant or convert the weights to safetensors."
+            f"{label}: the {component} weights ({files[0].name}) lack {min(missing)!r}, which {component}/config.json"
+            " asks for: one of them belongs to another model or is damaged, get both again."
         )
+    base.checked_files[component] = files
     return files
 
 
+# Tensors that files may hold beside the weights: of the CLIP model that a text encoder was cut out of.
+NO_WEIGHTS = ("text_projection.", "visual_projection.", "vision_model.", "logit_scale")
+
+
+def download_weights(base, component, stem):
+    """Downloads the weight files of a component of a base on the Hub, of the commit whose small files were read.
+
+    Raises:
+        InputError: the Hub has none (of that variant), or cannot be reached.
+    """
+    source, commit = base.source, base.root.name
+    patterns = [pattern for group in weight_files.file_patterns(stem, source.variant) for pattern in group]
+    try:
+        snapshot_download(source.name, revision=commit, allow_patterns=[f"{component}/{name}" for name in patterns])
+        there = weight_files.names_in(base.root / component)
+        if any(fnmatch.filter(there, pattern) for pattern in patterns):
+            return
+        names = HfApi().list_repo_files(source.name, revision=commit)
+    except Exception as error:  # see `find_root`
+        raise InputError(
+            f"{source.label}: the {component} weights cannot be downloaded ({first_line(error)}): check your"
+            " connection and the space on disk, and start again."
+        ) from None
+    names = [name.removeprefix(f"{component}/") for name in names if name.startswith(f"{component}/")]
+    raise InputError(
+        f"{source.label} has no {weight_files.printable(patterns[0])} in {component}/:"
+        f" {weight_files.advice(names, stem, source.variant)}"
+    )
+
+
+def current_name(name):
+    """A tensor's name in a file as today's models spell it."""
+    name = name.removeprefix("text_model.")  # a prefix that transformers dropped in its version 5
+    old = re.fullmatch(r"(.*\bmid_block\.attentions\.\d+)\.(query|key|value|proj_attn)\.(weight|bias)", name)
+    if old:  # VAEs of 2022
+        new = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}[old[2]]
+        name = f"{old[1]}.{new}.{old[3]}"
+    return name
+
+
 def stored_tensors(files):
-    """(name, tensor) of safetensors files, one memory-mapped tensor at a time."""
+    """(name, tensor) of safetensors files, one memory-mapped tensor at a time.
+
+    Raises:
+        InputError: a file cannot be read.
+    """
     for path in files:
-        with safe_open(path, framework="pt") as tensors:
-            names = list(tensors.keys())
-        for name in names:
-            with safe_open(path, framework="pt") as tensors:  # opened anew, so that pages read before leave
-                value = tensors.get_tensor(name)
-            yield name.removeprefix("text_model."), value  # a prefix that transformers dropped in its version 5
+        try:
+            with safe_open(path, framework="pt") as tensors:
+                names = list(tensors.keys())
+            for name in names:
+                with safe_open(path, framework="pt") as tensors:  # opened anew, so that pages read before leave
+                    value = tensors.get_tensor(name)
+                yield current_name(name), value
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{path} cannot be read ({first_line(error)}): get the model again.") from None
 
 
-def load_token_table(source):
+def load_token_table(base):
     """The token table `[vocabulary, d]` of the text encoder, memory-mapped, as stored."""
-    files = find_weight_files(source, "text_encoder")
+    files = find_weight_files(base, "text_encoder")
     return next(value for name, value in stored_tensors(files) if name == "embeddings.token_embedding.weight")
 
 
-def load_vae(source, dtype=torch.float32):
+def load_vae(base, dtype=torch.float32):
     """The frozen `AutoencoderKL`, on the CPU."""
-    options = {"subfolder": "vae", "revision": source.revision, "variant": source.variant}
-    vae = AutoencoderKL.from_pretrained(source.name, dtype=dtype, **options)
-    return vae.requires_grad_(False).eval()
+    vae = empty_model(base, "vae")
+    known = vae.state_dict()
+    for name, value in stored_tensors(find_weight_files(base, "vae")):
+        if name in known:
+            set_module_tensor_to_device(vae, name, "cpu", value=value.to(dtype), dtype=dtype, clear_cache=False)
+    return vae.requires_grad_(False)

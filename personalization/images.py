@@ -534,20 +534,20 @@ def encode_images(vae, pictures, device):
     return torch.stack(rows, dim=1)
 
 
-def load_concept(pictures, prompts, source, flip_probability, compute):
+def load_concept(pictures, prompts, base, flip_probability, compute):
     """The VAE encodes every picture and its flip once, then leaves before the UNet arrives.
 
     Args:
         pictures: `Picture`s.
         prompts: what `build_prompts` returned.
-        source: `ModelSource`.
+        base: `Base`.
         flip_probability: how often a flip will be drawn.
         compute: `Compute`.
 
     Returns:
         `Concept`, and the VAE's `StoredModel`.
     """
-    vae = load_vae(source, compute.dtype)
+    vae = load_vae(base, compute.dtype)
     stored = StoredModel(tensor_bytes(vae), 0.0)
     vae.decoder = None  # 60 % of it, and not needed here
     vae.to(compute.device)

@@ -18,6 +18,8 @@ from accelerate.logging import get_logger
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .errors import InputError
+
 
 logger = get_logger(__name__)
 
@@ -159,6 +161,7 @@ class MemoryPlan(NamedTuple):
     streamed: bool  # --low_vram
     openvino: bool
     images: bool  # validation images are drawn
+    coordinates: int = 0  # of all candidates of a step, numbers
 
 
 @dataclass(frozen=True)
@@ -218,6 +221,9 @@ def predict_memory(text_encoder, unet, vae, backend, plan, base, compute):
 
     Returns:
         `MemoryPrediction`.
+
+    Raises:
+        InputError: the run is too large for its tensors to be counted.
     """
     device, dtype = compute.device, compute.dtype
     on_cpu, is_mapped = device.type == "cpu", device.type == "cpu" and backend.cached and plan.cached
@@ -236,17 +242,16 @@ def predict_memory(text_encoder, unet, vae, backend, plan, base, compute):
     for model in (vae, unet):
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
-    meta, size = {"device": "meta", "dtype": dtype}, plan.resolution // base.vae_factor
-    sample = torch.empty(plan.examples, unet.config.in_channels, size, size, **meta)
-    context = torch.empty(plan.examples, base.prompt_length, unet.config.cross_attention_dim, **meta)
-    timesteps = torch.empty(plan.examples, device="meta")
-    slack = 0.0 if plan.streamed else HEAP_SLACK
-    activations = activation_bytes(lambda: unet(sample, timesteps, context), device, slack)
+    try:
+        activations, encoding, decoding = count_activations(unet, vae, plan, base, compute)
+    except (RuntimeError, OverflowError, TypeError) as error:  # PyTorch cannot count that far
+        raise InputError(
+            f"--resolution {plan.resolution} and {plan.examples} examples a pass make tensors too large to be counted"
+            f" ({str(error).splitlines()[0][:200].rstrip('.')}): choose a smaller --resolution, --num_perturbations or"
+            " --train_batch_size."
+        ) from None
     if backend.hidden_copies:  # a dequantized layer and its transposed copy, which the meta device does not see
         activations += 2 * largest_weights * dtype.itemsize
-    pixels, latent = torch.empty(1, 3, plan.resolution, plan.resolution, **meta), sample[:1]
-    encoding = activation_bytes(lambda: vae.encode(pixels).latent_dist.parameters, device, heap_slack=0.0)
-    decoding = activation_bytes(lambda: vae.decode(latent), device) if plan.images else 0
     vae.decoder = None  # as while encoding
 
     mapped, kept = text_bytes if is_mapped else 0, unet_bytes
@@ -257,11 +262,12 @@ def predict_memory(text_encoder, unet, vae, backend, plan, base, compute):
         mapped += kept
     if plan.streamed:  # one layer and the next one; pages of the mapped file stay until they are dropped
         kept = 2 * largest_bytes + (kept if is_mapped else 0)
+    points = 4 * 4 * plan.coordinates  # directions, candidates and intermediate results, in float32
     phases = {
         "encoding the images": max(vae_bytes if on_cpu else 0, tensor_bytes(vae) + encoding),
         "quantizing": text_bytes + unquantized_bytes if on_cpu and backend.whole_model else 0,
         "writing the layers to disk": text_bytes + unet_bytes if on_cpu and plan.streamed else 0,
-        "training": text_bytes + kept + activations,
+        "training": text_bytes + kept + activations + points,
         "validation images": text_bytes + kept + vae_bytes + decoding if plan.images else 0,
     }
     return MemoryPrediction(
@@ -276,6 +282,21 @@ def predict_memory(text_encoder, unet, vae, backend, plan, base, compute):
     )
 
 
+def count_activations(unet, vae, plan, base, compute):
+    """Bytes of the activations of a pass of the UNet, of encoding and of decoding a picture; see `predict_memory`."""
+    device, dtype = compute.device, compute.dtype
+    meta, size = {"device": "meta", "dtype": dtype}, plan.resolution // base.vae_factor
+    sample = torch.empty(plan.examples, unet.config.in_channels, size, size, **meta)
+    context = torch.empty(plan.examples, base.prompt_length, base.text_config.hidden_size, **meta)
+    timesteps = torch.empty(plan.examples, device="meta")
+    slack = 0.0 if plan.streamed else HEAP_SLACK
+    activations = activation_bytes(lambda: unet(sample, timesteps, context), device, slack)
+    pixels, latent = torch.empty(1, 3, plan.resolution, plan.resolution, **meta), sample[:1]
+    encoding = activation_bytes(lambda: vae.encode(pixels).latent_dist.parameters, device, heap_slack=0.0)
+    decoding = activation_bytes(lambda: vae.decode(latent), device) if plan.images else 0
+    return activations, encoding, decoding
+
+
 def stored_bytes(model, backend, dtype):
     """Bytes of an unquantized (or empty) model's weights as `backend` keeps them, everything else in `dtype`."""
     total = 0
@@ -286,6 +307,19 @@ def stored_bytes(model, backend, dtype):
     return total
 
 
+# A run that needs more than this many times all memory of the machine, swap included, is refused: no estimate is so
+# far off, and no system could page it.
+ABSURD = 4
+
+
+def device_memory(device):
+    """Bytes that are free, and bytes that there are in all (of a host: with swap)."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)
+    host = psutil.virtual_memory()
+    return host.available + process_memory().rss, host.total + psutil.swap_memory().total
+
+
 def warn_if_too_large(args, smaller, predict, device):
     """Says before anything is loaded that a run needs more memory than there is, and which flags would make it fit.
 
@@ -294,11 +328,11 @@ def warn_if_too_large(args, smaller, predict, device):
         smaller: setting -> the value that takes less memory, in the order in which they are tried.
         predict: settings -> `MemoryPrediction`.
         device: whose memory counts.
+
+    Raises:
+        InputError: it needs several times what the machine has, swap included.
     """
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        free = psutil.virtual_memory().available + process_memory().rss
+    free, total = device_memory(device)
 
     def need(**changes):
         prediction = predict(argparse.Namespace(**{**vars(args), **changes}))
@@ -307,7 +341,11 @@ def warn_if_too_large(args, smaller, predict, device):
     needed = need()
     if needed <= free:
         return
-    flags, changes, fix = [], {}, "no choice of flags makes it fit; try a smaller --resolution."
+    flags, changes, fix = (
+        [],
+        {},
+        "no choice of flags makes it fit; try a smaller --resolution, --num_perturbations or --train_batch_size.",
+    )
     for name, value in smaller.items():
         if getattr(args, name) == value:
             continue
@@ -316,9 +354,12 @@ def warn_if_too_large(args, smaller, predict, device):
         if need(**changes) <= free:
             fix = " ".join(flags) + " would fit."
             break
-    logger.warning(
-        f"This run needs about {needed / 2**20:.0f} MB and the {device.type} has {free / 2**20:.0f} MB free: {fix}"
+    message = (
+        f"his run needs about {needed / 2**20:.0f} MB and the {device.type} has {free / 2**20:.0f} MB free: {fix}"
     )
+    if needed > ABSURD * total:
+        raise InputError(f"t{message}")
+    logger.warning(f"T{message}")
 
 
 def tensor_bytes(model):

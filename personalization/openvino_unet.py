@@ -1,8 +1,7 @@
 """The UNet in OpenVINO: nothing here needs autograd, so any engine that computes a forward pass will do."""
 
+import contextlib
 import logging
-import os
-import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
@@ -80,16 +79,16 @@ class OpenVINOUNet(torch.nn.Module):
 
 
 def export_path(cache_dir, files, config, *shape):
-    """Where the exported graph of a UNet is kept: a path named by its weight files, config and shape."""
+    """The folder of the exported graph of a UNet, named by its weight files, config and shape."""
     key = weight_cache.source_key(files, weight_cache.config_key(config), version("openvino"), *shape)
-    return Path(cache_dir) / f"unet-openvino-{key}.xml"
+    return Path(cache_dir) / f"unet-openvino-{key}"
 
 
 def compile_openvino_unet(path, load_unet, config, latent_size, prompt_length, engine, dtype, device):
-    """Compiles a UNet for an OpenVINO device; the exported graph is kept at `path`.
+    """Compiles a UNet for an OpenVINO device; the exported graph is kept in the cache, and verified there.
 
     Args:
-        path: of the graph's `.xml`, whose name says what it was made of; None keeps nothing.
+        path: folder of the graph, whose name says what it was made of; None keeps nothing.
         load_unet: returns the torch UNet; called only where there is no such graph yet.
         config, latent_size, prompt_length: of the UNet and of its inputs.
         engine, dtype, device: see `OpenVINOUNet`.
@@ -99,22 +98,23 @@ def compile_openvino_unet(path, load_unet, config, latent_size, prompt_length, e
     """
     import openvino
 
-    if path is None:
-        logging.info("Exporting the UNet to OpenVINO")
-        unet = load_unet()
-        size = sum(t.numel() * t.element_size() for t in (*unet.parameters(), *unet.buffers()))
-        graph = export_openvino(unet, latent_size, prompt_length)
-        return OpenVINOUNet(graph, config, engine, dtype, device), size
-    path = Path(path)
-    if not path.is_file():
+    def write(folder):
         logging.info(f"Exporting the UNet to OpenVINO once, into {path}")
         graph = export_openvino(load_unet(), latent_size, prompt_length)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".tmp-") as folder:
-            openvino.save_model(graph, Path(folder) / "unet.xml", compress_to_fp16=False)
-            os.replace(Path(folder) / "unet.bin", path.with_suffix(".bin"))
-            os.replace(Path(folder) / "unet.xml", path)
-        del graph
-    return OpenVINOUNet(path, config, engine, dtype, device), path.with_suffix(".bin").stat().st_size
+        openvino.save_model(graph, folder / "unet.xml", compress_to_fp16=False)
+
+    if path is not None:
+        for suffix in (".xml", ".bin"):  # where earlier versions kept it, without a manifest
+            with contextlib.suppress(OSError):
+                path.with_suffix(suffix).unlink()
+        if weight_cache.provide(path, write):
+            size = (path / "unet.bin").stat().st_size
+            return OpenVINOUNet(path / "unet.xml", config, engine, dtype, device), size
+    logging.info("Exporting the UNet to OpenVINO")
+    unet = load_unet()
+    size = sum(t.numel() * t.element_size() for t in (*unet.parameters(), *unet.buffers()))
+    graph = export_openvino(unet, latent_size, prompt_length)
+    return OpenVINOUNet(graph, config, engine, dtype, device), size
 
 
 def check_openvino(engine, examples_per_pass):

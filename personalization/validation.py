@@ -25,7 +25,7 @@ def draw_images(base, text_encoder, unet, compute, prompt, count, seed, **option
         PIL images.
     """
     pipeline = StableDiffusionPipeline(
-        vae=load_vae(base.source, compute.dtype).to(compute.device),
+        vae=load_vae(base, compute.dtype).to(compute.device),
         text_encoder=text_encoder,
         tokenizer=base.tokenizer,
         unet=unet,

@@ -105,6 +105,8 @@ def test_multi_vector_names_must_be_free_too(fault, demo_base, tmp_path):
     tokenizer = CLIPTokenizer.from_pretrained(tmp_path / "base" / "tokenizer")
     tokenizer.add_tokens(["<my-toy>_1"])
     tokenizer.save_pretrained(tmp_path / "base" / "tokenizer")
+    config = tmp_path / "base" / "text_encoder" / "config.json"  # with a row for it
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"vocab_size": len(tokenizer)}))
     message = fault(pretrained_model_name_or_path=str(tmp_path / "base"), num_vectors=2)
     assert "'<my-toy>_1' is already in the vocabulary" in message
 
