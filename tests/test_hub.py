@@ -22,6 +22,7 @@ from personalization.base_model import ModelSource
 from personalization.embeddings import save_full_pipeline
 from personalization.errors import InputError, PushError
 from personalization.hub import Publication, write_model_card
+from personalization.run_folder import ResultFolder
 from personalization.runs import write_json
 
 
@@ -333,13 +334,16 @@ def test_reference_images_are_published_only_on_request(here, run):
 def test_private_repository_and_full_pipeline(here, run, demo_base):
     config = json.loads((run / "zoodip_config.json").read_text())
     config["settings"]["save_as_full_pipeline"] = True
+    results = ResultFolder(run)
+    save_full_pipeline(results, "learned_embeds.safetensors", ModelSource(demo_base), torch.float32)
+    config["files"] |= results.hashes()
     write_json(run / "zoodip_config.json", config)
-    embeds = run / "learned_embeds.safetensors"
-    save_full_pipeline(run / "pipeline", embeds, ModelSource(demo_base), torch.float32)
+    (run / "pipeline" / "private.txt").write_text("not of the run")
     push_only(run, "--hub_private_repo")
     repo = here.repos[f"alice/{run.name}"]
     assert repo.private and json.loads(repo.files["model_index.json"])["_class_name"] == "StableDiffusionPipeline"
     assert {"unet/diffusion_pytorch_model.safetensors", "pipeline.py", "learned_embeds.safetensors"} <= set(repo.files)
+    assert "private.txt" not in repo.files
 
 
 def test_card_of_a_local_base(finished):
