@@ -78,7 +78,7 @@ def run_script(main, script):
     try:
         main()
     except (InputError, RunError) as error:
-        _say(script, error, error.exit_code)
+        _say(script, error, error.exit_code, shared=isinstance(error, (InputError, DivergedError)))
     except KeyboardInterrupt:
         print("Stopped; --resume_from_checkpoint latest goes on from the last checkpoint.", file=sys.stderr)
         sys.exit(130)
@@ -88,9 +88,9 @@ def run_script(main, script):
         _say(script, f"{reason(error)} ({type(error).__name__}).", RunError.exit_code)
 
 
-def _say(script, sentence, exit_code):
+def _say(script, sentence, exit_code, shared=False):
     rank = os.environ.get("RANK", "0")
-    if rank == "0" or exit_code == RunError.exit_code:  # bad input is the same in all processes: one of them says it
+    if rank == "0" or not shared:  # what all processes of a launch meet alike, the first one says
         process = "" if rank == "0" else f" (process {rank})"
         print(f"{Path(script).name}: error{process}: {sentence}", file=sys.stderr)
     sys.exit(exit_code)

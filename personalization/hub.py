@@ -190,7 +190,8 @@ def write_config(results, config, publication, repo_id=None):
         config: its content; "files" is filled in.
         publication, repo_id: as for `write_model_card`.
     """
-    config["files"] = results.hashes()
+    what_may_travel = [publication.result_name, *publication.files, REFERENCE_IMAGES, f"{run_folder.PIPELINE}/**/*"]
+    config["files"] = results.hashes(what_may_travel)
     write_json(results.folder / publication.config_name, config)
     write_model_card(results.folder, config, publication, repo_id)
 

@@ -148,9 +148,10 @@ class ResultFolder:
         for name in sorted(self.foreign):
             self._move(name)
 
-    def hashes(self):
-        """Name -> SHA-256 of the files that this run wrote and that are still there."""
-        return {name: sha256(self.folder / name) for name in sorted(self.files) if (self.folder / name).is_file()}
+    def hashes(self, patterns):
+        """Name -> SHA-256 of the files that this run wrote, that match and that are still there."""
+        names = sorted(self.files.intersection(regular_files(self.folder, patterns)))
+        return {name: sha256(self.folder / name) for name in names}
 
     def _keep(self, name):
         """Before a file is overwritten: another run's stays as a second name in `earlier-N`."""
