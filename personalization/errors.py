@@ -45,9 +45,11 @@ class DivergedError(RunError):
 
 
 HTTP_ERRORS = tuple(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")  # of the Hub's client
-OUTSIDE_ERRORS = (OSError, MemoryError, torch.OutOfMemoryError, SafetensorError, DatasetsError, *HTTP_ERRORS)
+DISTRIBUTED_ERRORS = (torch.distributed.DistError,) if torch.distributed.is_available() else ()
+OUTSIDE_ERRORS = (OSError, MemoryError, torch.OutOfMemoryError, SafetensorError, DatasetsError)
+OUTSIDE_ERRORS += HTTP_ERRORS + DISTRIBUTED_ERRORS
 # What PyTorch reports as a plain RuntimeError although it is the machine's.
-OUTSIDE_MESSAGES = ("can't allocate memory", "out of memory", "PytorchStreamWriter", "inline_container")
+OUTSIDE_MESSAGES = ("can't allocate memory", "out of memory", "PytorchStreamWriter", "inline_container", "by peer")
 
 
 def is_outside(error):

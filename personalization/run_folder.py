@@ -17,6 +17,7 @@ from pathlib import Path
 
 import filelock
 from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list
 
 from .checkpoints import list_checkpoints, read_json
 from .errors import InputError, RunError, is_outside, reason
@@ -41,33 +42,36 @@ def occupied(output_dir, accelerator=None):
 
     Args:
         output_dir: the folder.
-        accelerator: of this process: the first of a launch takes the lock for all, which wait for it; None is alone.
+        accelerator: of this process: the first of a launch takes the lock for all; None is alone.
 
     Raises:
-        InputError: another run is in it.
+        InputError: another run is in it; all processes of the launch raise it.
     """
-    if accelerator is not None and not accelerator.is_main_process:
-        accelerator.wait_for_everyone()
-        yield
-        return
     lock = filelock.FileLock(Path(output_dir) / ".lock", timeout=0)
+    first = accelerator is None or accelerator.is_main_process
+    refusal = take_lock(lock, output_dir) if first else None
+    if accelerator is not None:
+        refusal = broadcast_object_list([refusal])[0]
+    if refusal is not None:
+        raise InputError(refusal)
     try:
-        lock.acquire()
-    except filelock.Timeout:
-        raise InputError(
-            f"--output_dir {str(output_dir)!r} is in use by another run: wait until it ends or choose another."
-        ) from None
-    except (NotImplementedError, OSError) as error:
-        if not isinstance(error, NotImplementedError) and error.errno not in NO_LOCKS_HERE:
-            raise InputError(f"--output_dir {str(output_dir)!r} cannot be written ({reason(error)}).") from None
-        logger.warning(f"{output_dir} is on a file system without locks: let only one run write there at a time.")
-    try:
-        remove_leftovers(output_dir)
-        if accelerator is not None:
-            accelerator.wait_for_everyone()
         yield
     finally:
         lock.release()
+
+
+def take_lock(lock, output_dir):
+    """Locks a folder and removes leftovers in it; returns why it cannot, None when all is well."""
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        return f"--output_dir {str(output_dir)!r} is in use by another run: wait until it ends or choose another."
+    except (NotImplementedError, OSError) as error:
+        if not isinstance(error, NotImplementedError) and error.errno not in NO_LOCKS_HERE:
+            return f"--output_dir {str(output_dir)!r} cannot be written ({reason(error)}): choose another."
+        logger.warning(f"{output_dir} is on a file system without locks: let only one run write there at a time.")
+    remove_leftovers(output_dir)
+    return None
 
 
 def remove_leftovers(output_dir):
