@@ -296,6 +296,9 @@ def _names_to_push(output_dir, config, publication):
     patterns = [publication.result_name, *publication.files]
     patterns += [REFERENCE_IMAGES] * config["settings"]["push_reference_images"]
     names = run_folder.own_files(output_dir, patterns, config.get("files"))
+    for name in sorted(set(config.get("files", ())) - set(names)):
+        if not name.startswith(("reference_images/", f"{run_folder.PIPELINE}/")):
+            logging.warning(f"{output_dir / name} is not what the run wrote there: it is not pushed.")
     renewed = [publication.config_name]
     if publication.card_template.is_file():
         renewed.append("README.md")
