@@ -481,7 +481,7 @@ def main(args):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     encoders = Encoders(args.clip_model, args.dino_model, args.trust_remote_code, device, args.batch_size)
     drawing = Drawing(
-        weight_cache.source_key(base_model.find_weight_files(base.source, "unet")),
+        weight_cache.source_key(base_model.find_weight_files(base, "unet")),
         prompts,
         args.num_images_per_prompt,
         args.seed,

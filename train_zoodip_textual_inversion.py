@@ -45,25 +45,27 @@ from diffusers import DDPMScheduler
 from diffusers.hooks import apply_group_offloading
 from diffusers.optimization import get_scheduler
 from diffusers.utils import make_image_grid
-from PIL import Image
 from tqdm.auto import tqdm
 
 from personalization import (
     arguments,
     base_model,
+    checkpoints,
     embeddings,
     hub,
     images,
     memory,
     openvino_unet,
+    run_folder,
     runs,
     validation,
     weight_cache,
 )
 from personalization.base_model import Base
 from personalization.compute import Compute, choose_compute
-from personalization.errors import InputError, run_script
+from personalization.errors import DivergedError, InputError, run_script
 from personalization.images import Batch, Concept, Placeholder
+from personalization.results import Result, write_result
 
 
 logger = get_logger(__name__)
@@ -988,12 +990,22 @@ class Run:
     sampling: Sampling
     held_out: list  # (`Batch` on the host, how many of its examples count)
     settings: dict  # what a checkpoint compares
+    id: str = field(default_factory=checkpoints.new_run_id)  # kept over resumes
+    results: run_folder.ResultFolder | None = None  # what it writes for others to read
+    best: torch.Tensor | None = None  # θ with the least held-out loss
     progress: runs.Progress = field(default_factory=runs.Progress)
     history: runs.History = field(default_factory=runs.History)
 
     @property
     def output_dir(self):
         return Path(self.args.output_dir)
+
+    def state(self):
+        """The `CheckpointState`."""
+        shared = {"progress": asdict(self.progress), "history": asdict(self.history), "best": self.best}
+        shared |= self.learner.state_dict()
+        generators, step = self.learner.generators(), self.progress.step
+        return checkpoints.CheckpointState(step, shared, generators, self.settings, self.id)
 
 
 def read_pictures(args):
@@ -1003,14 +1015,6 @@ def read_pictures(args):
         return images.read_folder(args.train_data_dir, args.resolution, args.center_crop)
     names = args.dataset_name, args.dataset_config_name, args.image_column, args.caption_column
     return images.read_dataset(*names, args.resolution, args.center_crop)
-
-
-def training_length(args, num_pictures, num_processes):
-    """Updates in all, from `--num_train_epochs` where it is given."""
-    if args.num_train_epochs is None:
-        return 30_000  # as in the paper
-    per_update = args.train_batch_size * args.gradient_accumulation_steps * num_processes
-    return args.num_train_epochs * math.ceil(num_pictures * args.repeats / per_update)
 
 
 def load_networks(args, base, compute, layers_dir=None):
@@ -1145,55 +1149,61 @@ def held_out_loss(model, theta, batches):
 
 
 def train(run):
-    """The training loop: forward passes only. Returns the last validation images, None without a prompt.
+    """The training loop: forward passes only.
 
     Raises:
-        InputError: the loss is no longer finite.
+        DivergedError: the loss is no longer finite.
     """
     args, accelerator, learner, progress = run.args, run.accelerator, run.learner, run.progress
     memory.keep_freed_blocks(1 if args.low_vram else 32)  # 32: the most that glibc allows, and what it comes to
     average = functools.partial(accelerator.reduce, reduction="mean")
-    samples, last_good = None, learner.theta.clone()
+    last_good = learner.theta.clone()
     resumed_at, started, seconds_before = progress.step, time.perf_counter(), progress.seconds
-    hidden = not accelerator.is_local_main_process
-    bar = tqdm(total=args.max_train_steps, initial=progress.step, desc="Steps", disable=hidden)
     interval_loss, interval = torch.zeros((), device=learner.theta.device), 0
     if progress.step == 0:
-        samples = validate(run)
-    while progress.step < args.max_train_steps and not patience_is_over(args, progress):
-        interval_loss += train_step(learner, run.model, run.concept, run.sampling, average)
-        progress.step = step = progress.step + 1
-        interval += 1
-        bar.update()
-        last = step == args.max_train_steps
+        validate(run)
+        draw_validation_images(run)
+    hidden = not accelerator.is_local_main_process
+    with tqdm(total=args.max_train_steps, initial=progress.step, desc="Steps", disable=hidden) as bar:
+        while not is_over(run):
+            interval_loss += train_step(learner, run.model, run.concept, run.sampling, average)
+            progress.step = step = progress.step + 1
+            interval += 1
+            bar.update()
+            last = step == args.max_train_steps
 
-        # The one read-out of the device: everything above runs without waiting for it. It also comes before
-        # anything is judged or saved, so that no NaN ever replaces a good checkpoint or ends in the result.
-        due = (args.logging_steps, args.validation_steps, args.save_steps, args.checkpointing_steps)
-        if last or any(step % every == 0 for every in due):
-            mean_loss = average(interval_loss / interval).item()
-            check_finite(run, mean_loss, last_good)
-            last_good.copy_(learner.theta)
-            run.history.loss.append((step, mean_loss))
-            rate = learner.lr_scheduler.get_last_lr()[0]
-            speed = (step - resumed_at) / (time.perf_counter() - started)
-            bar.set_postfix(loss=f"{mean_loss:.4f}", lr=f"{rate:.1e}")
-            accelerator.log({"loss": mean_loss, "lr": rate, "steps_per_second": speed}, step=step)
-            interval_loss.zero_()
-            interval = 0
-        if step % args.validation_steps == 0 or last:
-            samples = validate(run)
-        if step % args.save_steps == 0 and accelerator.is_main_process:
-            path = run.output_dir / f"learned_embeds-steps-{step}.safetensors"
-            embeddings.save_embeds(path, args.placeholder_token, learner.theta)
-        if step % args.checkpointing_steps == 0:
+            # The one read-out of the device: everything above runs without waiting for it. It also comes before
+            # anything is judged or saved, so that no NaN ever replaces a good checkpoint or ends in the result.
+            due = (args.logging_steps, args.validation_steps, args.save_steps, args.checkpointing_steps)
+            if last or any(step % every == 0 for every in due):
+                mean_loss = average(interval_loss / interval).item()
+                check_finite(run, mean_loss, last_good)
+                last_good.copy_(learner.theta)
+                run.history.loss.append((step, mean_loss))
+                rate = learner.lr_scheduler.get_last_lr()[0]
+                speed = (step - resumed_at) / (time.perf_counter() - started)
+                bar.set_postfix(loss=f"{mean_loss:.4f}", lr=f"{rate:.1e}")
+                runs.log(accelerator, {"loss": mean_loss, "lr": rate, "steps_per_second": speed}, step)
+                interval_loss.zero_()
+                interval = 0
+            if step % args.validation_steps == 0 or last:
+                validate(run)
+            if step % args.save_steps == 0 and accelerator.is_main_process:
+                name = f"learned_embeds-steps-{step}.safetensors"
+                embeddings.try_to_save_embeds(run.results, name, args.placeholder_token, learner.theta)
             progress.seconds = seconds_before + time.perf_counter() - started
-            shared = {**learner.state_dict(), "progress": asdict(progress), "history": asdict(run.history)}
-            state = runs.CheckpointState(step, shared, learner.generators(), run.settings)
-            runs.save_checkpoint(accelerator, run.output_dir, state, args.checkpoints_total_limit)
-    bar.close()
+            if step % args.checkpointing_steps == 0:
+                checkpoints.save_checkpoint(accelerator, run.output_dir, run.state(), args.checkpoints_total_limit)
+            if step % args.validation_steps == 0 and not is_over(run):  # the last ones follow the embedding
+                draw_validation_images(run)
     progress.seconds = seconds_before + time.perf_counter() - started
-    return samples
+
+
+def is_over(run):
+    """Whether the last step is done or patience at an end."""
+    args, progress = run.args, run.progress
+    out_of_patience = 0 < args.early_stopping_patience <= progress.validations_without_gain
+    return progress.step >= args.max_train_steps or out_of_patience
 
 
 def check_finite(run, loss, last_good):
@@ -1201,41 +1211,43 @@ def check_finite(run, loss, last_good):
     if math.isfinite(loss) and bool(run.learner.theta.isfinite().all()):
         return
     if run.accelerator.is_main_process:
-        embeddings.save_embeds(run.output_dir / "learned_embeds.safetensors", run.args.placeholder_token, last_good)
-    raise InputError(
+        embeddings.save_result(run.results, PUBLICATION.result_name, run.args.placeholder_token, last_good)
+    raise DivergedError(
         f"the loss became {loss} at step {run.progress.step}: training stopped and the last good embedding is in"
         f" {run.args.output_dir}/learned_embeds.safetensors; try a smaller --learning_rate than"
         f" {run.args.learning_rate}, or --mixed_precision no."
     )
 
 
-def patience_is_over(args, progress):
-    return 0 < args.early_stopping_patience <= progress.validations_without_gain
+@torch.inference_mode()
+def validate(run):
+    """Held-out loss by the first process, whose verdict all others follow; saves the embedding that has the least."""
+    progress, step, theta = run.progress, run.progress.step, run.learner.theta
+    if not run.held_out:
+        return
+    loss = held_out_loss(run.model, theta, run.held_out) if run.accelerator.is_main_process else None
+    loss = broadcast_object_list([loss])[0]  # processes that differ in the last bit must stop at the same step
+    run.history.validation_loss.append((step, loss))
+    runs.log(run.accelerator, {"validation_loss": loss}, step)
+    progress.validations_without_gain += 1
+    if loss < progress.best_loss:
+        progress.best_loss, progress.best_step, progress.validations_without_gain = loss, step, 0
+        run.best = theta.clone()
+        if run.accelerator.is_main_process:
+            embeddings.try_to_save_embeds(run.results, PUBLICATION.best_name, run.args.placeholder_token, theta)
 
 
 @torch.inference_mode()
-def validate(run):
-    """Held-out loss, and images, which are returned; both by the first process, whose verdict all others follow."""
-    args, progress, step, theta = run.args, run.progress, run.progress.step, run.learner.theta
-    main_process = run.accelerator.is_main_process
-    if run.held_out:
-        loss = held_out_loss(run.model, theta, run.held_out) if main_process else None
-        loss = broadcast_object_list([loss])[0]  # processes that differ in the last bit must stop at the same step
-        run.history.validation_loss.append((step, loss))
-        run.accelerator.log({"validation_loss": loss}, step=step)
-        progress.validations_without_gain += 1
-        if loss < progress.best_loss:
-            progress.best_loss, progress.best_step, progress.validations_without_gain = loss, step, 0
-            if main_process:
-                embeddings.save_embeds(
-                    run.output_dir / "learned_embeds-best.safetensors", args.placeholder_token, theta
-                )
-    if not (args.validation_prompt and main_process):
-        return None
-    samples = draw_samples(run)
-    with runs.atomic_path(run.output_dir / "validation" / f"step-{step:06d}.png") as temporary:
-        make_image_grid(samples, 1, len(samples)).save(temporary)
-    validation.log_images(run.accelerator.trackers, samples, step)
+def draw_validation_images(run):
+    """Draws `--validation_prompt`, saves and logs it, by the first process; returns the images, or None."""
+    step, samples = run.progress.step, None
+    if run.args.validation_prompt and run.accelerator.is_main_process:
+        with runs.tolerated("Drawing the validation images"):
+            samples = draw_samples(run)
+            with run.results.file(f"validation/step-{step:06d}.png") as path, runs.atomic_path(path) as temporary:
+                make_image_grid(samples, 1, len(samples)).save(temporary)
+        with runs.tracking(run.accelerator):
+            validation.log_images(run.accelerator.trackers, samples or [], step)
     return samples
 
 
@@ -1256,59 +1268,30 @@ def draw_samples(run):
     return samples
 
 
-def finish(run, pictures, components, samples, repo_id):
-    """Writes the results and, where asked for, the full pipeline; returns `zoodip_config.json`'s content.
+def finish(run, pictures, components, repo_id):
+    """Writes the results, the embedding before all else; returns `zoodip_config.json`'s content.
 
     Args:
         run: the trained `Run`.
         pictures: `Picture`s it learned from.
         components: name -> `StoredModel`.
-        samples: the last validation images, or None.
         repo_id: where it will be pushed, or None.
+
+    Raises:
+        RunError: something could not be written; what could is there.
     """
-    args, output_dir, theta = run.args, run.output_dir, run.learner.theta
-    config = describe_run(run, components)
-    embeds = output_dir / PUBLICATION.result_name
-    embeddings.save_embeds(embeds, args.placeholder_token, theta)
-    if args.save_a1111:
-        embeddings.save_a1111(output_dir / "learned_embeds.pt", args.placeholder_token, theta, run.progress.step)
-    runs.save_loss_curve(output_dir / "loss_curve.png", run.history)
-    if samples:
-        validation.save_images(output_dir / "samples", samples)
-    runs.write_json(output_dir / PUBLICATION.config_name, config)
-    if args.push_reference_images:
-        arrays = [picture.pixels.permute(1, 2, 0).numpy() for picture in pictures]
-        validation.save_images(output_dir / "reference_images", map(Image.fromarray, arrays))
-    hub.write_model_card(output_dir, config, PUBLICATION, repo_id)
-    if args.save_as_full_pipeline:
-        dtype, run.model = run.model.compute.dtype, None
-        embeddings.save_full_pipeline(output_dir / "pipeline", embeds, run.base.source, dtype)
-    figures = config["figures"]
-    logger.info(
-        f"Done: {figures['steps']} steps, {figures['forward_passes']} forward passes of one candidate,"
-        f" {figures['seconds']} s ({figures['steps_per_second']} it/s), peak memory {figures['peak_memory']}; results"
-        f" in {args.output_dir}"
-    )
-    return config
-
-
-def describe_run(run, components):
-    """The content of `zoodip_config.json`."""
-    args, progress, history, compute = run.args, run.progress, run.history, run.model.compute
+    args, theta, compute = run.args, run.learner.theta, run.model.compute
+    embeddings.save_result(run.results, PUBLICATION.result_name, args.placeholder_token, theta)
+    samples = draw_validation_images(run) or []
     losses_per_step = candidates_per_step(args) * args.gradient_accumulation_steps * run.accelerator.num_processes
-    figures = {
-        "steps": progress.step,
-        "forward_passes": progress.step * losses_per_step,
-        "seconds": round(progress.seconds, 1),
-        "steps_per_second": round(progress.step / max(progress.seconds, 1e-9), 3),
-        "best_validation_loss": progress.best_loss if run.held_out else None,
-        "best_step": progress.best_step,
-        "validation_losses": history.validation_loss,
-        "final_loss": history.loss[-1][1] if history.loss else None,
-        "peak_memory": memory.peak_memory(compute.device),
-    }
+    figures = runs.describe_figures(run.progress, run.history, losses_per_step, compute.device)
     base_license = hub.base_license(args.pretrained_model_name_or_path)
-    return runs.describe_result(args, "ZOODiP (arXiv 2503.14868)", base_license, compute, components, figures)
+    config = runs.describe_result(args, "ZOODiP (arXiv 2503.14868)", base_license, compute, components, figures)
+    config["run"], run.model = run.id, None  # the full pipeline takes its place in memory
+    result = Result(args.placeholder_token, theta, run.best, run.history, samples, pictures, config)
+    full_pipeline = (run.base.source, compute.dtype) if args.save_as_full_pipeline else None
+    write_result(result, run.results, PUBLICATION, repo_id, args.save_a1111, full_pipeline)
+    return config
 
 
 # =====================================================================================================
@@ -1321,29 +1304,34 @@ def main(args):
         if os.environ.get("RANK", "0") == "0":
             print(f"Pushed to {hub.push_only(args, PUBLICATION)}")
         return
-
-    # 1. Everything that can be wrong is checked before anything slow starts.
     memory.keep_freed_blocks(1)
-    runs.check_writable("--output_dir", args.output_dir)
-    if args.quantized_cache_dir != "none":
-        options = args.quantized_cache_dir, arguments.DEFAULT_CACHE, args.output_dir
-        args.quantized_cache_dir = weight_cache.open_cache(*options)
     accelerator = runs.start(args.output_dir, args.logging_dir, args.report_to, args.allow_tf32)
     base, placeholder, compute = resolve_settings(args, accelerator.device)
     if args.estimate_memory:
         if accelerator.is_main_process:
-            size = f"{args.resolution} px, {candidates_per_pass(args)} candidates a pass"
-            print(f"Predicted peak on {compute.device.type}, {size}:\n{estimate_memory(args, base, compute).table()}")
+            size = f"{compute.device.type}, {args.resolution} px, {candidates_per_pass(args)} candidates a pass"
+            print(f"Predicted peak on {size}:\n{estimate_memory(args, base, compute).table()}")
         return
+    runs.check_folders(args.output_dir, args.logging_dir)
+    if args.quantized_cache_dir != "none":
+        options = args.quantized_cache_dir, arguments.DEFAULT_CACHE, args.output_dir
+        args.quantized_cache_dir = weight_cache.open_cache(*options)
+    with run_folder.occupied(args.output_dir, accelerator), run_folder.saying_what_is_safe(args.output_dir):
+        learn_concept(args, accelerator, base, placeholder, compute)
+
+
+def learn_concept(args, accelerator, base, placeholder, compute):
+    """A run in `--output_dir`, which is its own, from the pictures to the push."""
+    # 1. Everything that can be wrong is checked before anything slow starts.
     memory.warn_if_too_large(args, SMALLER, lambda settings: estimate_memory(settings, base, compute), compute.device)
     if args.validation_prompt and placeholder.token not in placeholder.fill(args.validation_prompt):
         logger.warning(f"--validation_prompt {args.validation_prompt!r} does not contain {placeholder.token}.")
     pictures = read_pictures(args)
     prompts = images.build_prompts(pictures, placeholder, base.tokenizer, args.learnable_property)
     if args.max_train_steps is None:  # the last of the defaults, known once the pictures are
-        args.max_train_steps = training_length(args, len(pictures), accelerator.num_processes)
-    settings = runs.trajectory_settings(args, TRAJECTORY_SETTINGS, accelerator.num_processes, pictures)
-    checkpoint = runs.find_checkpoint(args.resume_from_checkpoint, args.output_dir, settings)
+        args.max_train_steps = runs.training_length(args, len(pictures) * args.repeats, accelerator.num_processes)
+    settings = checkpoints.trajectory_settings(args, TRAJECTORY_SETTINGS, accelerator.num_processes, pictures)
+    checkpoint = checkpoints.find_checkpoint(args.resume_from_checkpoint, args.output_dir, settings)
     base_model.check_weights(base)  # last of the checks: of a model on the Hub it downloads the weights
     repo_id = None
     if args.push_to_hub and accelerator.is_main_process:
@@ -1359,9 +1347,7 @@ def main(args):
     del text_encoder, unet
     memory.release_freed_memory()
     components = {"vae": stored_vae, **dict(zip(("text_encoder", "unet"), stored))}
-    for name, facts in components.items():
-        stays = "leaves after encoding" if name == "vae" else f"{facts.quantized_share:.1%} of parameters quantized"
-        logger.info(f"{name}: {facts.bytes / 1e6:.1f} MB, {stays}")
+    runs.log_components(components)
 
     # 3. What is learned: θ, from its start or from a checkpoint.
     learner = start_learner(args, initial, accelerator.num_processes, accelerator.process_index)
@@ -1369,10 +1355,8 @@ def main(args):
     held_out = draw_held_out(args, concept, sampling, base.scheduler)
     run = Run(args, accelerator, base, placeholder, concept, model, learner, sampling, held_out, settings)
     if checkpoint is not None:
-        state = runs.load_checkpoint(checkpoint, learner.generators(), accelerator.process_index)
-        learner.load_state_dict(state)
-        run.progress, run.history = runs.Progress(**state["progress"]), runs.History(**state["history"])
-        logger.info(f"Resumed from {checkpoint} at step {run.progress.step}")
+        resume(run, checkpoint)
+    run.results = run_folder.open_results(run.output_dir, PUBLICATION, run.id, checkpoint is not None)
     if args.report_to != "none":
         runs.start_trackers(accelerator, "zoodip", args)
     counts = f"{len(pictures)} images, {len(concept.prompt_ids)} prompts"
@@ -1380,12 +1364,26 @@ def main(args):
 
     # 4. The loop, and its results.
     del model  # the run's is the only one, so that it can leave
-    samples = train(run)
+    train(run)
     if accelerator.is_main_process:
-        config = finish(run, pictures, components, samples, repo_id)
-    accelerator.end_training()
+        config = finish(run, pictures, components, repo_id)
+    runs.end(accelerator)
     if repo_id is not None:
         logger.info(f"Pushed to {hub.push_to_hub(args.output_dir, config, PUBLICATION, repo_id, args.hub_token)}")
+
+
+def resume(run, checkpoint):
+    """Takes up a run where a `Checkpoint` has it."""
+    state = checkpoints.load_checkpoint(checkpoint, run.learner.generators(), run.accelerator.process_index)
+    run.learner.load_state_dict(state)
+    run.progress, run.history = runs.Progress(**state["progress"]), runs.History(**state["history"])
+    run.best, run.id = state.get("best"), checkpoint.run or run.id
+    logger.info(f"Resumed from {checkpoint.path} at step {run.progress.step}")
+    if is_over(run):
+        logger.warning(
+            f"{checkpoint.path} is at step {run.progress.step} of --max_train_steps {run.args.max_train_steps}:"
+            " nothing is left to train; its results are written again. Give more steps to go on."
+        )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,25 @@
-"""The errors that end a script with one sentence and an exit code of their own."""
+"""The errors that end a script with one sentence and an exit code of their own, and what counts as one.
+
+| exit code | when |
+|---|---|
+| 0 | all that was asked for is done |
+| 1 | a run broke off or a result could not be written, for a reason outside the program (`RunError`) |
+| 2 | the input cannot work (`InputError`); nothing was trained |
+| 3 | the run is finished and safe, but not on the Hub (`PushError`) |
+| 130 | Ctrl+C |
+
+Anything else is a fault of the program, and shows its traceback.
+"""
 
 import os
 import sys
+import threading
 from pathlib import Path
+
+import torch
+from datasets.exceptions import DatasetsError
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError
 
 
 class InputError(ValueError):
@@ -37,19 +54,71 @@ class PushError(InputError):
     exit_code = 3
 
 
+class RunError(RuntimeError):
+    """A run broke off, or part of its result could not be written; the message says what is safe, and where."""
+
+    exit_code = 1
+
+
+class DivergedError(RunError):
+    """The loss is no longer finite; the last good embedding is saved."""
+
+
+HTTP_ERRORS = tuple(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")  # of the Hub's client
+DISTRIBUTED_ERRORS = (torch.distributed.DistError,) if torch.distributed.is_available() else ()
+OUTSIDE_ERRORS = (OSError, MemoryError, torch.OutOfMemoryError, SafetensorError, DatasetsError)
+OUTSIDE_ERRORS += HTTP_ERRORS + DISTRIBUTED_ERRORS
+# What PyTorch reports as a plain RuntimeError although it is the machine's.
+OUTSIDE_MESSAGES = ("can't allocate memory", "out of memory", "PytorchStreamWriter", "inline_container", "by peer")
+
+
+def is_outside(error):
+    """Whether an exception is a failure of disk, memory, network or files, and not of the program."""
+    if isinstance(error, OUTSIDE_ERRORS):
+        return True
+    return isinstance(error, RuntimeError) and any(part in str(error) for part in OUTSIDE_MESSAGES)
+
+
+def reason(error, limit=300):
+    """What an exception says, on one line."""
+    if isinstance(error, OSError) and error.strerror:
+        text = error.strerror + (f": {error.filename}" if error.filename else "")
+    else:
+        text = str(error)
+    text = " ".join(text.split()) or type(error).__name__
+    return text if len(text) <= limit else text[:limit] + " ..."
+
+
 def run_script(main, script):
-    """Runs `main()` as a process: an `InputError` becomes one sentence and its exit code, Ctrl+C becomes 130.
+    """Runs `main()` as a process: what is expected to go wrong becomes one sentence and its exit code.
 
     Args:
         main: called without arguments.
         script: path of the script, whose name stands before the sentence.
     """
+    threading.excepthook = _quiet_thread
     try:
         main()
-    except InputError as error:
-        if os.environ.get("RANK", "0") == "0":  # one process of a launch says it
-            print(f"{Path(script).name}: error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    except (InputError, RunError) as error:
+        _say(script, error, error.exit_code, shared=isinstance(error, (InputError, DivergedError)))
     except KeyboardInterrupt:
         print("Stopped; --resume_from_checkpoint latest goes on from the last checkpoint.", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        if not is_outside(error):
+            raise
+        _say(script, f"{reason(error)} ({type(error).__name__}).", RunError.exit_code)
+
+
+def _say(script, sentence, exit_code, shared=False):
+    rank = os.environ.get("RANK", "0")
+    if rank == "0" or not shared:  # what all processes of a launch meet alike, the first one says
+        process = "" if rank == "0" else f" (process {rank})"
+        print(f"{Path(script).name}: error{process}: {sentence}", file=sys.stderr)
+    sys.exit(exit_code)
+
+
+def _quiet_thread(failure):
+    """A library's own thread that fails (TensorBoard's writer on a full disk) tells whoever uses it next."""
+    if failure.exc_type is not None and not is_outside(failure.exc_value):
+        threading.__excepthook__(failure)

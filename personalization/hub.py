@@ -1,23 +1,44 @@
 """Publishing a finished run: checks before training, the model card, the upload."""
 
 import contextlib
+import glob
 import json
 import logging
 import os
 import shlex
 import shutil
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
-from huggingface_hub import ModelCard, ModelCardData, auth_check, create_repo, get_token, upload_folder
+from huggingface_hub import (
+    ModelCard,
+    ModelCardData,
+    auth_check,
+    create_repo,
+    get_token,
+    set_client_factory,
+    upload_folder,
+)
 from huggingface_hub.utils import HfHubHTTPError, HFValidationError, validate_repo_id
+from huggingface_hub.utils._http import default_client_factory
+from safetensors import safe_open
 
-from .errors import InputError, PushError
-from .runs import atomic_path
+from . import run_folder
+from .checkpoints import read_json
+from .errors import InputError, PushError, reason
+from .runs import atomic_path, check_writable, sha256, write_json
 
 
 REFERENCE_IMAGES = "reference_images/*.png"  # published on request only
+
+# Seconds: what a request waits for the next bytes, what all checks before training may take, and what an upload may
+# take, to which its size adds at the slowest line that is worth waiting for.
+REQUEST_SECONDS = float(os.environ.get("ZOODIP_HUB_TIMEOUT", 30))
+CHECK_SECONDS = REQUEST_SECONDS
+UPLOAD_SECONDS = 20 * REQUEST_SECONDS
+SLOWEST_BYTES_PER_SECOND = 50_000
 
 
 @dataclass(frozen=True)
@@ -31,6 +52,8 @@ class Publication:
         files: patterns of what else a user of the result needs; never checkpoints, logs or the base model.
         pipeline_name: of what travels to the Hub as `pipeline.py`.
         tags: of the card.
+        best_name: the file with the lowest held-out loss, one of `files`.
+        reference_images: pattern of the training images, which are published on request only.
     """
 
     script: Path
@@ -39,6 +62,8 @@ class Publication:
     files: tuple
     pipeline_name: str
     tags: tuple
+    best_name: str = "learned_embeds-best.safetensors"
+    reference_images: str = REFERENCE_IMAGES
 
     @property
     def card_template(self):
@@ -52,6 +77,40 @@ class Publication:
 # =====================================================================================================
 # Before training
 # =====================================================================================================
+
+
+def within(seconds, function, *args, **options):
+    """Calls a function that talks to the Hub, and waits no longer than this for its result.
+
+    Its requests give up by themselves where the Hub falls silent; one that trickles is left behind in its thread.
+
+    Raises:
+        TimeoutError: there is no result in time.
+    """
+    set_client_factory(_impatient_client)
+    outcome = {}
+
+    def call():
+        try:
+            outcome["result"] = function(*args, **options)
+        except BaseException as error:
+            outcome["error"] = error
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if "error" in outcome:
+        raise outcome["error"]
+    if "result" not in outcome:
+        raise TimeoutError(f"the Hub gave no answer within {seconds:.0f} s")
+    return outcome["result"]
+
+
+def _impatient_client():
+    """The Hub's HTTP client, which by itself would wait for ever."""
+    client = default_client_factory()
+    client.timeout = REQUEST_SECONDS
+    return client
 
 
 def hub_reason(error, token):
@@ -84,12 +143,7 @@ def prepare_hub(wanted, private, token):
     if not token:
         raise InputError("--push_to_hub needs a token with the right to write: run hf auth login or set HF_TOKEN.")
     try:
-        repo_id = create_repo(wanted, token=token, private=private or None, exist_ok=True).repo_id
-        try:  # a repository of someone else "exists" too
-            auth_check(repo_id, token=token, write=True)
-        except HfHubHTTPError as error:
-            if error.response.status_code in (401, 403):  # others: a Hub that does not know this question
-                raise
+        repo_id = within(CHECK_SECONDS, _make_repository, wanted, private, token)
     except Exception as error:  # HTTP, connection and offline errors alike
         status = getattr(getattr(error, "response", None), "status_code", None)
         fixes = {
@@ -98,6 +152,17 @@ def prepare_hub(wanted, private, token):
         }
         fix = fixes.get(status, "try again later, or train without --push_to_hub and push with --push_only")
         raise InputError(f"the Hub refused {wanted!r} ({hub_reason(error, token)}): {fix}.") from None
+    return repo_id
+
+
+def _make_repository(wanted, private, token):
+    """Makes the repository where there is none, and asks for the right to write there; returns its id."""
+    repo_id = create_repo(wanted, token=token, private=private or None, exist_ok=True).repo_id
+    try:  # a repository of someone else "exists" too
+        auth_check(repo_id, token=token, write=True)
+    except HfHubHTTPError as error:
+        if error.response.status_code in (401, 403):  # others: a Hub that does not know this question
+            raise
     return repo_id
 
 
@@ -112,13 +177,27 @@ def base_license(base):
     if isinstance(card, Path) and not card.is_file():
         return {}
     with contextlib.suppress(Exception):  # no card, no network, no licence: then the card says nothing of it
-        data = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
+        data = within(CHECK_SECONDS, ModelCard.load, card, ignore_metadata_errors=True).data.to_dict()
         return {name: data[name] for name in ("license", "license_name", "license_link") if name in data}
     return {}
 
 
+def write_config(results, config, publication, repo_id=None):
+    """Writes a run's config and model card, from what it has recorded as its own.
+
+    Args:
+        results: `run_folder.ResultFolder`.
+        config: its content; "files" is filled in.
+        publication, repo_id: as for `write_model_card`.
+    """
+    what_may_travel = [publication.result_name, *publication.files, REFERENCE_IMAGES, f"{run_folder.PIPELINE}/**/*"]
+    config["files"] = results.hashes(what_may_travel)
+    write_json(results.folder / publication.config_name, config)
+    write_model_card(results.folder, config, publication, repo_id)
+
+
 def write_model_card(output_dir, config, publication, repo_id=None):
-    """Fills the template into `README.md`, from the config and the files of a finished run.
+    """Fills the template into `README.md`, from the config and the files that the run recorded there as its own.
 
     Args:
         output_dir: folder of the run.
@@ -133,11 +212,12 @@ def write_model_card(output_dir, config, publication, repo_id=None):
     if not template.is_file():
         logging.warning(f"{template.name} is not beside the script: no model card was written.")
         return
-    output_dir, settings = Path(output_dir), config["settings"]
+    output_dir, settings, recorded = Path(output_dir), config["settings"], config.get("files")
     local, base, token = config["base_model_is_local"], config["base_model"], config["placeholder_token"]
     prompt = (settings["validation_prompt"] or "a photo of {}").replace("{}", token)
-    samples = [f"samples/{path.name}" for path in sorted((output_dir / "samples").glob("*.png"))]
-    references = sorted(output_dir.glob(REFERENCE_IMAGES)) if settings["push_reference_images"] else []
+    own = run_folder.own_files(output_dir, publication.files, recorded)
+    samples = [name for name in own if name.startswith("samples/")]
+    references = run_folder.own_files(output_dir, [REFERENCE_IMAGES] * settings["push_reference_images"], recorded)
     data = ModelCardData(
         base_model=None if local else base,
         library_name="diffusers",
@@ -159,9 +239,9 @@ def write_model_card(output_dir, config, publication, repo_id=None):
         "base_is_local": local,
         "prompt": json.dumps(prompt, ensure_ascii=False),
         "samples": samples,
-        "reference_images": [f"reference_images/{path.name}" for path in references],
-        "has_best": (output_dir / "learned_embeds-best.safetensors").is_file(),
-        "has_loss_curve": (output_dir / "loss_curve.png").is_file(),
+        "reference_images": references,
+        "has_best": publication.best_name in own,
+        "has_loss_curve": "loss_curve.png" in own,
         "scores": config.get("scores", {}),
         "license": config["base_license"].get("license_name") or config["base_license"].get("license"),
     }
@@ -194,16 +274,14 @@ def push_to_hub(output_dir, config, publication, repo_id, token):
         PushError: the upload failed; the results stay in `output_dir`.
     """
     output_dir, settings = Path(output_dir), config["settings"]
-    pipeline_file = publication.script.with_name(publication.pipeline_name)
-    if pipeline_file.is_file():  # on the Hub, diffusers looks for custom code under this name only
-        shutil.copyfile(pipeline_file, output_dir / "pipeline.py")
-    allowed = publication.all_files + [REFERENCE_IMAGES] * settings["push_reference_images"]
     stale = publication.all_files + [REFERENCE_IMAGES]  # what an earlier push left there and this one does not renew
     to = {"repo_id": repo_id, "token": token, "commit_message": f"Learn {config['placeholder_token']}"}
     try:
-        commit = upload_folder(folder_path=output_dir, allow_patterns=allowed, delete_patterns=stale, **to)
-        if settings["save_as_full_pipeline"]:
-            commit = upload_folder(folder_path=output_dir / "pipeline", **to)
+        commit = _upload(output_dir, _names_to_push(output_dir, config, publication), delete_patterns=stale, **to)
+        names = run_folder.own_files(output_dir, [f"{run_folder.PIPELINE}/**/*"], config.get("files"))
+        if settings["save_as_full_pipeline"] and names:
+            names = [name.removeprefix(f"{run_folder.PIPELINE}/") for name in names]
+            commit = _upload(output_dir / run_folder.PIPELINE, names, **to)
     except Exception as error:  # huggingface_hub, httpx and OS errors alike: nothing is lost, and the user is told how
         raise PushError(
             f"the run in {output_dir} is finished and safe, but not on the Hub"
@@ -211,6 +289,102 @@ def push_to_hub(output_dir, config, publication, repo_id, token):
             f" --push_only --output_dir {shlex.quote(str(output_dir))} --hub_model_id {repo_id}"
         ) from None
     return commit.commit_url
+
+
+def _names_to_push(output_dir, config, publication):
+    """Relative names of what belongs to a run and may be published; `pipeline.py` is put among them."""
+    patterns = [publication.result_name, *publication.files]
+    patterns += [REFERENCE_IMAGES] * config["settings"]["push_reference_images"]
+    names = run_folder.own_files(output_dir, patterns, config.get("files"))
+    for name in sorted(set(config.get("files", ())) - set(names)):
+        if not name.startswith(("reference_images/", f"{run_folder.PIPELINE}/")):
+            logging.warning(f"{output_dir / name} is not what the run wrote there: it is not pushed.")
+    renewed = [publication.config_name]
+    if publication.card_template.is_file():
+        renewed.append("README.md")
+    pipeline_file = publication.script.with_name(publication.pipeline_name)
+    if pipeline_file.is_file():  # on the Hub, diffusers looks for custom code under this name only
+        with atomic_path(output_dir / "pipeline.py") as temporary:
+            shutil.copyfile(pipeline_file, temporary)
+        renewed.append("pipeline.py")
+    return names + run_folder.own_files(output_dir, renewed, None)
+
+
+def _upload(folder, names, **options):
+    """One commit of exactly these files."""
+    patience = UPLOAD_SECONDS + sum((folder / name).stat().st_size for name in names) / SLOWEST_BYTES_PER_SECOND
+    exact = [glob.escape(name) for name in names]
+    return within(patience, upload_folder, folder_path=folder, allow_patterns=exact, **options)
+
+
+# =====================================================================================================
+# A push without training
+# =====================================================================================================
+
+# What the model card and the upload read of a run's config, and of what type it is.
+CONFIG_TYPES = {
+    "placeholder_token": str,
+    "base_model": str,
+    "base_model_is_local": bool,
+    "base_license": dict,
+    "settings": {
+        "push_reference_images": bool,
+        "save_as_full_pipeline": bool,
+        "hub_private_repo": bool,
+        "hub_model_id": (str, type(None)),
+        "validation_prompt": (str, type(None)),
+    },
+    "hardware": {"device": str, "name": str},
+    "components": dict,
+    "figures": {"steps": int, "seconds": (int, float)},
+}
+
+
+def check_types(content, types, name):
+    """Raises a `ValueError`, half a sentence, unless a dict has the keys of `types` with values of these types."""
+    if not isinstance(content, dict):
+        raise ValueError(f"{name} is no object")
+    for key, wanted in types.items():
+        if key not in content:
+            raise ValueError(f"{name} has no {key!r}")
+        if isinstance(wanted, dict):
+            check_types(content[key], wanted, key)
+        elif not isinstance(content[key], wanted):
+            raise ValueError(f"{key!r} is {str(content[key])[:50]!r}")
+
+
+def read_finished_run(output_dir, publication):
+    """The config of a finished run, checked, like the embedding beside it.
+
+    Raises:
+        InputError: there is no finished run, or a file of it is damaged.
+    """
+    for name in (publication.config_name, publication.result_name):
+        if not (output_dir / name).is_file():
+            raise InputError(f"--push_only finds no {name} in {str(output_dir)!r}: give the folder of a finished run.")
+    try:
+        config = read_json(output_dir / publication.config_name)
+        check_types(config, CONFIG_TYPES, "the file")
+        if not isinstance(config.get("files", {}), dict):
+            raise ValueError("'files' is no object")
+    except (OSError, ValueError) as error:
+        raise damaged_run(output_dir / publication.config_name, reason(error)) from None
+    result = output_dir / publication.result_name
+    if not run_folder.own_files(output_dir, [publication.result_name], config.get("files")):
+        raise damaged_run(result, f"it is not the one that {publication.config_name} describes")
+    try:
+        with safe_open(result, framework="pt") as file:
+            file.keys()
+    except Exception as error:
+        raise damaged_run(result, reason(error)) from None
+    return config
+
+
+def damaged_run(path, why):
+    return InputError(
+        f"--push_only cannot push {str(path)!r} ({why}): bring back the file that the run wrote, or repeat the run's"
+        " command with --resume_from_checkpoint latest, which writes its results again."
+    )
 
 
 def push_only(args, publication):
@@ -224,22 +398,31 @@ def push_only(args, publication):
         The commit's URL.
 
     Raises:
-        InputError: there is no finished run.
+        InputError: there is no finished run, or another run is writing there.
         PushError: the Hub refused it or the upload failed.
     """
     output_dir = Path(args.output_dir)
-    for name in (publication.config_name, publication.result_name):
-        if not (output_dir / name).is_file():
-            raise InputError(f"--push_only finds no {name} in {args.output_dir!r}: give the folder of a finished run.")
-    config = json.loads((output_dir / publication.config_name).read_text(encoding="utf-8"))
-    settings = config["settings"]
-    settings["push_reference_images"] |= args.push_reference_images
-    if settings["push_reference_images"] and not any(output_dir.glob(REFERENCE_IMAGES)):
-        raise InputError(f"--push_reference_images: put the pictures as PNG into {output_dir / 'reference_images'}.")
-    wanted = args.hub_model_id or settings["hub_model_id"] or output_dir.resolve().name
-    try:
-        repo_id = prepare_hub(wanted, args.hub_private_repo or settings["hub_private_repo"], args.hub_token)
-    except InputError as error:
-        raise PushError(error) from None
-    write_model_card(output_dir, config, publication, repo_id)
-    return push_to_hub(output_dir, config, publication, repo_id, args.hub_token)
+    config = read_finished_run(output_dir, publication)
+    check_writable("--output_dir", args.output_dir)
+    with run_folder.occupied(output_dir):
+        settings = config["settings"]
+        if args.push_reference_images:  # those that lie there, whoever put them there: that is what is asked for
+            pictures = run_folder.regular_files(output_dir, [REFERENCE_IMAGES])
+            if not pictures:
+                raise InputError(
+                    f"--push_reference_images: put the pictures as PNG into {output_dir / 'reference_images'}."
+                )
+            settings["push_reference_images"] = True
+            if "files" in config:
+                config["files"] |= {name: sha256(output_dir / name) for name in pictures}
+        wanted = args.hub_model_id or settings["hub_model_id"] or output_dir.resolve().name
+        try:
+            repo_id = prepare_hub(wanted, args.hub_private_repo or settings["hub_private_repo"], args.hub_token)
+        except InputError as error:
+            raise PushError(error) from None
+        try:
+            write_model_card(output_dir, config, publication, repo_id)
+        except (KeyError, TypeError, ValueError, AttributeError, jinja2.TemplateError) as error:
+            why = f"{type(error).__name__}: {reason(error)}"
+            raise damaged_run(output_dir / publication.config_name, why) from None
+        return push_to_hub(output_dir, config, publication, repo_id, args.hub_token)

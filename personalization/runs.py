@@ -1,18 +1,19 @@
-"""The files of a run: written whole or not at all, checkpoints, the history of losses, and what made the result."""
+"""What every run needs: files written whole or not at all, its start, the history of losses, what made the result."""
 
 import contextlib
 import hashlib
+import io
 import json
 import logging
+import math
 import os
 import platform
-import re
 import shutil
+import stat
 import tempfile
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +21,8 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import ProjectConfiguration
 
-from .errors import InputError
+from .errors import InputError, is_outside, reason
+from .memory import peak_memory
 
 
 logger = get_logger(__name__)
@@ -33,12 +35,19 @@ logger = get_logger(__name__)
 
 @contextlib.contextmanager
 def atomic_path(path):
-    """Yields a temporary path beside `path` (same suffix) and renames it into place when the block succeeds."""
+    """Yields a temporary path beside `path` (same suffix) and renames it into place when the block succeeds.
+
+    Whoever writes it, the file gets the mode that the umask gives to new files (safetensors would keep it private).
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")  # two runs may fill the same cache
     try:
+        temporary.unlink(missing_ok=True)  # of a process with this id that was killed
+        temporary.touch()
+        mode = stat.S_IMODE(temporary.stat().st_mode)
         yield temporary
+        temporary.chmod(mode)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -76,12 +85,53 @@ def check_writable(flag, folder):
     Raises:
         InputError: it cannot; the message names the flag.
     """
+    if not str(folder).strip():
+        raise InputError(f"{flag} {folder!r} names no folder: give one.")
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):  # a name of its own: all processes of a launch pass here at once
             pass
     except OSError as error:
         raise InputError(f"{flag} {folder!r} cannot be written ({error.strerror}): choose another.") from None
+
+
+def check_folders(output_dir, logging_dir):
+    """Makes sure that a run can write to its folder, and that its logs are to go there too.
+
+    Raises:
+        InputError: one of them cannot be; the message names the flag.
+    """
+    check_writable("--output_dir", output_dir)
+    if not (Path(output_dir) / logging_dir).resolve().is_relative_to(Path(output_dir).resolve()):
+        raise InputError(f"--logging_dir {logging_dir!r} is outside --output_dir: give the name of a folder in it.")
+
+
+def save_tensors(path, content):
+    """`torch.save`, written whole or not at all; a full disk is an `OSError`, as it is for any other file."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
+
+
+def sha256(path):
+    """Hash of a file's content, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def tolerated(what):
+    """For what a run can do without: if the disk, say, fails it, a warning says so and the run goes on."""
+    try:
+        yield
+    except Exception as error:
+        if not is_outside(error):
+            raise
+        logger.warning(f"{what} failed ({reason(error)}); training goes on without.")
 
 
 def write_json(path, content):
@@ -115,10 +165,59 @@ def start(output_dir, logging_dir, report_to, allow_tf32):
 
 
 def start_trackers(accelerator, name, args):
-    """Starts the trackers and tells them the settings, lists as text: TensorBoard cannot take others."""
+    """Starts the trackers and tells them the settings, lists as text: TensorBoard cannot take others.
+
+    Raises:
+        InputError: a tracker does not start.
+    """
     public = public_settings(args).items()
     plain = {key: value if isinstance(value, (int, float, str, bool)) else str(value) for key, value in public}
-    accelerator.init_trackers(name, config=plain)
+    try:
+        accelerator.init_trackers(name, config=plain)
+    except Exception as error:  # whatever a tracker's library raises
+        raise InputError(
+            f"--report_to {args.report_to} does not start ({reason(error)}): set it up or give --report_to none."
+        ) from error
+
+
+@contextlib.contextmanager
+def tracking(accelerator):
+    """For what goes to trackers: one that fails, in whatever way, is left out from then on, with one warning."""
+    try:
+        yield
+    except Exception as error:
+        logger.warning(f"The tracker failed ({reason(error)}); training goes on without it.")
+        accelerator.trackers.clear()
+
+
+def log(accelerator, values, step):
+    """Gives numbers by name to the trackers."""
+    with tracking(accelerator):
+        accelerator.log(values, step=step)
+
+
+def end(accelerator):
+    """Ends the trackers and the group of processes."""
+    with tracking(accelerator):
+        for tracker in accelerator.trackers:
+            tracker.finish()
+    accelerator.trackers.clear()
+    accelerator.end_training()
+
+
+def training_length(args, num_examples, num_processes):
+    """Updates in all, from `--num_train_epochs` (of so many examples each) where it is given."""
+    if args.num_train_epochs is None:
+        return 30_000  # as in the ZOODiP paper
+    per_update = args.train_batch_size * args.gradient_accumulation_steps * num_processes
+    return args.num_train_epochs * math.ceil(num_examples / per_update)
+
+
+def log_components(components):
+    """Says how large the parts of the model (name -> `StoredModel`) are."""
+    for name, facts in components.items():
+        stays = "leaves after encoding" if name == "vae" else f"{facts.quantized_share:.1%} of parameters quantized"
+        logger.info(f"{name}: {facts.bytes / 1e6:.1f} MB, {stays}")
 
 
 # =====================================================================================================
@@ -169,124 +268,6 @@ def save_loss_curve(path, history):
 
 
 # =====================================================================================================
-# Checkpoints
-# =====================================================================================================
-
-
-def trajectory_settings(args, names, num_processes, pictures):
-    """What decides a run's trajectory: a checkpoint only resumes under the same.
-
-    Args:
-        args: resolved settings.
-        names: which of them count.
-        num_processes: processes of the launch.
-        pictures: `images.Picture`s, which are told apart by pixels and caption.
-
-    Returns:
-        dict, JSON-ready.
-    """
-    digest = hashlib.sha256()
-    for picture in pictures:
-        digest.update(picture.pixels.numpy().tobytes() + repr(picture.caption).encode())
-    settings = {name: getattr(args, name) for name in names}
-    return {**settings, "number of processes": num_processes, "training data": digest.hexdigest()[:16]}
-
-
-def list_checkpoints(output_dir):
-    """Complete checkpoints, oldest first (one being written has another name)."""
-    found = [p for p in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
-
-
-def find_checkpoint(resume_from, output_dir, settings):
-    """The checkpoint that `--resume_from_checkpoint` asks for, or None for a fresh start.
-
-    Args:
-        resume_from: the flag: None, "latest" or a folder.
-        output_dir: of this run.
-        settings: `trajectory_settings` of this run.
-
-    Raises:
-        InputError: it does not exist, or it was written under other settings.
-    """
-    if resume_from is None:
-        return None
-    if resume_from == "latest":
-        checkpoints = list_checkpoints(output_dir)
-        if not checkpoints:
-            logger.warning(f"No checkpoint in {output_dir} yet: starting from step 0.")
-            return None
-        checkpoint = checkpoints[-1]
-    else:
-        checkpoint = Path(resume_from)
-        if not checkpoint.exists() and (Path(output_dir) / checkpoint.name).exists():
-            checkpoint = Path(output_dir) / checkpoint.name
-    if not (checkpoint / "settings.json").is_file():
-        raise InputError(
-            f'--resume_from_checkpoint {resume_from!r} is not a checkpoint: give "latest" or a checkpoint-N folder.'
-        )
-    before = json.loads((checkpoint / "settings.json").read_text(encoding="utf-8"))
-    now = json.loads(json.dumps(settings))
-    # Checkpoints of earlier versions know fewer settings.
-    changed = [
-        f"{name} ({before[name]!r}, now {value!r})"
-        for name, value in now.items()
-        if name in before and before[name] != value
-    ]
-    if changed:
-        raise InputError(
-            f"--resume_from_checkpoint {str(checkpoint)!r} belongs to other settings: {', '.join(changed)}; repeat"
-            " them as they were or start in another --output_dir."
-        )
-    return checkpoint
-
-
-class CheckpointState(NamedTuple):
-    """What a checkpoint holds."""
-
-    step: int  # updates done
-    shared: dict  # what all processes have in common, tensors and plain values
-    generators: dict  # name -> `torch.Generator` of this process
-    settings: dict  # `trajectory_settings`
-
-
-def save_checkpoint(accelerator, output_dir, state, total_limit=None):
-    """Writes `checkpoint-{step}` under a temporary name and renames it once every process has written its part.
-
-    Args:
-        accelerator: every process of the launch calls this.
-        output_dir: of the run.
-        state: `CheckpointState`; the first process writes what is shared.
-        total_limit: how many checkpoints stay; None keeps all.
-    """
-    name = f"checkpoint-{state.step}"
-    final, temporary = Path(output_dir) / name, Path(output_dir) / f".tmp-{name}"
-    if accelerator.is_main_process:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        torch.save(state.shared, temporary / "state.pt")
-        write_json(temporary / "settings.json", state.settings)
-    accelerator.wait_for_everyone()
-    states = {name: generator.get_state() for name, generator in state.generators.items()}
-    torch.save(states, temporary / f"generators_{accelerator.process_index}.pt")
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        replace_folder(temporary, final)
-        if total_limit is not None:
-            for old in list_checkpoints(output_dir)[:-total_limit]:
-                shutil.rmtree(old)
-    accelerator.wait_for_everyone()
-
-
-def load_checkpoint(checkpoint, generators, process_index):
-    """The shared state of a checkpoint, on the CPU; `generators` take up where those of this process stopped."""
-    states = torch.load(checkpoint / f"generators_{process_index}.pt", weights_only=True)
-    for name, generator in generators.items():
-        generator.set_state(states[name])
-    return torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
-
-
-# =====================================================================================================
 # What made a result
 # =====================================================================================================
 
@@ -322,6 +303,27 @@ def describe_hardware(device, dtype):
     host = f"{os.cpu_count()} cores, {platform.machine()}"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else host
     return {"device": device.type, "name": name, "activations": str(dtype).removeprefix("torch.")}
+
+
+def describe_figures(progress, history, losses_per_step, device):
+    """What was measured, JSON-ready.
+
+    Args:
+        progress, history: of the run.
+        losses_per_step: forward passes of one example and candidate that an update takes, over all processes.
+        device: whose memory counts.
+    """
+    return {
+        "steps": progress.step,
+        "forward_passes": progress.step * losses_per_step,
+        "seconds": round(progress.seconds, 1),
+        "steps_per_second": round(progress.step / max(progress.seconds, 1e-9), 3),
+        "best_validation_loss": progress.best_loss if history.validation_loss else None,
+        "best_step": progress.best_step,
+        "validation_losses": history.validation_loss,
+        "final_loss": history.loss[-1][1] if history.loss else None,
+        "peak_memory": peak_memory(device),
+    }
 
 
 def describe_result(args, method, base_license, compute, components, figures):

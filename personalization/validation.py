@@ -1,8 +1,5 @@
 """Pictures that show what a run has learned: drawn with fixed seeds, saved, and given to trackers."""
 
-import shutil
-from pathlib import Path
-
 import numpy as np
 import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
@@ -49,9 +46,8 @@ def log_images(trackers, images, step):
             tracker.log_images({"validation": images}, step=step)
 
 
-def save_images(folder, images):
-    """Images as `image_0.png`, ... in a folder that then holds these only: an earlier run may have made more."""
-    shutil.rmtree(folder, ignore_errors=True)
+def save_images(results, folder, images):
+    """Images as `image_0.png`, ... in a folder of a run's `ResultFolder`."""
     for i, image in enumerate(images):
-        with atomic_path(Path(folder) / f"image_{i}.png") as temporary:
+        with results.file(f"{folder}/image_{i}.png") as path, atomic_path(path) as temporary:
             image.save(temporary)

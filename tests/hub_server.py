@@ -5,7 +5,8 @@
         hub.repos["alice/my-toy"].files["README.md"]
 
 What can go wrong is set on the server. `hub.fail("/commit/", 500)` makes it answer so from then on ("cut" for the
-number: no answer at all), `hub.dies_after_lfs = True` makes it fall silent once a large file has arrived, and
+number: the connection ends without an answer; "silent": it stays open and no answer ever comes; "trickle": an answer
+that never ends), `hub.dies_after_lfs = True` makes it fall silent once a large file has arrived, and
 `hub.heal()` ends all of it.
 """
 
@@ -41,7 +42,9 @@ class HubServer:
         self.failures.append((path_part, how))
 
     def heal(self):
-        self.failures, self.dies_after_lfs, self.dead = [], False, False
+        if hasattr(self, "healed"):
+            self.healed.set()
+        self.failures, self.dies_after_lfs, self.dead, self.healed = [], False, False, threading.Event()
 
     def environment(self, home, token=TOKEN):
         """Environment variables that point a fresh process at this server and at nothing else."""
@@ -70,6 +73,11 @@ class _Handler(BaseHTTPRequestHandler):
         failures = [how for part, how in self.hub.failures if part in path]
         if self.hub.dead or "cut" in failures:
             self.close_connection = True  # and no answer
+        elif "silent" in failures:
+            self.hub.healed.wait(120)
+            self.close_connection = True
+        elif "trickle" in failures:
+            self._trickle(self.hub.healed)
         elif failures:
             self._send(failures[0], {"error": f"injected failure {failures[0]}"})
         else:
@@ -95,6 +103,17 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(data)
+
+    def _trickle(self, healed):
+        self.close_connection = True
+        self.send_response(200)
+        self.send_header("Content-Length", "1000000")
+        self.end_headers()
+        while not healed.wait(0.1):
+            try:
+                self.wfile.write(b" ")
+            except OSError:  # the client has gone
+                return
 
     def _route(self, path, body):
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")

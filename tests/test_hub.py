@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -17,11 +18,13 @@ from hub_server import READ_TOKEN, TOKEN, HubServer, Repo
 from PIL import Image
 
 import train_zoodip_textual_inversion as zoodip
+from personalization import hub as hub_module
 from personalization import images
 from personalization.base_model import ModelSource
 from personalization.embeddings import save_full_pipeline
 from personalization.errors import InputError, PushError
 from personalization.hub import Publication, write_model_card
+from personalization.run_folder import ResultFolder
 from personalization.runs import write_json
 
 
@@ -286,6 +289,163 @@ def test_training_ends_before_a_failing_push(here, basics, tmp_path):
     assert {"learned_embeds.safetensors", "zoodip_config.json", "README.md", "loss_curve.png"} <= written
 
 
+@pytest.fixture
+def impatient(monkeypatch):
+    """A Hub has a second to answer."""
+    for name, seconds in {"REQUEST_SECONDS": 0.3, "CHECK_SECONDS": 1, "UPLOAD_SECONDS": 4}.items():
+        monkeypatch.setattr(hub_module, name, seconds)
+
+
+@pytest.mark.parametrize("how", ["silent", "trickle"])
+@pytest.mark.parametrize("path", ["/api/repos/create", "/auth-check/"])
+def test_a_hub_that_never_answers_is_given_up_before_training(here, impatient, basics, monkeypatch, path, how):
+    monkeypatch.setattr(images, "load_vae", lambda *_: pytest.fail("training began"))
+    here.fail(path, how)
+    started = time.monotonic()
+    with pytest.raises(InputError, match="refused .*(timed out|no answer within).*later") as caught:
+        zoodip.main(zoodip.parse_args(as_arguments({**basics, "--push_to_hub": True})))
+    assert caught.value.exit_code == 2 and time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize("how", ["silent", "trickle"])
+@pytest.mark.parametrize("path", ["/preupload/", "/lfs/", "/commit/"])
+def test_a_hub_that_falls_silent_at_the_upload_is_given_up(here, impatient, run, path, how):
+    here.lfs.clear()
+    here.fail(path, how)
+    with pytest.raises(PushError, match="(timed out|no answer within).*--push_only --output_dir") as caught:
+        push_only(run)
+    assert caught.value.exit_code == 3
+    here.heal()
+    push_only(run)
+    assert "learned_embeds.safetensors" in here.repos[f"alice/{run.name}"].files
+
+
+def test_a_process_ends_when_the_hub_is_silent(here, run, run_script, tmp_path):
+    here.lfs.clear()
+    here.fail("/lfs/", "silent")
+    environment = here.environment(tmp_path / "home") | {"ZOODIP_HUB_TIMEOUT": "0.2"}
+    done = run_script("--push_only", "--output_dir", run, expect=3, env=environment, timeout=100)
+    assert "Traceback" not in done.stderr and "--push_only" in done.stderr
+
+
+@pytest.mark.parametrize("length", range(1, len(TOKEN), 4))
+def test_no_part_of_a_token_is_printed(length):
+    """The reason is cut to 500 characters after the token is masked, not before."""
+    said = hub_module.hub_reason(OSError("x" * (500 - length) + TOKEN), TOKEN)
+    assert len(said) <= 500 and TOKEN[:length] not in said
+
+
+def write_png(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8)).save(path)
+
+
+def test_what_the_run_did_not_write_is_not_published(here, run, tmp_path):
+    """Files that match the names of a result, nested, linked or changed: neither shown in the card nor pushed."""
+    outside = tmp_path / "outside"
+    for path in (run / "samples" / "mine.png", run / "samples" / "deep" / "image_0.png", outside / "private.png"):
+        write_png(path)
+    (run / "learned_embeds.pt").write_bytes(b"of another run")
+    (run / "samples" / "link.png").symlink_to(outside / "private.png")
+    (run / "loss_curve.png").unlink()
+    (run / "loss_curve.png").symlink_to(outside / "private.png")
+    (run / "learned_embeds-best.safetensors").write_bytes((run / "learned_embeds.safetensors").read_bytes())
+    push_only(run)
+    files = here.repos[f"alice/{run.name}"].files
+    assert set(files) == {
+        ".gitattributes",
+        "README.md",
+        "learned_embeds.safetensors",
+        "pipeline.py",
+        "zoodip_config.json",
+    }
+    card = files["README.md"].decode()
+    assert "Gallery" not in card and "-best" not in card and "loss_curve" not in card
+
+
+def test_an_older_run_without_a_list_is_pushed_by_names_but_never_through_links(here, run, tmp_path):
+    config = json.loads((run / "zoodip_config.json").read_text())
+    del config["files"], config["run"]
+    write_json(run / "zoodip_config.json", config)
+    write_png(run / "samples" / "image_0.png")
+    write_png(tmp_path / "outside" / "private.png")
+    (run / "samples" / "image_1.png").symlink_to(tmp_path / "outside" / "private.png")
+    push_only(run)
+    files = here.repos[f"alice/{run.name}"].files
+    assert {"samples/image_0.png", "loss_curve.png"} <= set(files) and "samples/image_1.png" not in files
+    shutil.rmtree(run / "samples")
+    (run / "samples").symlink_to(tmp_path / "outside")
+    push_only(run)
+    assert not any("samples" in name for name in files)
+
+
+def test_a_list_cannot_name_what_is_never_published(here, run):
+    (run / "checkpoint-1").mkdir()
+    (run / "checkpoint-1" / "state.pt").write_bytes(b"private")
+    config = json.loads((run / "zoodip_config.json").read_text())
+    config["files"]["checkpoint-1/state.pt"] = hashlib.sha256(b"private").hexdigest()
+    config["files"]["../finished"] = config["files"]["*"] = "x"
+    write_json(run / "zoodip_config.json", config)
+    push_only(run)
+    assert not any("state.pt" in name for name in here.repos[f"alice/{run.name}"].files)
+
+
+def damage_config(**changes):
+    def damage(content):
+        return json.dumps(json.loads(content) | changes)
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[: len(content) // 2],
+        lambda content: "",
+        lambda content: "[1, 2]",
+        lambda content: "null",
+        lambda content: "[" * 100_000,
+        lambda content: "\x00" * len(content),
+        lambda content: json.dumps({k: v for k, v in json.loads(content).items() if k != "settings"}),
+        lambda content: json.dumps({k: v for k, v in json.loads(content).items() if k != "figures"}),
+        damage_config(settings=[]),
+        damage_config(settings={}),
+        damage_config(figures={}),
+        damage_config(figures={"steps": "many", "seconds": 1}),
+        damage_config(components={}),
+        damage_config(components={"unet": 3}),
+        damage_config(base_license="mit"),
+        damage_config(hardware=None),
+        damage_config(placeholder_token=7),
+        damage_config(files=["learned_embeds.safetensors"]),
+        damage_config(files=7),
+        damage_config(scores=5),
+    ],
+)
+def test_push_only_with_a_damaged_config_is_one_sentence(here, run, damage):
+    config = run / "zoodip_config.json"
+    config.write_text(damage(config.read_text()))
+    with pytest.raises(InputError, match="zoodip_config.json") as caught:
+        push_only(run)
+    assert caught.value.exit_code == 2 and "\n" not in str(caught.value)
+    assert not any(method == "POST" and "/commit/" in path and run.name in path for method, path, _ in here.requests)
+
+
+@pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b[:20], lambda b: b[:-1] + bytes([b[-1] ^ 1])])
+@pytest.mark.parametrize("listed", [True, False])
+def test_push_only_with_a_damaged_embedding_is_one_sentence(here, run, damage, listed):
+    config = json.loads((run / "zoodip_config.json").read_text())
+    path = run / "learned_embeds.safetensors"
+    changed = damage(path.read_bytes())
+    if not listed:
+        del config["files"]
+        write_json(run / "zoodip_config.json", config)
+        changed = changed[:-1]  # without hashes a flipped bit cannot be seen
+    path.write_bytes(changed)
+    with pytest.raises(InputError, match="learned_embeds.safetensors' .*bring back"):
+        push_only(run)
+
+
 def test_only_the_main_process_talks_to_the_hub(here, basics, monkeypatch):
     monkeypatch.setattr(zoodip.Accelerator, "is_main_process", property(lambda self: False))
     before = len(here.requests)
@@ -333,13 +493,16 @@ def test_reference_images_are_published_only_on_request(here, run):
 def test_private_repository_and_full_pipeline(here, run, demo_base):
     config = json.loads((run / "zoodip_config.json").read_text())
     config["settings"]["save_as_full_pipeline"] = True
+    results = ResultFolder(run)
+    save_full_pipeline(results, "learned_embeds.safetensors", ModelSource(demo_base), torch.float32)
+    config["files"] |= results.hashes(["pipeline/**/*"])
     write_json(run / "zoodip_config.json", config)
-    embeds = run / "learned_embeds.safetensors"
-    save_full_pipeline(run / "pipeline", embeds, ModelSource(demo_base), torch.float32)
+    (run / "pipeline" / "private.txt").write_text("not of the run")
     push_only(run, "--hub_private_repo")
     repo = here.repos[f"alice/{run.name}"]
     assert repo.private and json.loads(repo.files["model_index.json"])["_class_name"] == "StableDiffusionPipeline"
     assert {"unet/diffusion_pytorch_model.safetensors", "pipeline.py", "learned_embeds.safetensors"} <= set(repo.files)
+    assert "private.txt" not in repo.files
 
 
 def test_card_of_a_local_base(finished):

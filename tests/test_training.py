@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 import train_zoodip_textual_inversion as zoodip
-from personalization import images, runs
-from personalization.errors import InputError
+from personalization import checkpoints, images
+from personalization.errors import DivergedError, InputError
 
 
 def embeds(folder, name="learned_embeds.safetensors"):
@@ -40,8 +40,9 @@ def test_launch_writes_everything_and_diffusers_reads_it(launch, basics, demo_ba
     output = launch(*as_arguments(basics)).stderr
     out = Path(basics["--output_dir"])
     written = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file() and "logs" not in p.parts}
-    parts = {"state.pt", "settings.json", "generators_0.pt"}
+    parts = {"state.pt", "settings.json", "generators_0.pt", "manifest.json"}
     assert written == {
+        ".lock",
         "learned_embeds.safetensors",
         "learned_embeds-best.safetensors",
         "learned_embeds-steps-2.safetensors",
@@ -215,17 +216,17 @@ def test_killed_run_resumes_bit_identical(run_script, basics, tmp_path):
 RANK_DUMP = """
 import sys, torch
 import train_zoodip_textual_inversion as zoodip
-from personalization import runs
-original = runs.save_checkpoint
+from personalization import checkpoints
+original = checkpoints.save_checkpoint
 def dump(accelerator, output_dir, state, *rest):
     torch.save({"theta": state.shared["theta"], "processes": accelerator.num_processes},
                f"{output_dir}/rank-{accelerator.process_index}-step-{state.step}.pt")
     original(accelerator, output_dir, state, *rest)
-runs.save_checkpoint = dump
+checkpoints.save_checkpoint = dump
 validations = []
 def rising(*_):
     # a held-out loss that only the first process computes, and that only ever rises
-    assert runs.os.environ["RANK"] == "0"
+    assert zoodip.os.environ["RANK"] == "0"
     validations.append(1)
     return float(len(validations))
 zoodip.held_out_loss = rising
@@ -292,7 +293,7 @@ def test_early_stopping_and_the_best_embedding(train, monkeypatch):
 
 
 def test_nan_stops_and_keeps_the_last_good_embedding(train, tmp_path):
-    with pytest.raises(InputError, match=r"the loss became .* at step \d+: .*learning_rate"):
+    with pytest.raises(DivergedError, match=r"the loss became .* at step \d+: .*learning_rate"):
         train(learning_rate=1e30, max_train_steps=40, logging_steps=1, num_validation_samples=0)
     assert embeds(tmp_path / "out").isfinite().all()
 
@@ -300,11 +301,11 @@ def test_nan_stops_and_keeps_the_last_good_embedding(train, tmp_path):
 def test_a_nan_is_never_saved_or_taken_for_the_result(train, tmp_path):
     """Between two read-outs of the loss the token may break: no checkpoint and no early stop may pass it on."""
     flags = {"learning_rate": 1e30, "logging_steps": 100, "max_train_steps": 40, "num_validation_samples": 2}
-    with pytest.raises(InputError, match="the loss became"):
+    with pytest.raises(DivergedError, match="the loss became"):
         train(**flags, validation_steps=3, early_stopping_patience=1, checkpointing_steps=3, save_steps=3)
     out = tmp_path / "out"
     assert embeds(out).isfinite().all() and embeds(out, "learned_embeds-best.safetensors").isfinite().all()
-    for checkpoint in runs.list_checkpoints(out):
+    for checkpoint in checkpoints.list_checkpoints(out):
         assert torch.load(checkpoint / "state.pt", weights_only=True)["theta"].isfinite().all()
 
 
@@ -319,7 +320,7 @@ def test_resume_under_other_settings_is_refused(train, tmp_path):
 
 def test_checkpoints_are_rotated(train):
     out = train(max_train_steps=5, checkpointing_steps=1, checkpoints_total_limit=2)
-    assert [p.name for p in runs.list_checkpoints(out)] == ["checkpoint-4", "checkpoint-5"]
+    assert [p.name for p in checkpoints.list_checkpoints(out)] == ["checkpoint-4", "checkpoint-5"]
 
 
 def test_full_pipeline_knows_the_word(train):
@@ -348,9 +349,9 @@ def test_epochs_count_repeats_and_accumulation(train, subject):
 
 
 def test_every_flag_is_read(repo):
-    """Each destination of the parser is used as `args.name` in script or Hub code, outside parser and checks."""
+    """Each destination of the parser is used as `args.name` in script or package, outside parser and checks."""
     read = set()
-    for path in (SCRIPT, repo / "personalization" / "hub.py"):
+    for path in (SCRIPT, *(p for p in (repo / "personalization").glob("*.py") if p.stem != "arguments")):
         body = ast.parse(path.read_text(encoding="utf-8")).body
         readers = [n for n in body if getattr(n, "name", "") not in ("parse_args", "check_arguments")]
         read |= {
