@@ -1011,7 +1011,6 @@ class Run:
 def read_pictures(args):
     """The `Picture`s to learn from."""
     if args.train_data_dir is not None:
-        images.check_apart(args.train_data_dir, args.output_dir)
         return images.read_folder(args.train_data_dir, args.resolution, args.center_crop)
     names = args.dataset_name, args.dataset_config_name, args.image_column, args.caption_column
     return images.read_dataset(*names, args.resolution, args.center_crop)
@@ -1312,6 +1311,8 @@ def main(args):
             size = f"{compute.device.type}, {args.resolution} px, {candidates_per_pass(args)} candidates a pass"
             print(f"Predicted peak on {size}:\n{estimate_memory(args, base, compute).table()}")
         return
+    if args.train_data_dir is not None:
+        images.check_apart(args.train_data_dir, args.output_dir)
     runs.check_folders(args.output_dir, args.logging_dir)
     if args.quantized_cache_dir != "none":
         options = args.quantized_cache_dir, arguments.DEFAULT_CACHE, args.output_dir
