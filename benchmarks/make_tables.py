@@ -89,7 +89,7 @@ def real_photos(result):
 
 
 def signal(result):
-    """benchmarks/results/signal.json, as `benchmarks/bench_signal.py` writes it."""
+    """benchmarks/results/signal*.json, as `benchmarks/bench_signal.py` writes it."""
     steps = sorted({row["mu"] for row in result["rows"]})
     cells = {}
     for row in result["rows"]:
@@ -374,6 +374,7 @@ TABLES = {
     "demo_quality": (demo_quality, "demo/quality.json"),
     "real_photos": (real_photos, "benchmarks/results/real_photos.json"),
     "signal": (signal, "benchmarks/results/signal.json"),
+    "signal_float32": (signal, "benchmarks/results/signal_float32.json"),
     "quality": (quality, "benchmarks/results/quality.json"),
     "step": (step, "benchmarks/results/step_cpu.json"),
     "scaling": (scaling, "benchmarks/results/step_cpu.json", "benchmarks/results/memory_cpu.json"),

@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -15,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 from conftest import SCRIPT, as_arguments
+from hypothesis import HealthCheck, settings
 from safetensors import SafetensorError
 from safetensors.torch import load, load_file
 from tiny_base import build_pictures, build_tiny_base
@@ -26,6 +28,8 @@ from personalization.errors import run_script
 PATIENCE = 30  # seconds after which a run hangs
 HEADROOM = 3 * 2**30  # bytes of address space that a run of the tiny base may add: what wants more fails, not the host
 LONGEST_SENTENCE = 450  # characters, paths included
+# Of property-based tests: the same examples in every run, however slow, and a world that they share.
+QUICK = settings(deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 
 
 class Hang(BaseException):
@@ -47,7 +51,7 @@ class Outcome(NamedTuple):
     @property
     def sentence(self):
         """What stands behind "error:", to the end of standard error; the empty string if nothing was refused."""
-        return self.said.rpartition(f"{SCRIPT.name}: error: ")[2].strip() if self.code else ""
+        return re.split(r"^[^:\n]+: error: ", self.said, flags=re.M)[-1].strip() if self.code else ""
 
 
 @contextlib.contextmanager
@@ -115,14 +119,15 @@ class World:
     def __init__(self):
         self.root = Path(tempfile.mkdtemp(prefix="zoodip-"))  # short: sentences name its files
         self.live, self.kept = self.root / "w", self.root / "kept"
+        self.capture = None  # pytest's capsys and caplog, those of the test in progress
 
-    def build(self, capsys, caplog):
+    def build(self):
         """Makes everything, and keeps a copy."""
         build_tiny_base(self.live / "base")
         build_pictures(self.live / "data")
         first = {"--max_train_steps": 2, "--save_a1111": True, "--validation_prompt": "a {}"}
         first |= {"--num_validation_images": 1, "--num_inference_steps": 1}
-        assert self.run(capsys, caplog, **first).code == 0
+        assert self.train(**first).code == 0
         for name, content in USER_FILES.items():
             path = self.live / "out" / name
             path.parent.mkdir(exist_ok=True)
@@ -130,7 +135,7 @@ class World:
         shutil.copytree(self.live, self.kept)
         self.expected = {}
         for quantization in ("int8", "none"):
-            assert self.run(capsys, caplog, out="fresh", **{"--quantization": quantization}).code == 0
+            assert self.train(out="fresh", **{"--quantization": quantization}).code == 0
             self.expected[quantization] = self.embedding("fresh")
             self.restore()
 
@@ -152,9 +157,14 @@ class World:
         }
         return as_arguments(basics | flags)
 
-    def run(self, capsys, caplog, out="out", **flags):
+    def train(self, out="out", **flags):
         """The `Outcome` of a run of three steps."""
-        return run_from_outside(self.words(out, **flags), capsys, caplog)
+        return run_from_outside(self.words(out, **flags), *self.capture)
+
+    def push(self):
+        """The `Outcome` of pushing the earlier run."""
+        words = ["--push_only", "--output_dir", str(self.live / "out"), "--hub_model_id", "alice/toy"]
+        return run_from_outside(words, *self.capture)
 
     def embedding(self, out="out"):
         """What was learned."""
@@ -243,9 +253,11 @@ class Damage:
         return random.Random(str(self))
 
     def apply(self, world):
-        """Damages the world; returns the paths (two where files are swapped)."""
+        """Damages the world; returns the paths: two where files are swapped."""
         rng = self.rng
         files = world.files(self.group)
+        if not files:  # an earlier damage has taken all
+            return []
         path, keep_time = rng.choice(files), rng.random() < 0.5
         if self.kind == "gone":
             path.unlink()
@@ -256,7 +268,10 @@ class Damage:
         if self.seed % 10 >= 7:  # with a file of any kind
             files = [file for group in GROUPS for file in world.files(group)]
         content = path.read_bytes()
-        other = rng.choice([file for file in files if file.read_bytes() != content])
+        others = [file for file in files if file.read_bytes() != content]
+        if not others:
+            return []
+        other = rng.choice(others)
         write_over(path, other.read_bytes(), keep_time)
         write_over(other, content, keep_time)
         return [path, other]
@@ -316,7 +331,7 @@ def check_sentence(world, outcome, paths, strict):
     """A refusal is one sentence, at the start of a line, that names what is damaged (`strict`)."""
     assert outcome.code in (2, 3) or "the loss became" in outcome.sentence, f"exit code {outcome.code}"
     last = outcome.said.rstrip("\n").rpartition("\n")[2]
-    assert last.startswith(f"{SCRIPT.name}: error: "), f"standard error does not end in one sentence: {last[-300:]!r}"
+    assert re.match("[^:]+[.]py: error: ", last), f"standard error does not end in one sentence: {last[-300:]!r}"
     sentence = outcome.sentence
     assert "\n" not in sentence and "Traceback" not in outcome.said
     assert len(sentence) <= LONGEST_SENTENCE, f"{len(sentence)} characters: {sentence[:600]}"

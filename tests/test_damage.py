@@ -5,8 +5,8 @@ A case is reproduced by its name: `pytest -n 0 "tests/test_damage.py::test_rando
 `DAMAGES=100 pytest -n 0 tests/test_damage.py` tries 100 instead of 10 of each sort.
 """
 
-import gc
 import os
+import random
 import shutil
 
 import huggingface_hub.constants
@@ -14,36 +14,14 @@ import huggingface_hub.hf_api
 import huggingface_hub.utils._http
 import pytest
 import torch
-from damage import GROUPS, KINDS, Damage, World, check_nothing_lost, check_sentence, parses, run_from_outside, snapshot
+from damage import GROUPS, KINDS, QUICK, Damage, check_nothing_lost, check_sentence, parses, snapshot
 from hub_server import TOKEN, HubServer
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 
 
 SEEDS = int(os.environ.get("DAMAGES", 10))
 CASES = [Damage(group, kind, seed) for group in GROUPS for kind in KINDS for seed in range(SEEDS)]
-
-
-@pytest.fixture(scope="module")
-def built():
-    """An empty `World`; what the imports left is not looked through at every garbage collection of a run."""
-    made = World()
-    gc.collect()
-    gc.freeze()
-    yield made
-    gc.unfreeze()
-    shutil.rmtree(made.root)
-
-
-@pytest.fixture
-def world(built, capsys, caplog):
-    """The undamaged world; `world.train(**flags)` is a run of three steps in it."""
-    if not built.kept.is_dir():
-        built.build(capsys, caplog)
-    built.restore()
-    built.train = lambda **flags: built.run(capsys, caplog, **flags)
-    built.push = lambda *words: run_from_outside(
-        ["--push_only", "--output_dir", str(built.live / "out"), "--hub_model_id", "alice/toy", *words], capsys, caplog
-    )
-    return built
 
 
 @pytest.fixture
@@ -68,21 +46,38 @@ def test_the_world_resumes_to_the_bits_of_a_run_in_one_piece(world):
 
 @pytest.mark.parametrize("damage", CASES, ids=str)
 def test_random_damage(world, damage, hub):
-    paths = damage.apply(world)
+    judge(world, [damage], hub)
+
+
+MORE = st.lists(
+    st.builds(Damage, st.sampled_from(GROUPS), st.sampled_from(KINDS), st.integers(0, 10**6)), min_size=2, max_size=4
+)
+
+
+@settings(QUICK, max_examples=25, phases=[Phase.generate])
+@given(MORE)
+def test_several_damages_at_once(world, hub, damages):
+    world.restore()
+    judge(world, damages, hub)
+
+
+def judge(world, damages, hub):
+    """Damages the world, runs in it, and holds the outcome against what is allowed."""
+    paths = [path for damage in damages for path in damage.apply(world)]
+    groups = {path.relative_to(world.live).parts[0] for path in paths}
     # A base is another model, and a caption another caption, where a damage leaves it in good form: nobody can tell.
-    lenient = any(path.relative_to(world.live).parts[0] == "data" for path in paths)
-    lenient |= damage.group == "base" and damage.kind in ("zeroed", "flipped") and all(map(parses, paths))
-    rng = damage.rng
-    rng.random()  # not the number that chose the file
-    if damage.group == "result" and rng.random() < 0.4:
+    fuzzy = all(damage.kind in ("zeroed", "flipped") for damage in damages if damage.group == "base")
+    lenient = "data" in groups or ("base" in groups and fuzzy and all(map(parses, paths)))
+    rng = random.Random(" ".join(map(str, damages)))
+    if {damage.group for damage in damages} == {"result"} and rng.random() < 0.4:
         return check_push(world, paths, hub)
-    quantization = "none" if damage.group != "cache" and rng.random() < 0.2 else "int8"
-    checkpoint = rng.choice(["latest", "latest", "checkpoint-2"]) if damage.group != "data" else None
-    resumes = damage.group == "checkpoint" or rng.random() < 0.5
-    if resumes and quantization == "int8":  # which is what the checkpoints were made with
-        flags = {"--resume_from_checkpoint": checkpoint}
+    quantization = rng.choice(["int8"] * 4 + ["none"]) if "cache" not in groups else "int8"
+    if quantization == "none":  # the checkpoints were made with int8
+        flags = {"--quantization": "none"}
+    elif any(damage.group == "checkpoint" for damage in damages) or rng.random() < 0.5:
+        flags = {"--resume_from_checkpoint": rng.choice(["latest", "latest", "checkpoint-2"])}
     else:
-        flags = {"--quantization": quantization}
+        flags = {}
     before = snapshot(world.live)
     outcome = world.train(**flags)
     check_nothing_lost(world, before, outcome)
@@ -91,12 +86,11 @@ def test_random_damage(world, damage, hub):
     else:
         learned = world.embedding()
         assert learned.isfinite().all()
-        assert lenient or torch.equal(learned, world.expected[quantization]), f"wrong in silence: {outcome.warnings}"
-        cut_picture = damage.kind == "cut" and paths[0].suffix == ".png" and damage.group == "data"
-        assert (
-            not cut_picture or paths[0].name in outcome.warnings or torch.equal(learned, world.expected[quantization])
-        )
-    if damage.group == "base":
+        same = torch.equal(learned, world.expected[quantization])
+        assert lenient or same, f"wrong in silence: {outcome.warnings}"
+        if len(damages) == 1 and damages[0].kind == "cut" and paths[0].suffix == ".png" and groups == {"data"}:
+            assert same or paths[0].name in outcome.warnings, "a cut picture was left out in silence"
+    if "base" in groups:
         check_cache_is_sound(world, before)
 
 
@@ -104,15 +98,16 @@ def check_cache_is_sound(world, before):
     """A run of the right base, with the cache that the damaged one left behind."""
     if all(name in before for name in snapshot(world.live) if name.startswith("cache/")):
         return
-    shutil.rmtree(world.live / "base")
-    shutil.copytree(world.kept / "base", world.live / "base")
+    for folder in ("base", "data"):
+        shutil.rmtree(world.live / folder)
+        shutil.copytree(world.kept / folder, world.live / folder)
     outcome = world.train(out="afterwards")
     assert outcome.code == 0, f"the cache is poisoned: {outcome.said[-500:]}"
     assert torch.equal(world.embedding("afterwards"), world.expected["int8"]), "the cache is poisoned"
 
 
 def check_push(world, paths, hub):
-    """`--push_only` of a damaged run: refused, or what is pushed is what was learned."""
+    """`--push_only` of a damaged run: refused, or what is pushed is what was learned, or it is said to be another."""
     before = snapshot(world.live)
     outcome = world.push()
     check_nothing_lost(world, before, outcome)
@@ -121,7 +116,8 @@ def check_push(world, paths, hub):
     else:
         name = "learned_embeds.safetensors"
         pushed = hub.repos["alice/toy"].files[name]
-        assert pushed == (world.kept / "out" / name).read_bytes(), "a damaged embedding was pushed in silence"
+        same = pushed == (world.kept / "out" / name).read_bytes()
+        assert same or name in outcome.warnings, "a damaged embedding was pushed in silence"
 
 
 def test_a_push_of_the_undamaged_world(world, hub):
