@@ -24,16 +24,23 @@ SEEDS = int(os.environ.get("DAMAGES", 10))
 CASES = [Damage(group, kind, seed) for group in GROUPS for kind in KINDS for seed in range(SEEDS)]
 
 
+@pytest.fixture(scope="module")
+def server():
+    """The stand-in Hub."""
+    with HubServer() as started:
+        yield started
+
+
 @pytest.fixture
-def hub(monkeypatch):
-    """The stand-in Hub, which this process takes for the real one."""
-    with HubServer() as server:
-        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.url)
-        for name, value in {"ENDPOINT": server.url, "HF_HUB_DISABLE_XET": True, "HF_HUB_OFFLINE": False}.items():
-            monkeypatch.setattr(huggingface_hub.constants, name, value)
-        monkeypatch.setattr(huggingface_hub.utils._http.time, "sleep", lambda seconds: None)
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        yield server
+def hub(server, monkeypatch):
+    """The stand-in Hub, which this process takes for the real one; empty."""
+    server.repos.clear()
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.url)
+    for name, value in {"ENDPOINT": server.url, "HF_HUB_DISABLE_XET": True, "HF_HUB_OFFLINE": False}.items():
+        monkeypatch.setattr(huggingface_hub.constants, name, value)
+    monkeypatch.setattr(huggingface_hub.utils._http.time, "sleep", lambda seconds: None)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    return server
 
 
 def test_the_world_resumes_to_the_bits_of_a_run_in_one_piece(world):
@@ -54,10 +61,11 @@ MORE = st.lists(
 )
 
 
-@settings(QUICK, max_examples=25, phases=[Phase.generate])
+@settings(QUICK, max_examples=20, phases=[Phase.generate])
 @given(MORE)
 def test_several_damages_at_once(world, hub, damages):
     world.restore()
+    hub.repos.clear()
     judge(world, damages, hub)
 
 
