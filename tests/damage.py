@@ -115,7 +115,7 @@ USER_FILES = {
 }
 OWN = (  # patterns of what a run may replace in its folder, with the lock and the records it may keep there
     *("learned_embeds*.safetensors", "learned_embeds.pt", "loss_curve.png", "zoodip_config.json", "README.md"),
-    *("pipeline.py", "samples/*.png", "validation/*.png", ".*.lock", ".*.json"),
+    *("pipeline.py", "samples/*.png", "validation/*.png", ".lock", ".*.json"),
 )
 
 
