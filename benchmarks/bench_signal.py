@@ -222,9 +222,11 @@ def parse_args():
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
+    kinds = list(dict.fromkeys(row.activations for row in list_rows(cuda=True)))
     subjects = ["striped_star", "dotted_circle", "twotone_moon"]
     add = parser.add_argument
     add("--backends", nargs="+", choices=backends, default=backends, help="Which weights to measure.")
+    add("--activations", nargs="+", choices=kinds, default=kinds, help="Which activations to measure.")
     add("--subjects", nargs="+", default=subjects, help="Folders of demo/subjects; one (image, caption) of each.")
     add("--timesteps", nargs="+", type=int, default=[500, 700, 899], help="Timesteps of each example.")
     add("--mu", nargs="+", type=float, default=[1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2], help="Steps of the differences.")
@@ -264,7 +266,7 @@ def main():
     print(f"Forward-mode differentiation deviates from autograd by {deviation}.")
     print(f"{'r: median and least cell; error':55} |{'against exact':^26}|{'against own weights':^26}")
     for row in list_rows(cuda):
-        if row.backend not in args.backends:
+        if row.backend not in args.backends or row.activations not in args.activations:
             continue
         label = {"backend": row.backend, "activations": row.activations}
         own = reference(row.weights) if row.weights else None

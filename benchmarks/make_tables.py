@@ -1,4 +1,4 @@
-"""Fills the tables of README.md and docs/results.md from the stored results, so that no figure is typed by hand.
+"""Fills the tables of the pages (`PAGES`) from the stored results, so that no figure is typed by hand.
 
     python benchmarks/make_tables.py            # or --check: exit 1 where a page is out of date
 
@@ -89,7 +89,7 @@ def real_photos(result):
 
 
 def signal(result):
-    """benchmarks/results/signal.json, as `benchmarks/bench_signal.py` writes it."""
+    """benchmarks/results/signal*.json, as `benchmarks/bench_signal.py` writes it."""
     steps = sorted({row["mu"] for row in result["rows"]})
     cells = {}
     for row in result["rows"]:
@@ -108,6 +108,13 @@ def signal(result):
         f" {result['seconds']:.0f} s."
     )
     return table(["weights", "activations", *(f"μ = {mu:g}" for mu in steps)], rows) + "\n\n" + note
+
+
+def hardening(result):
+    """docs/hardening.json, as `tests/count_hardening.py` writes it."""
+    rows = [[kind, counted["what"], counted["tests"], counted["cases"]] for kind, counted in result.items()]
+    totals = [f"**{sum(counted[name] for counted in result.values())}**" for name in ("tests", "cases")]
+    return table(["tried", "what it is", "tests", "cases"], [*rows, ["**all**", "", *totals]])
 
 
 def paired_differences(result):
@@ -374,6 +381,8 @@ TABLES = {
     "demo_quality": (demo_quality, "demo/quality.json"),
     "real_photos": (real_photos, "benchmarks/results/real_photos.json"),
     "signal": (signal, "benchmarks/results/signal.json"),
+    "hardening": (hardening, "docs/hardening.json"),
+    "signal_float32": (signal, "benchmarks/results/signal_float32.json"),
     "quality": (quality, "benchmarks/results/quality.json"),
     "step": (step, "benchmarks/results/step_cpu.json"),
     "scaling": (scaling, "benchmarks/results/step_cpu.json", "benchmarks/results/memory_cpu.json"),
@@ -388,7 +397,7 @@ TABLES = {
         "benchmarks/results/quality.json",
     ),
 }
-PAGES = ("README.md", "docs/results.md")
+PAGES = ("README.md", "docs/results.md", "docs/hardening.md")
 
 
 def fill(text):

@@ -1,8 +1,8 @@
 """The command line that trainers share: a parser that answers in one sentence, groups of flags, checks of ranges."""
 
 import argparse
-import math
 import os
+from typing import NamedTuple
 
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
@@ -26,10 +26,15 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 LR_SCHEDULERS = [s.value for s in SchedulerType if s is not SchedulerType.PIECEWISE_CONSTANT]
 
 
+LONGEST_SENTENCE = 400  # characters
+
+
 class OneSentenceParser(argparse.ArgumentParser):
     """Reports an error as one sentence, without the usage of sixty flags above it."""
 
     def error(self, message):
+        words = " ".join(message.split())  # what a user typed may have any length, and lines
+        message = words if len(words) <= LONGEST_SENTENCE else f"{words[:LONGEST_SENTENCE]} ..."
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
@@ -193,31 +198,82 @@ def add_hub_arguments(parser):
 # =====================================================================================================
 
 
-def check_ranges(parser, args, at_least_one=(), at_least_zero=(), positive=()):
-    """Ends with exit code 2 where a number (that is given) is below 1, below 0, or not above 0 and finite."""
-    for name in (*at_least_one, *at_least_zero, *positive):
+class Range(NamedTuple):
+    """The values that a numeric flag may have: finite ones, both ends included where nothing else is said."""
+
+    least: float
+    most: float
+    above: bool = False  # than `least`, which is not in the range itself
+    below: bool = False  # than `most`, likewise
+
+    def __contains__(self, value):  # comparisons with nan are all false
+        return (self.least < value if self.above else self.least <= value) and (
+            value < self.most if self.below else value <= self.most
+        )
+
+    def __str__(self):
+        kind, form = ("a finite number ", "g") if isinstance(self.most, float) else ("", "d")
+        least = f"{'above' if self.above else 'of at least' if kind else 'at least'} {self.least:{form}}"
+        return f"{kind}{least} and {'below' if self.below else 'at most'} {self.most:{form}}"
+
+
+COUNT, EVERY = Range(1, 10**9), Range(1, 2**63 - 1)  # so many updates; at every so many, however seldom
+
+# What every numeric flag of every trainer may be: whole numbers end where tensors, steps or seeds would overflow (a
+# model may end them sooner), real ones where the float32 arithmetic of an update would no longer move θ, or overflow.
+RANGES = {
+    "resolution": Range(8, 8192),
+    "seed": Range(0, 2**63 - 1),  # 64 bits, as generators take them, with room for the seeds that are derived from it
+    "train_batch_size": Range(1, 1024),
+    "num_train_epochs": COUNT,
+    "max_train_steps": COUNT,
+    "gradient_accumulation_steps": Range(1, 10**6),
+    "learning_rate": Range(1e-12, 1e30, above=True),
+    "lr_warmup_steps": Range(0, 10**9),
+    "lr_num_cycles": COUNT,
+    "adam_beta1": Range(0.0, 1.0, below=True),
+    "adam_beta2": Range(0.0, 1.0, below=True),
+    "adam_weight_decay": Range(0.0, 1e6),
+    "adam_epsilon": Range(1e-30, 1.0),
+    "num_vectors": Range(1, 75),  # a prompt of CLIP has 77 tokens, two of which mark its ends
+    "repeats": COUNT,
+    "flip_probability": Range(0.0, 1.0),
+    "num_perturbations": Range(1, 4096),
+    "perturbation_scale": Range(0.0, 1.0, above=True),  # the precision of activations says what it is at least
+    "max_candidates_per_forward": Range(1, 8192),
+    "sg_window": Range(0, 10**6),
+    "sg_threshold": Range(0.0, 1.0, above=True, below=True),
+    "puts_min_timestep": Range(0, 10**6),
+    "puts_max_timestep": Range(1, 10**6),
+    "num_validation_samples": Range(0, 4096),
+    "early_stopping_patience": Range(0, 10**9),
+    "num_validation_images": Range(1, 1024),
+    "num_inference_steps": Range(1, 1000),
+    "guidance_scale": Range(0.0, 1000.0),
+    "validation_steps": EVERY,
+    "logging_steps": EVERY,
+    "save_steps": EVERY,
+    "checkpointing_steps": EVERY,
+    "checkpoints_total_limit": COUNT,
+}
+
+
+def numeric_flags(parser):
+    """Names of the flags that take a number."""
+    return [action.dest for action in parser._actions if action.type in (int, float)]
+
+
+def check_ranges(parser, args):
+    """Ends with exit code 2 where a number (that is given) is outside its range."""
+    for name in numeric_flags(parser):
         value = getattr(args, name)
-        floor = 1 if name in at_least_one else 0
-        if value is not None and (value < floor or name in positive and not 0 < value < math.inf):
-            parser.error(f"--{name} {value} must be {'above 0' if name in positive else f'at least {floor}'}.")
+        if value is not None and value not in RANGES[name]:
+            parser.error(f"--{name} {value} must be {RANGES[name]}.")
 
 
 def check_shared_arguments(parser, args):
     """Checks the flags of the groups above: ends with exit code 2 and one sentence where one cannot work."""
-    check_ranges(
-        parser,
-        args,
-        at_least_one=(
-            "resolution train_batch_size num_train_epochs max_train_steps gradient_accumulation_steps lr_num_cycles"
-            " num_validation_images validation_steps num_inference_steps logging_steps checkpointing_steps"
-            " checkpoints_total_limit"
-        ).split(),
-        at_least_zero="lr_warmup_steps adam_weight_decay seed".split(),
-        positive="learning_rate adam_epsilon".split(),
-    )
-    for name in ("adam_beta1", "adam_beta2"):
-        if not 0 <= getattr(args, name) < 1:
-            parser.error(f"--{name} {getattr(args, name)} must lie in [0, 1).")
+    check_ranges(parser, args)
     if args.resolution is not None and args.resolution % 8:
         parser.error(
             f"--resolution {args.resolution} must be divisible by 8: try {round(args.resolution / 8) * 8 or 8}."

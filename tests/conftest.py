@@ -1,6 +1,7 @@
 """Fixtures shared by all tests: the repository's demo data, and the ways to run the training script."""
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -122,3 +123,28 @@ def as_arguments(flags):
         elif value is not None:
             words += [flag, str(value)]
     return words
+
+
+@pytest.fixture(scope="module")
+def built():
+    """An empty `damage.World`; what the imports left is not looked through at every garbage collection of a run."""
+    from damage import World, remembered
+
+    made = World()
+    gc.collect()
+    gc.freeze()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(zoodip, "estimate_memory", remembered(zoodip.estimate_memory))
+        yield made
+    gc.unfreeze()
+    shutil.rmtree(made.root)
+
+
+@pytest.fixture
+def world(built, capsys, caplog):
+    """The undamaged `damage.World`; `world.train(**flags)` is a run of three steps in it."""
+    built.capture = capsys, caplog
+    if not built.kept.is_dir():
+        built.build()
+    built.restore()
+    return built

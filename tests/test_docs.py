@@ -1,7 +1,10 @@
 """The README says what the stored results say, and what the parser says."""
 
 import importlib.util
+import json
 import re
+import subprocess
+import sys
 
 import train_zoodip_textual_inversion as zoodip
 
@@ -14,6 +17,15 @@ def test_tables_are_generated_from_the_results(repo):
     for text in pages:
         assert make_tables.fill(text) == text, "run python benchmarks/make_tables.py"
     assert all(any(f"<!-- BEGIN {name} -->" in text for text in pages) for name in make_tables.TABLES)
+
+
+def test_what_is_tried_is_counted_from_the_tests(repo):
+    command = [sys.executable, str(repo / "tests" / "count_hardening.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-500:] + done.stderr[-500:]
+    counted = json.loads((repo / "docs" / "hardening.json").read_text(encoding="utf-8"))
+    assert counted["random damages"]["cases"] >= 200
+    assert {"kills, full disks, two runs at once", "Hub failures", "flags", "numbers"} <= set(counted)
 
 
 def test_flags_of_the_readme_exist(repo):
