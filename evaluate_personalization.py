@@ -438,6 +438,7 @@ def push_scores(column, scores):
 def parse_args(input_args=None):
     """Parses and checks the command line; bad input exits with code 2."""
     parser = arguments.new_parser(
+        __file__,
         "Judge learned concepts by CLIP-T, CLIP-I, DINO and diversity.",
         "%(prog)s --pretrained_model_name_or_path MODEL --reference_images FOLDER --class_word WORD"
         " --results LABEL=FOLDER ... [options]",
@@ -461,8 +462,8 @@ def parse_args(input_args=None):
     add("--output_dir", default="evaluation", help="Where everything is written.")
     add("--push", action="store_true", help="Write each result's scores into its config and card, and push it.")
     args = parser.parse_args(input_args)
-    counts = "num_images_per_prompt num_inference_steps batch_size resolution".split()
-    arguments.check_ranges(parser, args, at_least_one=counts, at_least_zero=["seed"], positive=["guidance_scale"])
+    more = {"num_images_per_prompt": arguments.Range(1, 1000), "batch_size": arguments.Range(1, 1024)}
+    arguments.check_ranges(parser, args, arguments.RANGES | more)
     if not args.class_word.strip():
         parser.error("--class_word must be a word, such as dog.")
     return args
@@ -472,8 +473,7 @@ def main(args):
     prompts = read_prompts(args.prompts)
     base = base_model.open_base(base_model.ModelSource(args.pretrained_model_name_or_path, args.revision))
     columns = read_columns(args.results, args.class_word, base)
-    resolution = args.resolution or base.resolution
-    base_model.check_resolution(base, resolution)
+    resolution = base_model.check_resolution(base, args.resolution)
     pictures = images.read_folder(args.reference_images, resolution, center_crop=True)
     references = [Image.fromarray(picture.pixels.permute(1, 2, 0).numpy()) for picture in pictures]
     output_dir = Path(args.output_dir)

@@ -52,10 +52,12 @@ from personalization import (
     base_model,
     checkpoints,
     embeddings,
+    examples,
     hub,
     images,
     memory,
     openvino_unet,
+    prompts,
     run_folder,
     runs,
     validation,
@@ -64,7 +66,8 @@ from personalization import (
 from personalization.base_model import Base
 from personalization.compute import Compute, choose_compute
 from personalization.errors import DivergedError, InputError, run_script
-from personalization.images import Batch, Concept, Placeholder
+from personalization.examples import Batch, Concept
+from personalization.prompts import Placeholder
 from personalization.results import Result, write_result
 
 
@@ -650,9 +653,9 @@ class Learner:
 
 def draw_batch(concept, sampling, scheduler, generator):
     """A `Batch` on the host: examples of the concept, noised to timesteps by PUTS."""
-    latents, prompt_ids = images.draw_examples(concept, sampling.batch_size, generator)
+    latents, prompt_ids = examples.draw_examples(concept, sampling.batch_size, generator)
     timesteps = sample_puts_timesteps(sampling.batch_size, sampling.min_timestep, sampling.max_timestep, generator)
-    return images.noise_batch(latents, prompt_ids, timesteps, generator, scheduler)
+    return examples.noise_batch(latents, prompt_ids, timesteps, generator, scheduler)
 
 
 @torch.inference_mode()
@@ -771,7 +774,7 @@ def resolve_settings(args, device):
     base = base_model.open_base(source, args.tokenizer_name)
     complete_for_base(args, base)
     word = args.placeholder_token, args.num_vectors, args.initializer_token
-    return base, images.add_placeholder(base.tokenizer, *word), compute
+    return base, prompts.add_placeholder(base.tokenizer, *word), compute
 
 
 # Settings that decide a run's trajectory: a checkpoint only resumes under the same ones.
@@ -829,6 +832,7 @@ REFUSED_FLAGS = {
 def parse_args(input_args=None):
     """Parses and checks the command line (of the process, or a list of strings); bad input exits with code 2."""
     parser = arguments.new_parser(
+        __file__,
         "ZOODiP: textual inversion on a quantized Stable Diffusion with forward passes only.",
         "%(prog)s --pretrained_model_name_or_path MODEL --train_data_dir FOLDER --placeholder_token TOKEN"
         " --initializer_token WORD [options]",
@@ -1067,7 +1071,7 @@ def assemble_model(args, base, placeholder, prompt_ids, text_encoder, unet, comp
         `FrozenModel`, and where θ starts, float32 `[d]`.
     """
     table = base_model.load_token_table(base)
-    of_images = images.tokenize(base.tokenizer, [placeholder.expand(args.validation_prompt or ""), ""])
+    of_images = prompts.tokenize(base.tokenizer, [placeholder.expand(args.validation_prompt or ""), ""])
     in_use = torch.cat([prompt_ids.flatten(), of_images.flatten()])
     num_rows = candidates_per_pass(args) * placeholder.num_vectors
     rows = PromptRows(table, in_use, placeholder.first_id, num_rows, compute.device, compute.dtype)
@@ -1243,7 +1247,7 @@ def draw_samples(run):
     """Images of `--validation_prompt` with θ in place."""
     args, model = run.args, run.model
     rows, prompt = model.text_encoder.get_input_embeddings(), run.placeholder.fill(args.validation_prompt)
-    rows.check(images.tokenize(run.base.tokenizer, [run.placeholder.expand(prompt), ""]))
+    rows.check(prompts.tokenize(run.base.tokenizer, [run.placeholder.expand(prompt), ""]))
     rows.write(run.learner.theta[None])
     what = prompt, args.num_validation_images, args.seed
     options = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
@@ -1317,7 +1321,7 @@ def learn_concept(args, accelerator, base, placeholder, compute):
     if args.validation_prompt and placeholder.token not in placeholder.fill(args.validation_prompt):
         logger.warning(f"--validation_prompt {args.validation_prompt!r} does not contain {placeholder.token}.")
     pictures = read_pictures(args)
-    prompts = images.build_prompts(pictures, placeholder, base.tokenizer, args.learnable_property)
+    captions = prompts.build_prompts(pictures, placeholder, base.tokenizer, args.learnable_property)
     if args.max_train_steps is None:  # the last of the defaults, known once the pictures are
         args.max_train_steps = runs.training_length(args, len(pictures) * args.repeats, accelerator.num_processes)
     settings = checkpoints.trajectory_settings(args, TRAJECTORY_SETTINGS, accelerator.num_processes, pictures)
@@ -1329,7 +1333,7 @@ def learn_concept(args, accelerator, base, placeholder, compute):
         repo_id = hub.prepare_hub(wanted, args.hub_private_repo, args.hub_token)
 
     # 2. The VAE comes and goes; then text encoder and UNet arrive, frozen and quantized.
-    concept, stored_vae = images.load_concept(pictures, prompts, base, args.flip_probability, compute)
+    concept, stored_vae = examples.load_concept(pictures, captions, base, args.flip_probability, compute)
     layers_dir = runs.temporary_folder(args.output_dir) if args.low_vram and compute.device.type == "cpu" else None
     with accelerator.local_main_process_first():  # the first process fills the cache, the others read it
         text_encoder, unet, *stored = load_networks(args, base, compute, layers_dir)

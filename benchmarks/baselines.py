@@ -22,7 +22,7 @@ from transformers import CLIPTextModel
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent))  # the training script lies beside this folder
 
-from personalization.images import Batch  # noqa: E402
+from personalization.examples import Batch  # noqa: E402
 from personalization.memory import release_freed_memory  # noqa: E402
 from train_zoodip_textual_inversion import SubspaceGradient, normalize_estimate, sample_puts_timesteps  # noqa: E402
 

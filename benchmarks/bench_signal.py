@@ -37,7 +37,7 @@ BASE, SUBJECTS = ROOT / "demo" / "base", ROOT / "demo" / "subjects"
 sys.path.append(str(ROOT))
 
 import train_zoodip_textual_inversion as zoodip  # noqa: E402
-from personalization import base_model, images, runs  # noqa: E402
+from personalization import base_model, examples, prompts, runs  # noqa: E402
 
 
 class Row(NamedTuple):
@@ -53,7 +53,7 @@ class Row(NamedTuple):
 class Cell(NamedTuple):
     """A batch of one example at one timestep, and the points θ `[1, d]` by name at which to measure there."""
 
-    batch: images.Batch
+    batch: examples.Batch
     thetas: dict
 
 
@@ -110,16 +110,16 @@ def draw_cells(args, device):
         settings = script_args(subject)
         base, placeholder, compute = zoodip.resolve_settings(settings, torch.device("cpu"))
         pictures = zoodip.read_pictures(settings)
-        prompts = images.build_prompts(pictures, placeholder, base.tokenizer)
-        concept, _ = images.load_concept(pictures, prompts, base, flip_probability=0.0, compute=compute)
+        captions = prompts.build_prompts(pictures, placeholder, base.tokenizer)
+        concept, _ = examples.load_concept(pictures, captions, base, flip_probability=0.0, compute=compute)
         table = base_model.load_token_table(base)
         thetas = {"initial": table[placeholder.initializer_id].float()[None].to(device)}
         if args.learned:
             learned = load_file(args.learned / subject / "learned_embeds.safetensors", str(device))
             (thetas["learned"],) = learned.values()
-        latents, ids = images.draw_examples(concept, 1, generator)
+        latents, ids = examples.draw_examples(concept, 1, generator)
         for t in args.timesteps:
-            batch = images.noise_batch(latents, ids, torch.tensor([t]), generator, base.scheduler)
+            batch = examples.noise_batch(latents, ids, torch.tensor([t]), generator, base.scheduler)
             cells.append(Cell(batch.to(device), thetas))
     return cells
 

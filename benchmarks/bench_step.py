@@ -47,7 +47,7 @@ from bench_real_photos import cpu_name  # noqa: E402
 from bench_signal import installed  # noqa: E402
 
 import train_zoodip_textual_inversion as zoodip  # noqa: E402
-from personalization import images, memory, runs  # noqa: E402
+from personalization import examples, memory, prompts, runs  # noqa: E402
 from personalization.base_model import ModelSource, empty_model, open_base  # noqa: E402
 
 
@@ -103,8 +103,8 @@ class OurStep:
             if args.torch_compile:
                 torch.compiler.reset()  # shapes are static, and after eight of them it would no longer compile
         pictures = zoodip.read_pictures(args)
-        prompts = images.build_prompts(pictures, placeholder, base.tokenizer, args.learnable_property)
-        self.concept = random_concept(args, base, prompts)
+        captions = prompts.build_prompts(pictures, placeholder, base.tokenizer, args.learnable_property)
+        self.concept = random_concept(args, base, captions)
         self.model, initial = zoodip.assemble_model(
             args, base, placeholder, self.concept.prompt_ids, text_encoder, unet, compute
         )
@@ -129,15 +129,15 @@ class OurStep:
         return self.model.losses(candidates, batch.to(self.device)).cpu()
 
 
-def random_concept(args, base, prompts):
+def random_concept(args, base, captions):
     """The `Concept` of the subject with random latents in place of encoded pictures; scaled they are about N(0, 1)."""
-    prompt_ids, prompts_of_image = prompts
+    prompt_ids, prompts_of_image = captions
     scaling_factor = base.vae_config.get("scaling_factor", 0.18215)
     size, channels = args.resolution // base.vae_factor, base.vae_config["latent_channels"]
     generator = torch.Generator().manual_seed(0)
     mean = torch.randn(2, len(prompts_of_image), channels, size, size, generator=generator) / scaling_factor
     moments = torch.cat([mean, torch.full_like(mean, -10.0)], dim=2)
-    return images.Concept(moments, args.flip_probability, scaling_factor, prompt_ids, prompts_of_image)
+    return examples.Concept(moments, args.flip_probability, scaling_factor, prompt_ids, prompts_of_image)
 
 
 class Baseline:

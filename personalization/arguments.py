@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from pathlib import Path
 from typing import NamedTuple
 
 from accelerate.tracking import get_available_trackers
@@ -38,9 +39,11 @@ class OneSentenceParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def new_parser(description, usage):
-    """An empty parser."""
-    return OneSentenceParser(description=description, usage=usage, formatter_class=HelpFormatter, allow_abbrev=False)
+def new_parser(script, description, usage):
+    """An empty parser for a script (its path), whatever started it."""
+    return OneSentenceParser(
+        prog=Path(script).name, description=description, usage=usage, formatter_class=HelpFormatter, allow_abbrev=False
+    )
 
 
 def parse(parser, words, refused):
@@ -263,12 +266,12 @@ def numeric_flags(parser):
     return [action.dest for action in parser._actions if action.type in (int, float)]
 
 
-def check_ranges(parser, args):
-    """Ends with exit code 2 where a number (that is given) is outside its range."""
+def check_ranges(parser, args, ranges=RANGES):
+    """Ends with exit code 2 where a number (that is given) is outside its range (name -> `Range`)."""
     for name in numeric_flags(parser):
         value = getattr(args, name)
-        if value is not None and value not in RANGES[name]:
-            parser.error(f"--{name} {value} must be {RANGES[name]}.")
+        if value is not None and value not in ranges[name]:
+            parser.error(f"--{name} {value} must be {ranges[name]}.")
 
 
 def check_shared_arguments(parser, args):

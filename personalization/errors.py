@@ -40,6 +40,11 @@ def quoted(text, limit=80):
     return repr(text if len(text) <= limit else text[: limit - 1] + "…")
 
 
+def plain(name):
+    """A file's name for a warning, with anything unprintable spelled out."""
+    return quoted(name)[1:-1]
+
+
 def first_cause(error, limit=200):
     """Why something of the outside world failed, by the first cause of an exception: one line of at most `limit`."""
     while error.__cause__ is not None:

@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
 import train_zoodip_textual_inversion as zoodip
-from personalization import base_model, images
+from personalization import base_model, images, prompts
 from personalization.errors import InputError
 
 
@@ -226,7 +226,7 @@ def two_images(tmp_path):
 def placeholder_in(folder, num_vectors):
     """The base in a folder, and the placeholder `<my-toy>` of a star in its tokenizer."""
     base = base_model.open_base(base_model.ModelSource(folder))
-    return base, images.add_placeholder(base.tokenizer, "<my-toy>", num_vectors, "star")
+    return base, prompts.add_placeholder(base.tokenizer, "<my-toy>", num_vectors, "star")
 
 
 @pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
@@ -235,7 +235,7 @@ def test_captions_mark_the_concept_by_braces_or_by_name(two_images, name, demo_b
     captions(two_images, rows, name)
     base, placeholder = placeholder_in(demo_base, 2)
     tokenizer, pictures = base.tokenizer, images.read_folder(two_images, 64, False)
-    prompt_ids, prompts_of_image = images.build_prompts(pictures, placeholder, tokenizer)
+    prompt_ids, prompts_of_image = prompts.build_prompts(pictures, placeholder, tokenizer)
     assert prompts_of_image == [[0], [1]] and prompt_ids.shape == (2, tokenizer.model_max_length)
     texts = tokenizer.batch_decode(prompt_ids, skip_special_tokens=True)
     for text, words in zip(texts, (["a", "on", "the", "beach"], ["my", ",", "red"])):
@@ -265,7 +265,7 @@ def test_images_without_captions_get_the_templates(two_images, demo_base):
     for learnable, count in (("object", 27), ("style", 17)):
         base, placeholder = placeholder_in(demo_base, 1)
         pictures = images.read_folder(two_images, 64, False)
-        _, rows = images.build_prompts(pictures, placeholder, base.tokenizer, learnable)
+        _, rows = prompts.build_prompts(pictures, placeholder, base.tokenizer, learnable)
         assert [len(r) for r in rows] == [1, count]
 
 
@@ -283,7 +283,7 @@ def test_warnings_for_placeholders_that_match_inside_words(demo_base, caplog):
         caplog.clear()
         with caplog.at_level("WARNING"):
             tokenizer = base_model.open_base(base_model.ModelSource(demo_base)).tokenizer
-            images.add_placeholder(tokenizer, token, 1, "star")
+            prompts.add_placeholder(tokenizer, token, 1, "star")
         assert any("upper-case or without <>" in r.message for r in caplog.records) == warned
 
 

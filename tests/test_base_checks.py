@@ -644,19 +644,15 @@ def test_a_damaged_openvino_export_is_made_again(tmp_path, monkeypatch, caplog, 
 @pytest.mark.parametrize(
     "flags, expected",
     [
-        ({"resolution": 2147483648}, "--resolution"),
-        ({"resolution": 8 * 10**18}, "--resolution"),
-        ({"resolution": 10**6}, "This run needs about"),
-        ({"train_batch_size": 10**9}, "This run needs about"),
-        ({"num_perturbations": 10**13}, "This run needs about"),
-        ({"num_perturbations": 10**13, "max_candidates_per_forward": 1}, "This run needs about"),
+        ({"resolution": 1024, "train_batch_size": 1024}, "this run needs about"),
+        ({"resolution": 512, "num_perturbations": 4096}, "this run needs about"),
     ],
 )
 def test_absurd_sizes_are_refused(train, monkeypatch, flags, expected):
     monkeypatch.setattr(base_model, "stored_tensors", lambda *_: pytest.fail("a weight was loaded"))
     with pytest.raises(InputError) as caught:
         train(**flags)
-    print(caught.value)
+    assert expected in str(caught.value)
 
 
 def test_a_mere_shortage_stays_a_warning(basics, monkeypatch, caplog):

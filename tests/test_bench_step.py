@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 import train_zoodip_textual_inversion as zoodip
 from benchmarks import bench_step
-from personalization import images, runs
+from personalization import examples, runs
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def test_steps_leave_the_token_that_the_script_leaves(demo_base, cache, basics, 
     settings = {"sg_window": 2, "seed": 5, "quantized_cache_dir": cache}  # so short a window that SG is at work
     flags = [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
     step = bench_step.OurStep(demo_base, flags, 64, 2, 3, cache_dir=cache)
-    monkeypatch.setattr(images, "encode_images", lambda *_: step.concept.moments)
+    monkeypatch.setattr(examples, "encode_images", lambda *_: step.concept.moments)
     basics["--train_data_dir"] = str(bench_step.SUBJECT)
     settings |= {"resolution": 64, "train_batch_size": 2, "num_perturbations": 3}
     output = train(max_train_steps=4, num_validation_samples=0, **settings)

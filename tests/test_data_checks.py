@@ -13,7 +13,7 @@ from conftest import as_arguments
 from PIL import Image
 
 import train_zoodip_textual_inversion as zoodip
-from personalization import base_model, images
+from personalization import base_model, images, prompts
 from personalization.captions import read_captions
 from personalization.errors import InputError, first_cause, quoted, shorten
 
@@ -252,8 +252,8 @@ def tokenizer(demo_base):
 
 
 def build(tokenizer, caption, num_vectors=1, token="<my-toy>"):
-    placeholder = images.add_placeholder(tokenizer, token, num_vectors, "star")
-    return images.build_prompts([images.Picture("a.png", None, caption)], placeholder, tokenizer)
+    placeholder = prompts.add_placeholder(tokenizer, token, num_vectors, "star")
+    return prompts.build_prompts([images.Picture("a.png", None, caption)], placeholder, tokenizer)
 
 
 def test_a_megabyte_of_caption_is_not_echoed(tokenizer):
@@ -263,7 +263,7 @@ def test_a_megabyte_of_caption_is_not_echoed(tokenizer):
 
 
 def test_the_longest_caption_that_fits(tokenizer):
-    words = images.words_in_prompt(tokenizer)
+    words = prompts.words_in_prompt(tokenizer)
     build(tokenizer, "red " * (words - 2) + "{}", 2)
     message = sentence(build, tokenizer, "red " * (words - 1) + "{}", 2, "<other>")
     assert "the caption 'red red" in message and "shorten it, or lower --num_vectors 2." in message
@@ -302,14 +302,14 @@ def test_a_placeholder_is_one_visible_word(tokenizer, token):
     "token", ["<toy>", "<玩具>", "<my-игрушка>", "<🧸>", "<é>", "<e\u0301>", "<a|b>", '<"q">', "sksx"]
 )
 def test_placeholders_of_any_script(tokenizer, token):
-    placeholder = images.add_placeholder(tokenizer, token, 2, "star")
-    ids, _ = images.build_prompts([images.Picture("a.png", None, "red {}, red")], placeholder, tokenizer)
+    placeholder = prompts.add_placeholder(tokenizer, token, 2, "star")
+    ids, _ = prompts.build_prompts([images.Picture("a.png", None, "red {}, red")], placeholder, tokenizer)
     assert [placeholder.first_id, placeholder.first_id + 1] == ids[0, 2:4].tolist()
 
 
 def test_an_initializer_with_half_a_character(tokenizer):
     assert "--initializer_token has '\\udcff' in it" in sentence(
-        images.add_placeholder, tokenizer, "<toy>", 1, "st\udcffar"
+        prompts.add_placeholder, tokenizer, "<toy>", 1, "st\udcffar"
     )
 
 
@@ -422,8 +422,8 @@ def test_names_of_any_kind(folder, log):
     assert len(pictures) == 5 and "raw\\udcff.png.txt" in log()
     log().encode("utf-8")
     odd = next(picture for picture in pictures if "\n" in picture.name)
-    placeholder = images.Placeholder("<toy>", 1, 0, 0)
-    message = sentence(images.build_prompts, [odd._replace(caption="a dog")], placeholder, None)
+    placeholder = prompts.Placeholder("<toy>", 1, 0, 0)
+    message = sentence(prompts.build_prompts, [odd._replace(caption="a dog")], placeholder, None)
     assert "the caption of two\\nlines.png, 'a dog', does not say" in message
 
 

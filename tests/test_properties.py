@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tiny_base import build_pictures
 
 import train_zoodip_textual_inversion as zoodip
-from personalization import arguments, base_model, images
+from personalization import arguments, base_model, images, prompts
 from personalization.errors import InputError
 
 
@@ -50,7 +50,7 @@ def folder(tmp_path_factory):
 def read(folder, demo_base):
     """Reads the pictures with this metadata; returns captions by name, or the sentence that refuses it."""
     tokenizer = base_model.open_base(base_model.ModelSource(demo_base)).tokenizer
-    placeholder = images.add_placeholder(tokenizer, "<my-toy>", 1, "star")
+    placeholder = prompts.add_placeholder(tokenizer, "<my-toy>", 1, "star")
 
     def run(content, name="metadata.jsonl"):
         for other in folder.glob("metadata.*"):
@@ -58,7 +58,7 @@ def read(folder, demo_base):
         (folder / name).write_bytes(content)
         try:
             pictures = images.read_folder(folder, 8, False)
-            images.build_prompts(pictures, placeholder, tokenizer)
+            prompts.build_prompts(pictures, placeholder, tokenizer)
         except InputError as error:
             sentence = str(error)
             assert "\n" not in sentence and len(sentence) <= LONGEST_SENTENCE, sentence

@@ -19,7 +19,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
 import train_zoodip_textual_inversion as zoodip
-from personalization import checkpoints, errors, images, run_folder, runs
+from personalization import checkpoints, errors, examples, run_folder, runs
 from personalization.errors import DivergedError, InputError, RunError
 
 
@@ -421,7 +421,7 @@ def test_a_full_pipeline_of_a_base_with_a_missing_part(train, monkeypatch):
 
 
 def test_what_breaks_off_says_what_is_safe(out, train, monkeypatch):
-    monkeypatch.setattr(images, "load_vae", full)
+    monkeypatch.setattr(examples, "load_vae", full)
     with pytest.raises(RunError, match="broke off: No space left.*checkpoint-3 is safe, and --resume_from_checkpoint"):
         train(**STEPS, resume_from_checkpoint="latest")
 

@@ -11,7 +11,7 @@ from conftest import as_arguments
 from safetensors.torch import load_file
 
 import train_zoodip_textual_inversion as zoodip
-from personalization import base_model, images, memory, openvino_unet
+from personalization import base_model, examples, memory, openvino_unet, prompts
 from personalization.errors import InputError
 
 
@@ -34,7 +34,7 @@ def model(basics, cache):
         base, placeholder, compute = zoodip.resolve_settings(args, CPU)
         text_encoder, unet, *_ = zoodip.load_networks(args, base, compute)
         first = placeholder.first_id
-        ids = images.tokenize(base.tokenizer, ["a photo of a star"]).repeat(2, 1)
+        ids = prompts.tokenize(base.tokenizer, ["a photo of a star"]).repeat(2, 1)
         ids[ids == placeholder.initializer_id] = first
         assert (ids == first).sum() == 2
         args.max_candidates_per_forward = 8  # room for as many
@@ -43,7 +43,7 @@ def model(basics, cache):
         g = torch.Generator().manual_seed(0)
         size = args.resolution // base.vae_factor
         latents = torch.randn(2, unet.config.in_channels, size, size, generator=g)
-        batch = images.noise_batch(latents, ids, torch.tensor([520, 870]), g, base.scheduler)
+        batch = examples.noise_batch(latents, ids, torch.tensor([520, 870]), g, base.scheduler)
 
         def loss_of(candidates):
             with torch.inference_mode():

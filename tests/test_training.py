@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 import train_zoodip_textual_inversion as zoodip
-from personalization import checkpoints, images
+from personalization import checkpoints, examples
 from personalization.errors import DivergedError, InputError
 
 
@@ -125,7 +125,7 @@ def demo_loss(demo_base):
     prompt = torch.where(prompt == zoodip_ids(demo_base, "star"), first, prompt)
     assert (prompt == first).sum() == 1
     latents = torch.randn(1, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size, generator=g)
-    batch = images.noise_batch(latents, prompt, torch.tensor([600]), g, scheduler)
+    batch = examples.noise_batch(latents, prompt, torch.tensor([600]), g, scheduler)
     start = table[zoodip_ids(demo_base, "star")][None].clone()
 
     def loss_of(candidates, **rest):

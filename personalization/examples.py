@@ -1,0 +1,109 @@
+"""What a training step draws: latents and prompts of the concept, noised to a timestep."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from .base_model import StoredModel, load_vae
+from .memory import release_freed_memory, tensor_bytes
+
+
+@dataclass(frozen=True)
+class Concept:
+    """Everything that is known of the concept, on the host.
+
+    Args:
+        moments: mean and log-variance of the latents, float32 `[1 or 2, N, 2C, h, w]`: of N pictures, and of their
+            flips where the first dimension is 2.
+        flip_probability: how often the flip is drawn.
+        scaling_factor: of the VAE.
+        prompt_ids: `[P, length]`.
+        prompts_of_image: for each picture, the rows of `prompt_ids` that fit it.
+    """
+
+    moments: torch.Tensor
+    flip_probability: float
+    scaling_factor: float
+    prompt_ids: torch.Tensor
+    prompts_of_image: list
+
+
+class Batch(NamedTuple):
+    """b examples of a denoising task."""
+
+    noisy_latents: torch.Tensor  # [b, C, h, w]
+    target: torch.Tensor  # [b, C, h, w], noise or velocity
+    timesteps: torch.Tensor  # [b]
+    prompt_ids: torch.Tensor  # [b, length]
+
+    def to(self, device):
+        return Batch(*(to_device(tensor, device) for tensor in self))
+
+
+def encode_images(vae, pictures, device):
+    """Latent moments of every picture and of its flip: float32 `[2, N, 2C, h, w]` on the host."""
+    rows = []
+    for picture in pictures:
+        both = torch.stack([picture.pixels, picture.pixels.flip(-1)]).to(device, vae.dtype) / 127.5 - 1
+        rows.append(torch.cat([vae.encode(one[None]).latent_dist.parameters for one in both]).float().cpu())
+    return torch.stack(rows, dim=1)
+
+
+def load_concept(pictures, prompts, base, flip_probability, compute):
+    """The VAE encodes every picture and its flip once, then leaves before the UNet arrives.
+
+    Args:
+        pictures: `Picture`s.
+        prompts: what `build_prompts` returned.
+        base: `Base`.
+        flip_probability: how often a flip will be drawn.
+        compute: `Compute`.
+
+    Returns:
+        `Concept`, and the VAE's `StoredModel`.
+    """
+    vae = load_vae(base, compute.dtype)
+    stored = StoredModel(tensor_bytes(vae), 0.0)
+    vae.decoder = None  # 60 % of it, and not needed here
+    vae.to(compute.device)
+    with torch.inference_mode():
+        moments = encode_images(vae, pictures, compute.device)
+    concept = Concept(
+        moments if flip_probability > 0 else moments[:1], flip_probability, vae.config.scaling_factor, *prompts
+    )
+    del vae
+    release_freed_memory()
+    return concept, stored
+
+
+def draw_examples(concept, batch_size, generator):
+    """Draws b (latent, prompt) pairs with replacement: an image, maybe its flip, a sample of its latent, a caption.
+
+    Returns:
+        Latents `[b, C, h, w]` and prompt ids `[b, length]`.
+    """
+    flips, images = concept.moments.shape[:2]
+    chosen = torch.randint(images, (batch_size,), generator=generator)
+    flipped = torch.rand(batch_size, generator=generator) < concept.flip_probability
+    mean, logvar = concept.moments[flipped.long().clamp(max=flips - 1), chosen].chunk(2, dim=1)
+    latents = mean + (0.5 * logvar.clamp(-30, 20)).exp() * torch.randn(mean.shape, generator=generator)
+    prompts = [concept.prompts_of_image[i] for i in chosen.tolist()]
+    picks = [p[int(torch.randint(len(p), (1,), generator=generator))] for p in prompts]
+    return latents * concept.scaling_factor, concept.prompt_ids[picks]
+
+
+def noise_batch(latents, prompt_ids, timesteps, generator, scheduler):
+    """Noises latents to timesteps t and pairs them with the model's target (noise, or velocity for v-prediction)."""
+    noise = torch.randn(latents.shape, generator=generator)
+    noisy = scheduler.add_noise(latents, noise, timesteps)
+    predicts_noise = scheduler.config.prediction_type == "epsilon"
+    target = noise if predicts_noise else scheduler.get_velocity(latents, noise, timesteps)
+    return Batch(noisy, target, timesteps, prompt_ids)
+
+
+def to_device(tensor, device):
+    """Moves a tensor of the host without making the host wait (only pinned memory travels by itself)."""
+    if torch.device(device).type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
