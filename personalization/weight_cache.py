@@ -29,7 +29,7 @@ from .runs import check_writable, replace_folder
 
 logger = logging.getLogger(__name__)
 
-SHARD_BYTES = 64 * 2**20  # what is in memory at one time while a model is written
+SHARD_BYTES = 32 * 2**20  # what is in memory at one time while a model is written
 MANIFEST = "manifest.json"
 STALE_SECONDS = 24 * 3600  # nobody writes a model for longer
 
