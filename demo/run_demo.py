@@ -84,7 +84,8 @@ def parse_args():
 def train(subject, args):
     """Runs the training script on one subject, its output in `train.log`; returns its zoodip_config.json."""
     output = args.output_dir / subject
-    output.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(output, ignore_errors=True)  # of an earlier demo
+    output.mkdir(parents=True)
     flags = {
         **SETTINGS,
         "--max_train_steps": args.max_train_steps,
@@ -120,7 +121,6 @@ def evaluate(subject, folder, pipeline, encoders, base):
     columns = evaluation.read_columns([f"learned={folder}"], shape, base)
     prompts = evaluation.read_prompts(DEMO / "prompts.txt")
     drawing = evaluation.Drawing("demo", prompts, SEEDS, 0, base.resolution, INFERENCE_STEPS, GUIDANCE)
-    shutil.rmtree(folder / "evaluation", ignore_errors=True)  # of an earlier demo
     evaluation.draw_missing(folder / "evaluation", columns, drawing, pipeline, SEEDS)
     row, scores, texts = {"references": references}, {}, [prompt.replace("{}", shape) for prompt in prompts]
     for name, column in zip(("before", "after"), columns):
