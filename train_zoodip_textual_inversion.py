@@ -1359,7 +1359,7 @@ def learn_concept(args, accelerator, base, placeholder, compute):
     # 4. The loop, and its results.
     del model  # the run's is the only one, so that it can leave
     train(run)
-    if learner.theta.equal(initial.expand_as(learner.theta)):
+    if learner.theta.cpu().equal(initial.cpu().expand(learner.theta.shape)):
         logger.warning(f"Nothing was learned: {placeholder.token} is {args.initializer_token!r} to the last bit.")
     if accelerator.is_main_process:
         config = finish(run, pictures, components, repo_id)

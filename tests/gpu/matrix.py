@@ -69,8 +69,8 @@ MATRIX = (
     Case("no cache", {"--quantized_cache_dir": "none"}),
     Case(
         "resume",
-        SUBSPACE | {"--checkpointing_steps": 4, "--max_train_steps": 4, "--lr_scheduler": "cosine"},
-        then={"--max_train_steps": 6, "--resume_from_checkpoint": "latest"},
+        SUBSPACE | {"--checkpointing_steps": 4, "--max_train_steps": 6, "--lr_scheduler": "cosine"},
+        then={"--resume_from_checkpoint": "latest"},
         writes=("checkpoint-4/state.pt",),
         says="Resumed from",
     ),
