@@ -47,7 +47,7 @@ def demo_scores(result):
 def demo_quality(result):
     """demo/quality.json, as `demo/check_demo_base.py` writes it."""
     names = {
-        "vae.psnr_db": "VAE: PSNR on 512 fresh renders, dB",
+        "vae.psnr_db": f"VAE: PSNR on {result['figures']['vae']['renders']} fresh renders, dB",
         "scorer.shape": "scorer: shape read right on fresh renders",
         "scorer.colour": "scorer: whole set of colours read right",
         "scorer.background": "scorer: background read right",

@@ -103,7 +103,8 @@ def test_smoke_run_gives_a_pipeline_that_generates(smoke):
     close = torch.isclose(noise.alphas_cumprod[:-1], pipeline.scheduler.alphas_cumprod[:-1])
     assert close.all()  # the last is 0, which DPM-Solver replaces by a tiny number
     record = json.loads((base / "demo_base.json").read_text())
-    assert record["stages"]["unet"]["steps"] == 2
+    assert record["stages"]["unet"]["steps"] == record["stages"]["unet"]["planned"] == 2
+    assert {"low_steps", "low_share", "batch", "lr", "decay_from"} <= set(record["stages"]["unet"])
 
 
 def test_smoke_run_writes_the_scorer_and_its_identity_encoder(smoke):
@@ -151,6 +152,54 @@ def test_an_interrupted_run_resumes_to_the_same_weights(tmp_path):
     once, twice = run(tmp_path / "a", [None]), run(tmp_path / "b", [2, None])
     for name, value in once.items():
         assert torch.equal(value, twice[name])
+
+
+def test_a_run_is_replanned_only_where_that_changes_nothing(tmp_path):
+    """Before the learning rate falls, more steps give what they would have from the start; later it is an error."""
+    import build_demo_base as build
+    import torch
+
+    def run(folder, steps, lr=1e-2):
+        args = build.parse_args(["--smoke", "--device", "cpu", "--precision", "fp32", "--work_dir", str(folder)])
+        args.out_dir = folder
+        torch.manual_seed(0)
+        model = torch.nn.Linear(4, 4)
+
+        def loss_of(step, rng, generator):
+            if step == stop:
+                raise KeyboardInterrupt
+            return (model(torch.from_numpy(rng.standard_normal((3, 4))).float()) - 1).square().mean(), {}
+
+        args.checkpoint_every = 0
+        try:
+            build.train(args, "unet", model, loss_of, steps, lr, lr_decay=0.5, ema_decay=0.9)
+        except KeyboardInterrupt:
+            pass
+        return model.state_dict()
+
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    stop = 2
+    run(tmp_path / "a", 4)
+    with pytest.raises(ValueError, match="delete it"):
+        run(tmp_path / "a", 4, lr=2e-2)
+    stop = None
+    replanned, planned = run(tmp_path / "a", 6), run(tmp_path / "b", 6)
+    for name, value in planned.items():
+        assert torch.equal(value, replanned[name])
+    with pytest.raises(ValueError, match="delete it"):
+        run(tmp_path / "a", 8)
+
+
+def test_the_processes_share_a_batch_between_them(monkeypatch):
+    import build_demo_base as build
+
+    parts = []
+    for rank in range(2):
+        monkeypatch.setattr(build, "rank_and_count", lambda rank=rank: (rank, 2))
+        parts.append(build.own_share(np.arange(6), ["a", "b", "c", "d", "e", "f"]))
+    assert sorted(np.concatenate([part[0] for part in parts])) == list(range(6))
+    assert sorted(parts[0][1] + parts[1][1]) == ["a", "b", "c", "d", "e", "f"]
+    assert [len(part[0]) for part in parts] == [3, 3]
 
 
 # -- what is committed ---------------------------------------------------------------------------------------------
