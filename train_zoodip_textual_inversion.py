@@ -226,6 +226,96 @@ def normalize_estimate(gradient, num_directions, num_removed):
 
 
 # =====================================================================================================
+# Forward-only Gauss-Newton (ours): a forward pass returns a whole predicted noise, of which ZOODiP keeps one number.
+# =====================================================================================================
+
+
+def vocabulary_directions(table, num_directions, num_words):
+    """The directions in which words differ most: principal components of the longest rows of the token table.
+
+    Training lengthens the rows that it uses, so the longest are those that the model knows.
+
+    Args:
+        table: `[vocabulary, d]`.
+        num_directions: r, at most d.
+        num_words: how many rows, the longest first.
+
+    Returns:
+        float32 `[r, d]`, orthogonal, by falling variance: each as long as the standard deviation of the words along it
+        (at least a hundredth of the first, so that the words forbid no direction), scaled to a mean length of 1.
+    """
+    lengths = torch.linalg.vector_norm(table, dim=1, dtype=torch.float32)
+    words = table[lengths.topk(min(num_words, len(table))).indices].double()
+    _, lengths, directions = torch.linalg.svd(words - words.mean(dim=0))
+    lengths = F.pad(lengths, (0, len(directions) - len(lengths)))
+    lengths = lengths.clamp(min=max(lengths[0].item() / 100, 1e-12))[:num_directions, None]
+    return (directions[:num_directions] * lengths / lengths.mean()).float()
+
+
+def gauss_newton_evidence(error_fn, theta, directions, step_size):
+    """What n + 1 forward passes say about θ along n directions: the Gauss-Newton matrix K and half the gradient, y.
+
+    The loss is the mean square of the prediction errors r(θ) = ε_φ(θ) - target. With the derivatives of all M errors
+    along e_i, D_i = (r(θ + h e_i/|e_i|) - r(θ)) |e_i| / h, they are K = D Dᵀ / M and y = D r / M. Both average over M
+    errors: so they survive the rounding of bfloat16 and INT8 activations, where differences of two losses do not.
+
+    Args:
+        error_fn: takes candidates `[m, *theta.shape]`, returns their errors `[m, M]`, all on the same examples.
+        theta: the point θ, any shape.
+        directions: e `[n, *theta.shape]`; not zero.
+        step_size: h, the length of the finite difference, in units of θ.
+
+    Returns:
+        K `[n, n]`, y `[n]` and the loss, float32.
+    """
+    lengths = directions.flatten(1).norm(dim=1)
+    steps = directions * (step_size / lengths).view(-1, *[1] * theta.dim())
+    errors = error_fn(torch.cat([theta[None], theta + steps]))
+    error, derivatives = errors[0], (errors[1:] - errors[0]) * (lengths / step_size)[:, None]
+    return derivatives @ derivatives.T / len(error), derivatives @ error / len(error), error.square().mean()
+
+
+class GaussNewton:
+    """Recursive least squares for θ from Gauss-Newton evidence: what is known of θ accumulates in a small matrix.
+
+    A ← ρ A + K, then θ moves by -(A + λ tr(K₁)/n I)⁻¹ y along the directions. With ρ = 1 and errors linear in θ that
+    is the posterior mean of a Gaussian prior at the start; errors are linear only nearby, so older evidence is
+    forgotten. There is no learning rate.
+
+    Args:
+        directions: `[n, *θ.shape]`; see `vocabulary_directions`.
+        memory: ρ, the share of older evidence that is kept.
+        ridge: λ, how much the prior weighs, in units of the mean curvature of the first evidence K₁.
+        max_step: the longest step of θ; longer ones are shortened to it.
+
+    Attributes:
+        information: A, float64 `[n, n]` on the host: the solve is tiny, and there it is exact on every device.
+        prior: λ tr(K₁)/n; None before the first evidence.
+    """
+
+    def __init__(self, directions, memory, ridge, max_step):
+        self.directions, self.memory, self.ridge, self.max_step = directions, memory, ridge, max_step
+        self.information = torch.zeros(len(directions), len(directions), dtype=torch.float64)
+        self.prior = None
+
+    def step(self, matrix, gradient):
+        """The step of θ, shaped like it, that the new evidence K `[n, n]`, y `[n]` calls for."""
+        matrix, gradient = matrix.cpu().double(), gradient.cpu().double()
+        if self.prior is None:
+            self.prior = max(self.ridge * matrix.trace().item() / len(matrix), sys.float_info.min)
+        self.information = self.memory * self.information + matrix
+        damped = self.information + self.prior * torch.eye(len(matrix), dtype=torch.float64)
+        along = -torch.linalg.solve(damped, gradient).to(self.directions)
+        step = torch.tensordot(along, self.directions, dims=1)
+        return step * (self.max_step / step.norm().clamp(min=self.max_step))
+
+    def widen(self, directions):
+        """Goes on with more directions, of which the first are those so far."""
+        more = len(directions) - len(self.directions)
+        self.directions, self.information = directions, F.pad(self.information, (0, more, 0, more))
+
+
+# =====================================================================================================
 # Quantized loading: weight-only INT8 for Linear *and* Conv2d (two thirds of Stable Diffusion 1.5's UNet are Conv2d).
 # =====================================================================================================
 
@@ -539,8 +629,8 @@ def stream_weights(unet, device, folder):
 # =====================================================================================================
 
 
-def example_losses(candidates, batch, text_encoder, unet, first_id, max_candidates=None, memory_format=None):
-    """Denoising losses of m candidates for the placeholder's vectors, all on the same batch of b examples.
+def prediction_errors(candidates, batch, text_encoder, unet, first_id, max_candidates=None, memory_format=None):
+    """Errors of the predictions of m candidates for the placeholder's vectors, all on the same batch of b examples.
 
     Each candidate owns rows of the text encoder's token table (`PromptRows`): candidate j of a chunk sits at
     `first_id + j·k` and its prompts use those ids, so m candidates are just a larger batch.
@@ -553,12 +643,11 @@ def example_losses(candidates, batch, text_encoder, unet, first_id, max_candidat
         max_candidates: candidates per forward pass; None evaluates all at once.
         memory_format: of the latents given to the UNet; None leaves them as they are.
 
-    Returns:
-        float32 losses `[m, b]`: means over all latent entries (‖ε − ε_φ(z_t, t, c(y*))‖²).
+    Yields:
+        ε_φ(z_t, t, c(y*)) - ε of the candidates of one pass, float32 `[at most max_candidates, b, C, h, w]`.
     """
     table = text_encoder.get_input_embeddings()
     num_vectors = candidates.shape[1]
-    losses = []
     for chunk in candidates.split(max_candidates or len(candidates)):
         m = len(chunk)
         table.write(chunk)
@@ -569,9 +658,16 @@ def example_losses(candidates, batch, text_encoder, unet, first_id, max_candidat
         noisy = batch.noisy_latents.repeat(m, 1, 1, 1).to(conditioning)
         noisy = noisy.contiguous(memory_format=memory_format or torch.preserve_format)
         prediction = unet(noisy, batch.timesteps.repeat(m), conditioning, return_dict=False)[0]
-        errors = F.mse_loss(prediction.float(), batch.target.repeat(m, 1, 1, 1), reduction="none")
-        losses.append(errors.flatten(1).mean(dim=1).view(m, -1))  # flatten: errors are laid out as the prediction is
-    return torch.cat(losses)
+        yield prediction.float().unflatten(0, (m, -1)) - batch.target
+
+
+def example_losses(candidates, batch, *model, **options):
+    """Denoising losses ‖ε − ε_φ(z_t, t, c(y*))‖², means over all latent entries, float32 `[m, b]`.
+
+    Arguments as `prediction_errors`.
+    """
+    passes = prediction_errors(candidates, batch, *model, **options)
+    return torch.cat([errors.square().flatten(2).mean(dim=2) for errors in passes])
 
 
 def candidate_losses(candidates, batch, *model, **options):
@@ -581,7 +677,7 @@ def candidate_losses(candidates, batch, *model, **options):
 
 @dataclass
 class FrozenModel:
-    """Text encoder and UNet as a function of the placeholder's vectors; see `example_losses`."""
+    """Text encoder and UNet as a function of the placeholder's vectors; see `prediction_errors`."""
 
     text_encoder: torch.nn.Module  # its token table is a `PromptRows`
     unet: torch.nn.Module
@@ -590,35 +686,167 @@ class FrozenModel:
     max_candidates: int | None
     compute: Compute
 
-    def losses(self, candidates, batch, per_example=False):
-        """`candidate_losses` (or `example_losses`) of this model."""
-        function = example_losses if per_example else candidate_losses
+    def _call(self, function, candidates, batch):
         model = self.text_encoder, self.unet, self.first_placeholder_id, self.max_candidates
         return function(candidates, batch, *model, memory_format=self.compute.memory_format)
+
+    def losses(self, candidates, batch, per_example=False):
+        """`candidate_losses` (or `example_losses`) of this model."""
+        return self._call(example_losses if per_example else candidate_losses, candidates, batch)
+
+    def errors(self, candidates, batch):
+        """All `prediction_errors` of this model, those of a candidate in one row: `[m, b·C·h·w]`."""
+        return torch.cat([errors.flatten(1) for errors in self._call(prediction_errors, candidates, batch)])
 
 
 # =====================================================================================================
 # One update of θ
 # =====================================================================================================
 
+GAUSS_NEWTON_PASS = 9  # candidates of one pass, unless the user says otherwise: a few, so that memory stays small
+SHARE_STEPS, LEAST_SHARE = 16, 0.5  # after so many steps a subspace that holds less of the gradient becomes wider
 
-@dataclass(frozen=True)
-class Sampling:
-    """What an update is estimated from."""
 
+@dataclass
+class ZerothOrderAdam:
+    """`zo_adam`, ZOODiP's update (Alg. 1): estimate by RGE, project by SG, step by Adam, which makes it ZO-Adam."""
+
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
+    subspace: SubspaceGradient
     estimator: str  # key of `ESTIMATORS`
     num_perturbations: int  # n
     perturbation_scale: float  # μ
+    num_estimates: int  # that an update averages: accumulation steps x processes
+
+    @property
+    def num_candidates(self):
+        """Points of a step."""
+        return ESTIMATORS[self.estimator].num_losses(self.num_perturbations)
+
+    def evidence(self, model, theta, batch, generator):
+        """What a batch says: the estimate of the gradient; and the loss."""
+        loss_fn = functools.partial(model.losses, batch=batch)
+        how = self.num_perturbations, self.perturbation_scale, generator, self.estimator
+        estimate, loss = estimate_gradient(loss_fn, theta, *how)
+        return (estimate,), loss
+
+    def update(self, theta, estimate):
+        """Moves θ."""
+        projected = self.subspace.project(estimate)
+        directions = self.num_perturbations * self.num_estimates
+        theta.grad = normalize_estimate(projected, directions, self.subspace.num_removed)
+        self.optimizer.step()
+        self.lr_scheduler.step()
+        self.subspace.update(theta)
+
+    def figures(self):
+        """What the log says of it."""
+        return {"lr": self.lr_scheduler.get_last_lr()[0]}
+
+    def state_dict(self):
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "lr_scheduler": self.lr_scheduler.state_dict(),
+            "subspace": self.subspace.state_dict(),
+        }
+
+    def load_state_dict(self, state, device):
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        self.subspace.load_state_dict(state["subspace"], device)
+
+
+def outside_direction(directions, generator):
+    """A random direction of length one, orthogonal to directions `[n, k, d]` that are orthogonal themselves."""
+    flat = F.normalize(directions.flatten(1))
+    draw = torch.randn(flat.shape[1], generator=generator).to(flat)
+    for _ in range(2):  # once more, because rounding leaves a little of the first
+        draw = F.normalize(draw - (draw @ flat.T) @ flat, dim=0)
+    return draw.view_as(directions[0])
+
+
+@dataclass
+class GaussNewtonUpdate:
+    """`gauss_newton`: evidence from whole predictions along the directions of a subspace, then `GaussNewton`'s step.
+
+    One random direction from outside the subspace goes along: it tells how much of the gradient the subspace holds.
+    Where that is too little, the subspace becomes wider.
+    """
+
+    solver: GaussNewton
+    directions: torch.Tensor  # [n, k, d], all that there are to widen the subspace to, orthogonal
+    step_size: float  # h
+    squares: torch.Tensor  # |gradient|² inside the subspace and, as estimated, outside: sums over `seen` steps
+    seen: int = 0
+
+    @property
+    def num_candidates(self):
+        """Points of a step: θ, one for each direction, and the one from outside."""
+        n = len(self.solver.directions)
+        return n + 1 + (n < self.directions[0].numel())
+
+    @property
+    def share(self):
+        """The share of the gradient's second moment that the subspace holds."""
+        inside, outside = self.squares.tolist()
+        return inside / (inside + outside) if inside + outside > 0 else 1.0
+
+    def evidence(self, model, theta, batch, generator):
+        """What a batch says: K, y and |gradient|² inside and outside; and the loss."""
+        inside = self.solver.directions
+        n, dimension = len(inside), theta.numel()
+        directions = inside
+        if n < dimension:
+            directions = torch.cat([inside, outside_direction(inside, generator)[None]])
+        # A random sign for each: what curvature adds to a difference over h has either sign, and averages out.
+        signs = torch.randint(2, (len(directions),), generator=generator).to(theta) * 2 - 1
+        error_fn, signed = functools.partial(model.errors, batch=batch), directions * signs.view(-1, 1, 1)
+        matrix, gradient, loss = gauss_newton_evidence(error_fn, theta, signed, self.step_size)
+        matrix, gradient = matrix * signs * signs[:, None], gradient * signs
+        squares = (gradient / directions.flatten(1).norm(dim=1)) ** 2
+        squares = torch.stack([squares[:n].sum(), squares[n:].sum() * (dimension - n)])
+        return (matrix[:n, :n], gradient[:n], squares), loss
+
+    def update(self, theta, matrix, gradient, squares):
+        """Moves θ."""
+        theta += self.solver.step(matrix, gradient)
+        self.squares += squares.cpu()
+        self.seen += 1
+        if self.seen == SHARE_STEPS and self.share < LEAST_SHARE:
+            self.widen(2 * len(self.solver.directions))
+
+    def widen(self, count):
+        """Goes on in a subspace of so many directions, and judges it anew."""
+        count = min(count, len(self.directions))
+        if count == len(self.solver.directions):
+            return
+        logger.info(f"the subspace holds {self.share:.0%} of the gradient: it gets {count} directions")
+        self.solver.widen(self.directions[:count])
+        self.squares, self.seen = torch.zeros(2), 0
+
+    def figures(self):
+        """What the log says of it."""
+        return {"subspace": len(self.solver.directions), "share": self.share}
+
+    def state_dict(self):
+        state = {"information": self.solver.information, "prior": self.solver.prior}
+        return state | {"squares": self.squares, "seen": self.seen}
+
+    def load_state_dict(self, state, device):
+        self.solver.information, self.solver.prior = state["information"], state["prior"]
+        self.solver.directions = self.directions[: len(state["information"])]
+        self.squares, self.seen = state["squares"], state["seen"]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The examples that an update is estimated from."""
+
     min_timestep: int  # T_L
     max_timestep: int  # T_U
     batch_size: int  # examples of one estimate
     accumulation_steps: int = 1  # estimates of one process that are averaged
-    num_processes: int = 1  # whose averages are averaged
-
-    @property
-    def num_directions(self):
-        """All directions that an update averages."""
-        return self.num_perturbations * self.accumulation_steps * self.num_processes
 
 
 @dataclass
@@ -626,26 +854,17 @@ class Learner:
     """What is learned, and all that changes with it."""
 
     theta: torch.Tensor  # the placeholder's vectors, float32 [k, d]: the master copy, which candidates are built from
-    optimizer: torch.optim.Optimizer  # plain Adam on the estimate is ZO-Adam
-    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
-    subspace: SubspaceGradient
+    rule: ZerothOrderAdam | GaussNewton
     data: torch.Generator  # this process's sources of randomness; the global one is never touched
     perturbations: torch.Generator
 
     def state_dict(self):
         """What all processes have in common."""
-        return {
-            "theta": self.theta,
-            "optimizer": self.optimizer.state_dict(),
-            "lr_scheduler": self.lr_scheduler.state_dict(),
-            "subspace": self.subspace.state_dict(),
-        }
+        return {"theta": self.theta, **self.rule.state_dict()}
 
     def load_state_dict(self, state):
         self.theta.copy_(state["theta"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
-        self.subspace.load_state_dict(state["subspace"], self.theta.device)
+        self.rule.load_state_dict(state, self.theta.device)
 
     def generators(self):
         return {"data": self.data, "perturbations": self.perturbations}
@@ -660,7 +879,7 @@ def draw_batch(concept, sampling, scheduler, generator):
 
 @torch.inference_mode()
 def train_step(learner, model, concept, sampling, average=lambda tensor: tensor):
-    """One update of θ (Alg. 1): estimate by RGE on a batch drawn with PUTS, project by SG, step by ZO-Adam.
+    """One update of θ: evidence from batches drawn with PUTS, averaged over them and over processes, then a step.
 
     Args:
         learner: `Learner`, changed in place.
@@ -672,24 +891,14 @@ def train_step(learner, model, concept, sampling, average=lambda tensor: tensor)
     Returns:
         The mean loss of this process, a scalar on the device: nothing here waits for it.
     """
-    estimate, mean_loss = torch.zeros_like(learner.theta), torch.zeros((), device=learner.theta.device)
+    total, mean_loss = None, torch.zeros((), device=learner.theta.device)
     for _ in range(sampling.accumulation_steps):
         batch = draw_batch(concept, sampling, model.scheduler, learner.data).to(learner.theta.device)
-        gradient, loss = estimate_gradient(
-            functools.partial(model.losses, batch=batch),
-            learner.theta,
-            sampling.num_perturbations,
-            sampling.perturbation_scale,
-            learner.perturbations,
-            sampling.estimator,
-        )
-        estimate += gradient / sampling.accumulation_steps
+        evidence, loss = learner.rule.evidence(model, learner.theta, batch, learner.perturbations)
+        evidence = [part / sampling.accumulation_steps for part in evidence]
+        total = evidence if total is None else [x + y for x, y in zip(total, evidence)]
         mean_loss += loss / sampling.accumulation_steps
-    projected = learner.subspace.project(average(estimate))
-    learner.theta.grad = normalize_estimate(projected, sampling.num_directions, learner.subspace.num_removed)
-    learner.optimizer.step()
-    learner.lr_scheduler.step()
-    learner.subspace.update(learner.theta)
+    learner.rule.update(learner.theta, *(average(part) for part in total))
     return mean_loss
 
 
@@ -698,35 +907,45 @@ def train_step(learner, model, concept, sampling, average=lambda tensor: tensor)
 # =====================================================================================================
 
 
-# μ by precision: the default, and the least at which loss differences still correlate with the true directional
-# derivatives by 0.9 or more (benchmarks/bench_signal.py, docs/results.md).
-PERTURBATION_SCALES = {"no": (1e-3, 3e-7), "fp16": (1e-3, 3e-4), "bf16": (1e-2, 3e-3)}
+# The step of the finite difference (μ, or h of Gauss-Newton) by precision: the default, and the least at which what it
+# measures still agrees with autograd: loss differences correlate by 0.9 or more with the true directional derivatives,
+# K and y are right within a third (benchmarks/bench_signal.py, docs/results.md).
+PERTURBATION_SCALES = {
+    "zo_adam": {"no": (1e-3, 3e-7), "fp16": (1e-3, 3e-4), "bf16": (1e-2, 3e-3)},
+    "gauss_newton": {"no": (3e-4, 1e-6), "fp16": (1e-2, 1e-3), "bf16": (5e-2, 5e-3)},
+}
 
 
 def complete_for_precision(args, precision):
-    """Fills in μ (`args.perturbation_scale`).
+    """Fills in the step of the finite difference (`args.perturbation_scale`).
 
     Raises:
-        InputError: losses in this precision cannot tell candidates apart at this μ.
+        InputError: what is measured in this precision with this step is mostly rounding.
     """
-    default, least = PERTURBATION_SCALES[precision]
+    default, least = PERTURBATION_SCALES[args.optimizer][precision]
     args.perturbation_scale = default if args.perturbation_scale is None else args.perturbation_scale
     name, other = ("float32", "") if precision == "no" else (precision, ", or --mixed_precision no")
     if args.perturbation_scale < least and not args.allow_noisy_estimates:
         raise InputError(
             f"--perturbation_scale {args.perturbation_scale} is too small for {name} activations, whose rounding"
-            f" drowns the loss differences (correlation with the true ones below 0.9): give at least {least}, best"
-            f" {default}{other}; --allow_noisy_estimates trains all the same."
+            f" drowns the differences: give at least {least}, best {default}{other}; --allow_noisy_estimates trains"
+            " all the same."
         )
 
 
 def candidates_per_step(args):
-    """How many points a step evaluates: θ and n perturbed ones, or n pairs."""
+    """How many points a step evaluates (of Gauss-Newton: the first)."""
+    if args.optimizer == "gauss_newton":  # θ, the subspace's directions for each vector, one from outside
+        return args.num_vectors * args.subspace_dimension + 2
     return ESTIMATORS[args.gradient_estimator].num_losses(args.num_perturbations)
 
 
 def candidates_per_pass(args):
     """How many of them go through the model as one batch."""
+    if args.optimizer == "gauss_newton":  # whose steps may become larger
+        return args.max_candidates_per_forward
+    if args.optimizer == "gauss_newton":  # whose steps may become larger
+        return args.max_candidates_per_forward
     return min(candidates_per_step(args), args.max_candidates_per_forward or candidates_per_step(args))
 
 
@@ -745,11 +964,28 @@ def complete_for_base(args, base):
             )
     args.resolution = base_model.check_resolution(base, args.resolution)
     dimension = base.text_config.hidden_size
+    if args.optimizer == "gauss_newton":
+        complete_subspace(args, dimension)
     args.sg_window = min(128, dimension // 6) if args.sg_window is None else args.sg_window
     if args.sg_window > args.num_vectors * dimension:
         raise InputError(
             f"--sg_window {args.sg_window} (τ) is larger than the token's dimension {args.num_vectors * dimension}:"
             f" give at most {dimension // 6}, a sixth of it, as the paper does."
+        )
+
+
+def complete_subspace(args, dimension):
+    """Fills in how many directions Gauss-Newton starts with, of a token of `dimension` entries.
+
+    Raises:
+        InputError: there are not so many.
+    """
+    if args.subspace_dimension is None:
+        args.subspace_dimension = dimension if args.subspace == "none" else min(32, dimension)
+    if args.subspace_dimension > dimension:
+        raise InputError(
+            f"--subspace_dimension {args.subspace_dimension} is more than the {dimension} entries of a token of this"
+            f" model: give at most {dimension}."
         )
 
 
@@ -763,9 +999,13 @@ def resolve_settings(args, device):
         InputError: a setting cannot work.
     """
     on_torch = args.unet_backend == "torch"
+    if args.optimizer == "gauss_newton" and not on_torch and args.mixed_precision is None:
+        args.mixed_precision = "bf16"  # which its evidence survives, and OpenVINO computes in half the time
     compute, precision = choose_compute(device, args.mixed_precision, on_torch)
     args.activations = str(compute.dtype).removeprefix("torch.")
     complete_for_precision(args, precision)
+    if args.optimizer == "gauss_newton" and args.max_candidates_per_forward is None:
+        args.max_candidates_per_forward = GAUSS_NEWTON_PASS
     if not on_torch:
         openvino_unet.check_openvino(args.openvino_device, candidates_per_pass(args) * args.train_batch_size)
     if args.torch_compile and device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
@@ -781,9 +1021,10 @@ def resolve_settings(args, device):
 TRAJECTORY_SETTINGS = (
     "pretrained_model_name_or_path revision variant tokenizer_name quantization unet_backend mixed_precision"
     " activations placeholder_token initializer_token num_vectors learnable_property resolution center_crop"
-    " flip_probability train_batch_size gradient_accumulation_steps seed num_perturbations perturbation_scale"
-    " gradient_estimator sg_window sg_threshold puts_min_timestep puts_max_timestep learning_rate scale_lr"
-    " lr_scheduler lr_warmup_steps lr_num_cycles adam_beta1 adam_beta2 adam_weight_decay adam_epsilon"
+    " flip_probability train_batch_size gradient_accumulation_steps seed optimizer perturbation_scale"
+    " num_perturbations gradient_estimator sg_window sg_threshold subspace subspace_dimension subspace_words gn_ridge"
+    " gn_memory gn_max_step puts_min_timestep puts_max_timestep learning_rate scale_lr lr_scheduler lr_warmup_steps"
+    " lr_num_cycles adam_beta1 adam_beta2 adam_weight_decay adam_epsilon"
 ).split()
 
 
@@ -819,6 +1060,13 @@ PUBLICATION = hub.Publication(
     tags=("zoodip", "textual_inversion", "diffusers-training", "stable-diffusion", "diffusers"),
 )
 
+# Flags that one optimizer takes and the other has no use for.
+FLAGS_OF_OPTIMIZER = {
+    "zo_adam": "num_perturbations gradient_estimator sg_window sg_threshold learning_rate scale_lr lr_scheduler"
+    " lr_warmup_steps lr_num_cycles adam_beta1 adam_beta2 adam_weight_decay adam_epsilon".split(),
+    "gauss_newton": "subspace subspace_dimension subspace_words gn_ridge gn_memory gn_max_step".split(),
+}
+
 REFUSED_FLAGS = {
     "--gradient_checkpointing": "no backward pass is ever run, so there are no activations to recompute: drop it.",
     "--enable_xformers_memory_efficient_attention": "PyTorch's own fused attention is always on: drop the flag.",
@@ -844,10 +1092,20 @@ def parse_args(input_args=None):
     add_held_out_arguments(arguments.add_validation_arguments(parser).add_argument)
     add_result_arguments(arguments.add_saving_arguments(parser).add_argument)
     arguments.add_hub_arguments(parser)
-    args = arguments.parse(parser, sys.argv[1:] if input_args is None else input_args, REFUSED_FLAGS)
+    words = sys.argv[1:] if input_args is None else input_args
+    args = arguments.parse(parser, words, REFUSED_FLAGS)
     if not args.push_only:
         check_arguments(parser, args)
+        check_optimizer(parser, args, arguments.given_flags(parser, words))
     return args
+
+
+def check_optimizer(parser, args, given):
+    """Ends with exit code 2 where a flag of the other optimizer was given (names)."""
+    for optimizer, names in FLAGS_OF_OPTIMIZER.items():
+        useless = [name for name in names if name in given and optimizer != args.optimizer]
+        if useless:
+            parser.error(f"--{useless[0]} belongs to --optimizer {optimizer}, this is {args.optimizer}: drop one.")
 
 
 def add_engine_arguments(add):
@@ -893,11 +1151,19 @@ def add_concept_arguments(add):
 
 
 def add_zeroth_order_arguments(add):
+    add(
+        "--optimizer",
+        choices=list(FLAGS_OF_OPTIMIZER),
+        default="zo_adam",
+        help="zo_adam: the paper's, from differences of losses; gauss_newton: from whole predictions, in far fewer"
+        " forward passes, in bfloat16 too (docs/results.md).",
+    )
     add("--num_perturbations", type=int, default=2, help="n: random directions per estimate.")
     add(
         "--perturbation_scale",
         type=float,
-        help="μ: finite-difference step. Default: by the precision of the activations (docs/results.md).",
+        help="μ: finite-difference step (Gauss-Newton: its length, h). Default: by optimizer and precision of the"
+        " activations (docs/results.md).",
     )
     add("--allow_noisy_estimates", action="store_true", help="Train even where rounding drowns the loss differences.")
     add(
@@ -910,7 +1176,7 @@ def add_zeroth_order_arguments(add):
         "--max_candidates_per_forward",
         type=int,
         help="Split the step's candidates (θ and its perturbations) into forward passes of at most this many; less"
-        " memory, same result. Default: all in one.",
+        " memory, same result. Default: all in one; with gauss_newton 9.",
     )
     add(
         "--sg_window",
@@ -919,6 +1185,23 @@ def add_zeroth_order_arguments(add):
         " at most a sixth of the token's dimension.",
     )
     add("--sg_threshold", type=float, default=1e-3, help="ν of SG: share of variance that is noise.")
+    add(
+        "--subspace",
+        choices=["vocabulary", "prompt_words", "none"],
+        default="vocabulary",
+        help="Where Gauss-Newton looks: along the main differences between the model's words (those with the longest"
+        " embeddings), between the words of the prompts, or everywhere.",
+    )
+    add(
+        "--subspace_dimension",
+        type=int,
+        help="Directions of it per vector of the token; it becomes wider by itself where it holds too little of the"
+        " gradient. Default: 32, or all without a subspace.",
+    )
+    add("--subspace_words", type=int, default=80, help="How many words make the vocabulary's subspace.")
+    add("--gn_ridge", type=float, default=5.0, help="λ: weight of the start against what the pictures say.")
+    add("--gn_memory", type=float, default=0.95, help="ρ: share of older evidence that is kept from step to step.")
+    add("--gn_max_step", type=float, default=1.0, help="Longest step of the embedding, in its own units.")
     add("--puts_min_timestep", type=int, default=500, help="T_L of PUTS, inclusive.")
     add("--puts_max_timestep", type=int, default=900, help="T_U of PUTS, exclusive; 0/1000 is uniform.")
 
@@ -1081,13 +1364,41 @@ def assemble_model(args, base, placeholder, prompt_ids, text_encoder, unet, comp
     return model, table[placeholder.initializer_id].float().to(compute.device)
 
 
-def start_learner(args, initial, num_processes=1, process_index=0):
-    """A `Learner` at its first step, from the initializer's embedding `[d]`."""
-    theta = initial.repeat(args.num_vectors, 1)
-    per_update = args.train_batch_size * args.gradient_accumulation_steps * num_processes
+def choose_directions(args, base, placeholder, prompt_ids):
+    """All directions that Gauss-Newton may come to, `[d, d]`: those of `--subspace` first, in the order of their use.
+
+    Args:
+        args: resolved settings.
+        base, placeholder: `Base`, `Placeholder`.
+        prompt_ids: of the concept's prompts, any shape.
+    """
+    table, dimension = base_model.load_token_table(base), base.text_config.hidden_size
+    if args.subspace == "none":
+        return torch.eye(dimension)
+    if args.subspace == "vocabulary":
+        return vocabulary_directions(table, dimension, args.subspace_words)
+    ids = prompt_ids.unique()
+    special = torch.tensor(base.tokenizer.all_special_ids)
+    ids = ids[(ids < placeholder.first_id) & ~torch.isin(ids, special)]
+    return vocabulary_directions(table[ids], dimension, len(ids))
+
+
+def start_gauss_newton(args, theta, directions):
+    """A `GaussNewtonUpdate` before its first step; `directions` `[d, d]` serve each of θ's vectors `[k, d]`."""
+    k, d = theta.shape
+    of_vectors = torch.eye(k)[None, :, :, None] * directions[:, None, None, :]  # [d, k, k, d]: vector by vector
+    of_vectors = of_vectors.reshape(-1, k, d).to(theta)
+    first = of_vectors[: k * args.subspace_dimension]
+    solver = GaussNewton(first, args.gn_memory, args.gn_ridge, args.gn_max_step)
+    return GaussNewtonUpdate(solver, of_vectors, args.perturbation_scale, torch.zeros(2))
+
+
+def start_zeroth_order_adam(args, theta, num_processes):
+    """A `ZerothOrderAdam` before its first step."""
+    estimates = args.gradient_accumulation_steps * num_processes
     optimizer = torch.optim.Adam(
         [theta],
-        lr=args.learning_rate * (per_update if args.scale_lr else 1),
+        lr=args.learning_rate * (args.train_batch_size * estimates if args.scale_lr else 1),
         betas=(args.adam_beta1, args.adam_beta2),
         eps=args.adam_epsilon,
         weight_decay=args.adam_weight_decay,
@@ -1099,24 +1410,34 @@ def start_learner(args, initial, num_processes=1, process_index=0):
         num_training_steps=args.max_train_steps,
         num_cycles=args.lr_num_cycles,
     )
+    subspace = SubspaceGradient(args.sg_window, args.sg_threshold)
+    estimate = args.gradient_estimator, args.num_perturbations, args.perturbation_scale
+    return ZerothOrderAdam(optimizer, lr_scheduler, subspace, *estimate, estimates)
+
+
+def start_learner(args, initial, directions=None, num_processes=1, process_index=0):
+    """A `Learner` at its first step.
+
+    Args:
+        args: resolved settings.
+        initial: the initializer's embedding `[d]`.
+        directions: what `choose_directions` returned, for Gauss-Newton.
+        num_processes, process_index: of the run.
+    """
+    theta = initial.repeat(args.num_vectors, 1)
+    if args.optimizer == "gauss_newton":
+        rule = start_gauss_newton(args, theta, directions)
+    else:
+        rule = start_zeroth_order_adam(args, theta, num_processes)
     seeds = (np.random.SeedSequence([args.seed, i, process_index]).generate_state(1)[0] for i in range(2))
     generators = (torch.Generator().manual_seed(int(seed)) for seed in seeds)
-    subspace = SubspaceGradient(args.sg_window, args.sg_threshold)
-    return Learner(theta, optimizer, lr_scheduler, subspace, *generators)
+    return Learner(theta, rule, *generators)
 
 
-def choose_sampling(args, num_processes=1):
+def choose_sampling(args):
     """The `Sampling` that the settings ask for."""
-    return Sampling(
-        args.gradient_estimator,
-        args.num_perturbations,
-        args.perturbation_scale,
-        args.puts_min_timestep,
-        args.puts_max_timestep,
-        args.train_batch_size,
-        args.gradient_accumulation_steps,
-        num_processes,
-    )
+    timesteps = args.puts_min_timestep, args.puts_max_timestep
+    return Sampling(*timesteps, args.train_batch_size, args.gradient_accumulation_steps)
 
 
 def draw_held_out(args, concept, sampling, scheduler):
@@ -1155,9 +1476,11 @@ def train(run):
     if progress.step == 0:
         validate(run)
         draw_validation_images(run)
+    examples_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     hidden = not accelerator.is_local_main_process
     with tqdm(total=args.max_train_steps, initial=progress.step, desc="Steps", disable=hidden) as bar:
         while not is_over(run):
+            progress.forward_passes += learner.rule.num_candidates * examples_per_step
             interval_loss += train_step(learner, run.model, run.concept, run.sampling, average)
             progress.step = step = progress.step + 1
             interval += 1
@@ -1172,10 +1495,10 @@ def train(run):
                 check_finite(run, mean_loss, last_good)
                 last_good.copy_(learner.theta)
                 run.history.loss.append((step, mean_loss))
-                rate = learner.lr_scheduler.get_last_lr()[0]
+                figures = learner.rule.figures()
                 speed = (step - resumed_at) / (time.perf_counter() - started)
-                bar.set_postfix(loss=f"{mean_loss:.4f}", lr=f"{rate:.1e}")
-                runs.log(accelerator, {"loss": mean_loss, "lr": rate, "steps_per_second": speed}, step)
+                bar.set_postfix(loss=f"{mean_loss:.4f}", **{name: f"{x:.2g}" for name, x in figures.items()})
+                runs.log(accelerator, {"loss": mean_loss, **figures, "steps_per_second": speed}, step)
                 interval_loss.zero_()
                 interval = 0
             if step % args.validation_steps == 0 or last:
@@ -1275,8 +1598,7 @@ def finish(run, pictures, components, repo_id):
     args, theta, compute = run.args, run.learner.theta, run.model.compute
     embeddings.save_result(run.results, PUBLICATION.result_name, args.placeholder_token, theta)
     samples = draw_validation_images(run) or []
-    losses_per_step = candidates_per_step(args) * args.gradient_accumulation_steps * run.accelerator.num_processes
-    figures = runs.describe_figures(run.progress, run.history, losses_per_step, compute.device)
+    figures = runs.describe_figures(run.progress, run.history, compute.device) | run.learner.rule.figures()
     base_license = hub.base_license(args.pretrained_model_name_or_path)
     config = runs.describe_result(args, "ZOODiP (arXiv 2503.14868)", base_license, compute, components, figures)
     config["run"], run.model = run.id, None  # the full pipeline takes its place in memory
@@ -1344,8 +1666,11 @@ def learn_concept(args, accelerator, base, placeholder, compute):
     runs.log_components(components)
 
     # 3. What is learned: θ, from its start or from a checkpoint.
-    learner = start_learner(args, initial, accelerator.num_processes, accelerator.process_index)
-    sampling = choose_sampling(args, accelerator.num_processes)
+    directions = None
+    if args.optimizer == "gauss_newton":
+        directions = choose_directions(args, base, placeholder, concept.prompt_ids)
+    learner = start_learner(args, initial, directions, accelerator.num_processes, accelerator.process_index)
+    sampling = choose_sampling(args)
     held_out = draw_held_out(args, concept, sampling, base.scheduler)
     run = Run(args, accelerator, base, placeholder, concept, model, learner, sampling, held_out, settings)
     if checkpoint is not None:

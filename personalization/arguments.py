@@ -64,6 +64,12 @@ def parse(parser, words, refused):
     return parser.parse_args(words)
 
 
+def given_flags(parser, words):
+    """Names of the flags that a command line (list of strings) gives, so that their defaults do not count."""
+    said = {word.split("=")[0] for word in words}
+    return {action.dest for action in parser._actions if said & set(action.option_strings)}
+
+
 # =====================================================================================================
 # Groups of flags
 # =====================================================================================================
@@ -244,6 +250,11 @@ RANGES = {
     "num_perturbations": Range(1, 4096),
     "perturbation_scale": Range(0.0, 1.0, above=True),  # the precision of activations says what it is at least
     "max_candidates_per_forward": Range(1, 8192),
+    "subspace_dimension": Range(1, 10**5),
+    "subspace_words": Range(2, 10**6),
+    "gn_ridge": Range(1e-9, 1e9),
+    "gn_memory": Range(0.0, 1.0),
+    "gn_max_step": Range(0.0, 1e9, above=True),
     "sg_window": Range(0, 10**6),
     "sg_threshold": Range(0.0, 1.0, above=True, below=True),
     "puts_min_timestep": Range(0, 10**6),

@@ -234,6 +234,7 @@ class Progress:
     best_loss: float = float("inf")  # least held-out loss, and the step that had it
     best_step: int | None = None
     validations_without_gain: int = 0
+    forward_passes: int = 0  # of one example and candidate, over all processes
 
 
 @dataclass
@@ -305,17 +306,16 @@ def describe_hardware(device, dtype):
     return {"device": device.type, "name": name, "activations": str(dtype).removeprefix("torch.")}
 
 
-def describe_figures(progress, history, losses_per_step, device):
+def describe_figures(progress, history, device):
     """What was measured, JSON-ready.
 
     Args:
         progress, history: of the run.
-        losses_per_step: forward passes of one example and candidate that an update takes, over all processes.
         device: whose memory counts.
     """
     return {
         "steps": progress.step,
-        "forward_passes": progress.step * losses_per_step,
+        "forward_passes": progress.forward_passes,
         "seconds": round(progress.seconds, 1),
         "steps_per_second": round(progress.step / max(progress.seconds, 1e-9), 3),
         "best_validation_loss": progress.best_loss if history.validation_loss else None,

@@ -8,6 +8,7 @@ from conftest import REPO, SCRIPT
 
 METHOD = {
     *("sample_puts_timesteps", "estimate_gradient", "SubspaceGradient", "normalize_estimate", "train_step"),
+    *("gauss_newton_evidence", "GaussNewton", "prediction_errors"),
     *("Int8Linear", "Int8Conv2d", "load_frozen", "PromptRows", "candidate_losses", "train", "main"),
 }
 PACKAGE = sorted((REPO / "personalization").glob("*.py"))
@@ -46,6 +47,8 @@ def test_nobody_imports_a_sibling(path):
 
 def test_the_script_stays_a_story():
     source = SCRIPT.read_text(encoding="utf-8")
-    assert len(source.splitlines()) <= 1400
+    assert (
+        len(source.splitlines()) <= 1750
+    )  # the paper's method and Gauss-Newton, with quantized loading, flags and loop
     functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
     assert max(node.end_lineno - node.lineno + 1 for node in functions) <= 110

@@ -175,8 +175,14 @@ RESUME = {
 RESUME |= {"--num_vectors": 2, "--gradient_accumulation_steps": 2, "--lr_scheduler": "cosine", "--train_batch_size": 2}
 
 
-def test_resumed_run_equals_the_uninterrupted_one(train, tmp_path):
-    flags = {name.lstrip("-"): value for name, value in RESUME.items()}
+# What both optimizers take of it.
+RESUME_GAUSS_NEWTON = {k: v for k, v in RESUME.items() if not k.startswith("--sg_") and k != "--lr_scheduler"}
+RESUME_GAUSS_NEWTON |= {"--optimizer": "gauss_newton", "--subspace_dimension": 2}
+
+
+@pytest.mark.parametrize("flags", [RESUME, RESUME_GAUSS_NEWTON], ids=["zo_adam", "gauss_newton"])
+def test_resumed_run_equals_the_uninterrupted_one(train, tmp_path, flags):
+    flags = {name.lstrip("-"): value for name, value in flags.items()}
     whole = train(**flags, output_dir=tmp_path / "whole")
     parts = tmp_path / "parts"
     train(**flags | {"output_dir": parts})

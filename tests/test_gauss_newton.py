@@ -1,0 +1,258 @@
+"""Forward-only Gauss-Newton against independent computations: least squares by numpy, Jacobians by autograd."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import as_arguments
+from test_training import demo_loss  # noqa: F401, a fixture
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import train_zoodip_textual_inversion as zoodip
+from personalization.errors import InputError
+from train_zoodip_textual_inversion import GaussNewton, gauss_newton_evidence, vocabulary_directions
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+# ------------------------------------------------------------------------------------------------------- the algorithm
+
+
+@pytest.mark.parametrize("ridge", [1e-7, 0.3])
+def test_a_linear_model_is_solved_by_least_squares(ridge):
+    """All directions, nothing forgotten: after the last example θ is the (ridge) least-squares solution of all."""
+    d, examples, entries = 6, 40, 50
+    g = generator()
+    jacobians = torch.randn(examples, entries, d, generator=g, dtype=torch.float64)
+    targets = torch.randn(examples, entries, generator=g, dtype=torch.float64)
+    theta = start = torch.randn(1, d, generator=g, dtype=torch.float64)
+    solver = GaussNewton(torch.eye(d, dtype=torch.float64)[:, None, :], memory=1.0, ridge=ridge, max_step=1e9)
+    for jacobian, target in zip(jacobians, targets):
+
+        def error_fn(candidates, jacobian=jacobian, target=target):
+            return candidates[:, 0] @ jacobian.T - target
+
+        matrix, half_gradient, _ = gauss_newton_evidence(error_fn, theta, solver.directions, 0.1)
+        theta = theta + solver.step(matrix, half_gradient)
+    a, b = jacobians.flatten(0, 1).numpy(), targets.flatten().numpy()
+    prior = ridge * np.trace(jacobians[0].numpy().T @ jacobians[0].numpy()) / d  # λ of the first example's curvature
+    rows, wanted = np.vstack([a, np.sqrt(prior) * np.eye(d)]), np.concatenate([b, np.sqrt(prior) * start[0].numpy()])
+    expected = np.linalg.lstsq(rows, wanted, rcond=None)[0]
+    np.testing.assert_allclose(theta[0].numpy(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_long_steps_are_shortened():
+    solver = GaussNewton(torch.eye(3)[:, None, :], 0.95, 1e-3, max_step=0.5)
+    step = solver.step(torch.eye(3), torch.tensor([3.0, 0.0, -4.0]))
+    torch.testing.assert_close(step, torch.tensor([[-0.3, 0.0, 0.4]]))
+
+
+def test_no_curvature_is_no_step():
+    """A token that the model does not see must not end in NaN."""
+    solver = GaussNewton(torch.eye(3)[:, None, :], 0.95, 5.0, 1.0)
+    assert torch.equal(solver.step(torch.zeros(3, 3), torch.zeros(3)), torch.zeros(1, 3))
+
+
+def test_the_directions_are_the_principal_components_of_the_longest_words():
+    table = torch.randn(200, 8, generator=generator()) * torch.arange(1, 9)
+    table[50:] *= 0.01  # never trained
+    found = vocabulary_directions(table.half(), 5, 50)
+    words = table.half()[:50].double().numpy()
+    variance, components = np.linalg.eigh(np.cov(words.T, bias=True))
+    deviations = np.sqrt(variance[::-1][:5])
+    torch.testing.assert_close(found.norm(dim=1), torch.tensor(deviations / deviations.mean()).float())
+    cosines = np.abs((torch.nn.functional.normalize(found).numpy() * components[:, ::-1][:, :5].T).sum(axis=1))
+    np.testing.assert_allclose(cosines, 1, atol=1e-4)
+
+
+def test_fewer_words_than_directions_forbid_none():
+    found = vocabulary_directions(torch.randn(4, 8, generator=generator()), 8, 4)
+    products = found @ found.T
+    torch.testing.assert_close(products, torch.diag(products.diagonal()), atol=1e-5, rtol=0)
+    assert (products.diagonal() > 0).all()
+
+
+def test_the_direction_from_outside_is_outside():
+    inside = torch.linalg.qr(torch.randn(24, 10, generator=generator()))[0].T.reshape(10, 2, 12) * 3
+    probe = zoodip.outside_direction(inside, generator(1))
+    assert probe.shape == (2, 12) and probe.norm() == pytest.approx(1)
+    assert (inside.flatten(1) @ probe.flatten()).abs().max() < 1e-6
+    assert not torch.equal(probe, zoodip.outside_direction(inside, generator(2)))
+
+
+# ------------------------------------------------------------------------------------------------ on a diffusion model
+
+
+def errors_of(parts, candidates):
+    text_encoder, unet, batch, first = parts
+    passes = zoodip.prediction_errors(candidates, batch, text_encoder, unet, first)
+    return torch.cat([errors.flatten(1) for errors in passes])
+
+
+def test_matrix_and_gradient_equal_those_of_autograd(demo_loss):  # noqa: F811
+    """K = J Jᵀ / M and y = J r / M with J by forward-mode autograd, at the default step of float32."""
+    _, start, parts = demo_loss
+    words = parts[0].get_input_embeddings().weight[: parts[3]]
+    directions = vocabulary_directions(words, 8, 80)[:, None, :]
+    step_size = zoodip.PERTURBATION_SCALES["gauss_newton"]["no"][0]
+    with torch.inference_mode():
+        matrix, half_gradient, loss = gauss_newton_evidence(
+            functools.partial(errors_of, parts), start, directions, step_size
+        )
+    text_encoder, unet, batch, first = parts
+    table = text_encoder.get_input_embeddings()
+
+    def errors(theta):  # the placeholder's row replaced by a tensor that autograd follows
+        def forward(ids):
+            rows = torch.nn.functional.embedding(table.index[ids], table.weight.detach().clone())
+            return torch.where((ids == first)[..., None], theta[0], rows)
+
+        original, table.forward = table.forward, forward
+        try:
+            conditioning = text_encoder(batch.prompt_ids)[0]
+        finally:
+            table.forward = original
+        prediction = unet(batch.noisy_latents, batch.timesteps, conditioning, return_dict=False)[0]
+        return (prediction - batch.target).flatten()
+
+    with sdpa_kernel(SDPBackend.MATH):  # the fused kernel knows no forward mode
+        derivatives = [torch.func.jvp(errors, (start,), (direction,))[1] for direction in directions]
+    jacobian, error = torch.stack(derivatives), errors(start)
+    exact, exact_half_gradient = jacobian @ jacobian.T / len(error), jacobian @ error / len(error)
+    assert (matrix - exact).norm() < 1e-2 * exact.norm()
+    assert (half_gradient - exact_half_gradient).norm() < 1e-2 * exact_half_gradient.norm()
+    assert loss == pytest.approx(error.square().mean().item(), rel=1e-5)
+
+
+def test_a_batch_of_two_is_the_mean_of_its_examples(demo_loss):  # noqa: F811
+    """What processes and accumulation average is what one process with all examples would have found."""
+    _, start, (text_encoder, unet, batch, first) = demo_loss
+    other = batch._replace(noisy_latents=batch.noisy_latents.flip(-1), timesteps=batch.timesteps + 90)
+    both = type(batch)(*(torch.cat(pair) for pair in zip(batch, other)))
+    directions = torch.eye(start.shape[1])[:6, None, :]
+
+    def evidence(examples):
+        return gauss_newton_evidence(
+            functools.partial(errors_of, (text_encoder, unet, examples, first)), start, directions, 2e-2
+        )
+
+    with torch.inference_mode():
+        for whole, one, two in zip(evidence(both), evidence(batch), evidence(other)):
+            torch.testing.assert_close(whole, (one + two) / 2, rtol=1e-4, atol=1e-7)
+
+
+# ---------------------------------------------------------------------------------------------------------------- runs
+
+SHORT = {"optimizer": "gauss_newton", "subspace_dimension": 4, "logging_steps": 1, "num_validation_samples": 0}
+
+
+def figures(out):
+    return json.loads((out / "zoodip_config.json").read_text())["figures"]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"subspace": "prompt_words", "num_vectors": 2, "gradient_accumulation_steps": 2},
+        {"quantization": "none", "max_candidates_per_forward": 2, "train_batch_size": 2},
+        {"unet_backend": "openvino", "num_validation_samples": 4},
+    ],
+    ids=lambda flags: " ".join(flags),
+)
+def test_runs(train, flags):
+    out = train(max_train_steps=2, **SHORT | flags)
+    candidates = 4 * flags.get("num_vectors", 1) + 2
+    examples = flags.get("train_batch_size", 1) * flags.get("gradient_accumulation_steps", 1)
+    assert figures(out)["forward_passes"] == 2 * candidates * examples
+    settings = json.loads((out / "zoodip_config.json").read_text())["settings"]
+    assert settings["activations"] == ("bfloat16" if "unet_backend" in flags else "float32")
+
+
+def test_without_a_subspace_all_directions_are_taken(train, demo_base):
+    out = train(max_train_steps=1, **SHORT | {"subspace": "none", "subspace_dimension": 128})
+    dimension = json.loads((Path(demo_base) / "text_encoder" / "config.json").read_text())["hidden_size"]
+    assert figures(out)["forward_passes"] == dimension + 1  # none from outside
+
+
+def test_a_poor_subspace_becomes_wider(train, monkeypatch):
+    monkeypatch.setattr(zoodip, "SHARE_STEPS", 2)
+    monkeypatch.setattr(zoodip, "LEAST_SHARE", 1.1)  # no subspace is good enough
+    out = train(max_train_steps=4, checkpointing_steps=3, **SHORT)
+    assert figures(out)["forward_passes"] == 2 * 6 + 2 * 10
+    state = torch.load(out / "checkpoint-3" / "state.pt", weights_only=True)
+    assert state["information"].shape == (8, 8)
+    train(max_train_steps=5, output_dir=out, resume_from_checkpoint="latest", **SHORT)
+    assert figures(out)["forward_passes"] == 2 * 6 + 2 * 10 + 18
+
+
+def test_it_learns(train):
+    """In 12 steps of 18 passes the held-out loss falls by a quarter; the paper's update takes some 200 passes, too."""
+    flags = {"num_validation_samples": 16, "validation_steps": 1000, "flip_probability": 0, "subspace_dimension": 16}
+    (_, first), (_, last) = figures(train(max_train_steps=12, **SHORT | flags))["validation_losses"]
+    assert last < 0.75 * first
+
+
+def test_two_processes_stay_identical(basics, repo, tmp_path):
+    driver = tmp_path / "driver.py"
+    driver.write_text(
+        f"import sys; sys.path.insert(0, {str(repo)!r})\n"
+        "import torch\nimport train_zoodip_textual_inversion as zoodip\n"
+        "train = zoodip.train\n"
+        "def dump(run):\n"
+        "    train(run)\n"
+        "    torch.save(run.learner.state_dict(), f'{run.output_dir}/rank-{run.accelerator.process_index}.pt')\n"
+        "zoodip.train = dump\n"
+        "zoodip.main(zoodip.parse_args(sys.argv[1:]))\n"
+    )
+    flags = basics | {f"--{name}": value for name, value in SHORT.items()} | {"--max_train_steps": 3}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(driver), *as_arguments(flags)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    out = Path(flags["--output_dir"])
+    first, second = (torch.load(out / f"rank-{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert torch.equal(first["theta"], second["theta"]) and torch.equal(first["information"], second["information"])
+    assert figures(out)["forward_passes"] == 3 * 6 * 2
+
+
+# ----------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        ({"--optimizer": "gauss_newton", "--learning_rate": 1e-3}, "--learning_rate belongs to --optimizer zo_adam"),
+        ({"--gn_ridge": 3}, "--gn_ridge belongs to --optimizer gauss_newton, this is zo_adam: drop one."),
+        ({"--optimizer": "gauss_newton", "--gn_memory": 1.5}, "--gn_memory 1.5 must be"),
+        ({"--optimizer": "sgd"}, "invalid choice: 'sgd'"),
+    ],
+    ids=str,
+)
+def test_flags_that_cannot_work(basics, capsys, flags, sentence):
+    with pytest.raises(SystemExit) as stopped:
+        zoodip.parse_args(as_arguments(basics | flags))
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and sentence in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        ({"--subspace_dimension": 129}, "--subspace_dimension 129 is more than the 128 entries of a token"),
+        ({"--perturbation_scale": 1e-9}, "--perturbation_scale 1e-09 is too small for float32 activations"),
+    ],
+    ids=str,
+)
+def test_settings_that_the_base_forbids(basics, flags, sentence):
+    args = zoodip.parse_args(as_arguments(basics | {"--optimizer": "gauss_newton"} | flags))
+    with pytest.raises(InputError, match=sentence):
+        zoodip.resolve_settings(args, torch.device("cpu"))
