@@ -144,6 +144,47 @@ def quality(result):
     return table(["UNet in training", "seed", *names], rows) + "\n\n" + note
 
 
+def methods(result):
+    """benchmarks/results/methods.json, as `benchmarks/compare_methods.py` writes it."""
+    metrics = {"loss": "held-out loss", "CLIP-I": "CLIP-I", "identity": "identity", "CLIP-T": "CLIP-T"}
+
+    def shown(value):
+        mean, spread = value
+        return f"{mean:.4f}" + ("" if spread is None else f" ± {spread:.4f}")
+
+    rows = []
+    for name, found in result["summary"].items():
+        last = found["curve"][-1]
+        reached = found.get("reaches", {})
+        to_reach = (
+            [f"{reached[m]:,.0f}" if reached.get(m) else "–" for m in list(metrics)[:3]] if reached else [""] * 3
+        )
+        cells = [f"{last['forwards'][0]:,.0f}", *(shown(last[m]) for m in metrics), *to_reach]
+        rows.append([result["methods"][name]["title"], *cells, f"{found['seconds']:.0f} s"])
+    header = [
+        "method",
+        "forwards",
+        *metrics.values(),
+        "to the paper's loss",
+        "to its CLIP-I",
+        "to its identity",
+        "a run",
+    ]
+    seeds = sorted({len(found["seeds"]) for found in result["summary"].values() if len(found["curve"]) > 1})
+    judging, hardware = result["configuration"]["judging"], result["hardware"]
+    low, high = judging["timesteps"]
+    note = (
+        f"Means over {len(result['subjects'])} subjects, {' or '.join(map(str, seeds))} seeds of each method (±: standard"
+        " deviation over seeds of the mean over subjects). Forwards: example-forwards through the UNet, a backward pass"
+        ' as two; the three columns "to ..." have those after which the mean curve is as good as that of the paper\'s'
+        f" settings at the end (–: never). Loss: {judging['held_out']} fixed examples, t in [{low}, {high}), float32,"
+        " unquantized, as are the pictures; CLIP-I, identity and CLIP-T by `demo/scorer`. A run: all of it, judging"
+        f" included, on one thread, beside others. By `{result['command']}` on {hardware['name']}, torch"
+        f" {result['versions']['torch']}."
+    )
+    return table(header, rows) + "\n\n" + note
+
+
 STEP_NAMES = {
     "ours-int8": "**ours, INT8, torch**",
     "ours-openvino": "**ours, INT8, OpenVINO**",
@@ -383,6 +424,7 @@ TABLES = {
     "signal": (signal, "benchmarks/results/signal.json"),
     "hardening": (hardening, "docs/hardening.json"),
     "signal_float32": (signal, "benchmarks/results/signal_float32.json"),
+    "methods": (methods, "benchmarks/results/methods.json"),
     "quality": (quality, "benchmarks/results/quality.json"),
     "step": (step, "benchmarks/results/step_cpu.json"),
     "scaling": (scaling, "benchmarks/results/step_cpu.json", "benchmarks/results/memory_cpu.json"),
