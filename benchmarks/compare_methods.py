@@ -11,11 +11,11 @@ zeroth-order estimate grows with it. At every milestone θ is judged by the floa
 fixed examples, the same for every method and seed, with t in [500, 900), where the subject is decided, and noise that
 training never draws; and pictures of the demo's prompts, from the same noise for all, by `evaluate_personalization`.
 
-A finished run is one JSON file in `--cache_dir`, made again only if its settings or the base change. The methods are in
-`methods.py`; results go to `benchmarks/results/methods.json`, `docs/methods.png` and `docs/methods_sheet.png`.
+A finished run is one JSON file in `--cache_dir`, made again only if its settings or the base change (delete it after a
+change of the code). The methods are in `methods.py`; results go to `benchmarks/results/methods.json`,
+`docs/methods.png` and `docs/methods_sheet.png`.
 """
 
-import argparse
 import base64
 import hashlib
 import itertools
@@ -43,19 +43,19 @@ import personalization.quiet  # noqa: E402, F401, before the libraries whose fal
 
 
 # isort: split
-import matplotlib  # noqa: E402
 import torch  # noqa: E402
+import world  # noqa: E402
 from accelerate import PartialState  # noqa: E402
 from diffusers import StableDiffusionPipeline  # noqa: E402
-from PIL import Image, ImageDraw  # noqa: E402
+from PIL import Image  # noqa: E402
 from tqdm.auto import tqdm  # noqa: E402
 
 import evaluate_personalization as evaluation  # noqa: E402
 import train_zoodip_textual_inversion as zoodip  # noqa: E402
-import world  # noqa: E402
 from benchmarks.bench_real_photos import cpu_name  # noqa: E402
 from benchmarks.make_tables import methods as methods_table  # noqa: E402
 from benchmarks.methods import GRIDS, ForwardCount, Method, prepare  # noqa: E402
+from benchmarks.plot_methods import contact_sheet, plot  # noqa: E402
 from personalization import arguments, embeddings, runs  # noqa: E402
 from personalization.errors import RunError, run_script  # noqa: E402
 
@@ -402,6 +402,15 @@ def collect(listed, cache_dir, subjects):
     }
 
 
+def list_strips(listed, cache_dir):
+    """(Method, subject) -> strip of pictures of its first finished seed."""
+    strips = {}
+    for run in listed:
+        if finished(run, cache_dir) is not None:
+            strips.setdefault((run.name, run.subject), run.path(cache_dir).with_suffix(".png"))
+    return strips
+
+
 def write_compact(path, content):
     """JSON with one line for every run, and otherwise one for every key."""
     lines = []
@@ -412,64 +421,6 @@ def write_compact(path, content):
         lines.append(f"{json.dumps(key)}: {shown}")
     with runs.atomic_path(path) as temporary:
         temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
-
-
-def plot(result, path):
-    """Held-out loss, CLIP-I and identity against forwards; the band is one standard deviation of the seeds' means."""
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    titles = {"loss": "held-out loss", "CLIP-I": "CLIP-I", "identity": "identity"}
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.8), constrained_layout=True)
-    for axis, metric in zip(axes, titles):
-        for i, (name, found) in enumerate(result["summary"].items()):
-            points = [point for point in found["curve"] if metric in point]
-            label, colour = result["methods"][name]["title"], f"C{i % 10}"
-            xs, ys = ([point[key][0] for point in points] for key in ("forwards", metric))
-            if xs == [0]:
-                axis.axhline(ys[0], color="black", linestyle=":", label=label)
-                continue
-            axis.plot(xs, ys, "o-", color=colour, label=label, markersize=4)
-            if points[0][metric][1] is not None:
-                low, high = ([p[metric][0] + sign * p[metric][1] for p in points] for sign in (-1, 1))
-                axis.fill_between(xs, low, high, color=colour, alpha=0.2, linewidth=0)
-        axis.set(xscale="log", xlabel="example-forwards (a backward counts as two)", title=titles[metric])
-        axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
-    seeds = max(len(found["seeds"]) for found in result["summary"].values())
-    band = f"; band: one standard deviation over {seeds} seeds of that mean" if seeds > 1 else ", one seed"
-    figure.suptitle(f"Mean over {len(result['subjects'])} subjects{band}", fontsize=10)
-    with runs.atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=90)
-    plt.close(figure)
-
-
-def sheet(listed, cache_dir, subjects, path, side=80, shown=2):
-    """Rows: subjects; columns: references, then each method at the full budget, the first `shown` prompts of a strip."""
-    first = {}
-    for run in listed:
-        if finished(run, cache_dir) is not None:
-            first.setdefault((run.name, run.subject), run)
-    titles = {name: GRIDS[run.grid][name].title for (name, _), run in first.items()}
-    width, top = shown * side + 8, 36
-    canvas = Image.new("RGB", (width * (1 + len(titles)), top + side * len(subjects)), "white")
-    ink = ImageDraw.Draw(canvas)
-    for x, title in enumerate(["references", *titles.values()]):
-        words = title.replace(", ", ",\n", 1).replace(" (", "\n(", 1)
-        ink.multiline_text((x * width + 2, 2), words, fill="black", font_size=11)
-    for y, subject in enumerate(subjects):
-        rows = [[Image.open(p).convert("RGB") for p in sorted((SUBJECTS / subject).glob("*.png"))[:shown]]]
-        for name in titles:
-            run = first.get((name, subject))
-            strip = Image.open(run.path(cache_dir).with_suffix(".png")).convert("RGB") if run else None
-            edge = strip.height if strip else 0
-            rows.append([strip.crop((i * edge, 0, (i + 1) * edge, edge)) for i in range(shown)] if strip else [])
-        for x, row in enumerate(rows):
-            for i, image in enumerate(row):
-                image = image.resize((side, side), Image.Resampling.LANCZOS)
-                canvas.paste(image, (x * width + i * side, top + y * side))
-    with runs.atomic_path(path) as temporary:
-        canvas.save(temporary)
 
 
 # =====================================================================================================
@@ -539,7 +490,7 @@ def main(args):
         if result["summary"]:
             write_compact(results / f"{stem}.json", result)
             plot(result, figures / f"{stem}.png")
-            sheet(listed, args.cache_dir, args.subjects, figures / f"{stem}_sheet.png")
+            contact_sheet(result, SUBJECTS, list_strips(listed, args.cache_dir), figures / f"{stem}_sheet.png")
             print(f"{methods_table(result)}\n\nLook at {figures / stem}.png and {stem}_sheet.png")
     if not result["summary"]:
         raise RunError("no method is finished on all these subjects yet, so there is nothing to show.")

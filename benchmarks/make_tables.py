@@ -148,39 +148,31 @@ def methods(result):
     """benchmarks/results/methods.json, as `benchmarks/compare_methods.py` writes it."""
     metrics = {"loss": "held-out loss", "CLIP-I": "CLIP-I", "identity": "identity", "CLIP-T": "CLIP-T"}
 
-    def shown(value):
+    def shown(name, value):
         mean, spread = value
-        return f"{mean:.4f}" + ("" if spread is None else f" ± {spread:.4f}")
+        digits = 4 if name == "loss" else 3
+        return f"{mean:.{digits}f}" + ("" if spread is None else f" ± {spread:.{digits}f}")
 
     rows = []
     for name, found in result["summary"].items():
-        last = found["curve"][-1]
-        reached = found.get("reaches", {})
-        to_reach = (
-            [f"{reached[m]:,.0f}" if reached.get(m) else "–" for m in list(metrics)[:3]] if reached else [""] * 3
-        )
-        cells = [f"{last['forwards'][0]:,.0f}", *(shown(last[m]) for m in metrics), *to_reach]
+        last, reached = found["curve"][-1], found.get("reaches")
+        cells = [f"{last['forwards'][0]:,.0f}", *(shown(metric, last[metric]) for metric in metrics)]
+        for metric in ("loss", "CLIP-I", "identity"):
+            cells.append("" if reached is None else f"{reached[metric]:,.0f}" if reached[metric] else "never")
         rows.append([result["methods"][name]["title"], *cells, f"{found['seconds']:.0f} s"])
-    header = [
-        "method",
-        "forwards",
-        *metrics.values(),
-        "to the paper's loss",
-        "to its CLIP-I",
-        "to its identity",
-        "a run",
-    ]
+    reaching = [f"forwards to the paper's {name}" for name in ("loss", "CLIP-I", "identity")]
+    header = ["method", "forwards", *metrics.values(), *reaching, "a run"]
     seeds = sorted({len(found["seeds"]) for found in result["summary"].values() if len(found["curve"]) > 1})
     judging, hardware = result["configuration"]["judging"], result["hardware"]
     low, high = judging["timesteps"]
     note = (
-        f"Means over {len(result['subjects'])} subjects, {' or '.join(map(str, seeds))} seeds of each method (±: standard"
-        " deviation over seeds of the mean over subjects). Forwards: example-forwards through the UNet, a backward pass"
-        ' as two; the three columns "to ..." have those after which the mean curve is as good as that of the paper\'s'
-        f" settings at the end (–: never). Loss: {judging['held_out']} fixed examples, t in [{low}, {high}), float32,"
-        " unquantized, as are the pictures; CLIP-I, identity and CLIP-T by `demo/scorer`. A run: all of it, judging"
-        f" included, on one thread, beside others. By `{result['command']}` on {hardware['name']}, torch"
-        f" {result['versions']['torch']}."
+        f"Means over {len(result['subjects'])} subjects and {' or '.join(map(str, seeds))} seeds (±: one standard"
+        " deviation of the mean over subjects, over seeds). Forwards: examples through the UNet, a backward pass as"
+        " two. \"To the paper's ...\": where the mean curve is first as good as that of the paper's settings at its"
+        " end, between milestones by interpolation in log forwards. Loss:"
+        f" {judging['held_out']} fixed examples, t in [{low}, {high}), float32, unquantized, as are the pictures"
+        " (CLIP-I, identity and CLIP-T by `demo/scorer`). A run: its time on one thread beside another run, judging"
+        f" included. By `{result['command']}` on {hardware['name']}, torch {result['versions']['torch']}."
     )
     return table(header, rows) + "\n\n" + note
 

@@ -171,7 +171,7 @@ class DirectionalLearner(GradientLearner):
 
 
 def principal_components(table, count):
-    """The `count` leading principal components of rows `[N, d]`, each as long as its standard deviation: `[count, d]`."""
+    """The `count` leading principal components of rows `[N, d]`, as long as their deviations: `[count, d]`."""
     centred = table - table.mean(dim=0)
     _, singular, directions = torch.linalg.svd(centred, full_matrices=False)
     return directions[:count] * (singular[:count, None] / math.sqrt(len(table)))
