@@ -79,7 +79,7 @@ class Judging:
 
     held_out: int = 256  # examples of the held-out loss
     images_per_prompt: int = 4
-    num_inference_steps: int = 25
+    num_inference_steps: int = 20
     guidance_scale: float = 4.0
     timesteps: tuple = (500, 900)
     unet_backend: str = "openvino"
@@ -442,7 +442,7 @@ def parse_args(input_args=None):
     add(
         "--image_milestones", nargs="+", type=int, help="Those with pictures. Default: all from a tenth of the budget."
     )
-    add("--num_inference_steps", type=int, default=25, help="Denoising steps of a picture.")
+    add("--num_inference_steps", type=int, default=20, help="Denoising steps of a picture.")
     add("--unet_backend", choices=["openvino", "torch"], default="openvino", help="What computes forward passes.")
     add("--processes", type=int, default=2, help="Runs at a time, one thread each.")
     add("--collect", action="store_true", help="Run nothing; write results from what is finished.")
