@@ -11,9 +11,8 @@ zeroth-order estimate grows with it. At every milestone θ is judged by the floa
 fixed examples, the same for every method and seed, with t in [500, 900), where the subject is decided, and noise that
 training never draws; and pictures of the demo's prompts, from the same noise for all, by `evaluate_personalization`.
 
-A finished run is one JSON file in `--cache_dir`, made again only if its settings or the base change (delete it after a
-change of the code). The methods are in `methods.py`; results go to `benchmarks/results/methods.json`,
-`docs/methods.png` and `docs/methods_sheet.png`.
+A finished run is one JSON file in `--cache_dir`, named by its settings and the base; after a change of the code, delete
+it. The methods are in `methods.py`; results go to `benchmarks/results/methods.json` and `docs/methods*.png`.
 """
 
 import base64
@@ -47,6 +46,7 @@ import torch  # noqa: E402
 import world  # noqa: E402
 from accelerate import PartialState  # noqa: E402
 from diffusers import StableDiffusionPipeline  # noqa: E402
+from diffusers.utils import make_image_grid  # noqa: E402
 from PIL import Image  # noqa: E402
 from tqdm.auto import tqdm  # noqa: E402
 
@@ -97,14 +97,17 @@ class Run:
     milestones: tuple  # example-forwards; the last is the budget
     image_milestones: tuple  # those with pictures
     judging: Judging
-    base: str  # fingerprint
+    base: str  # fingerprint of base and scorer
 
     def settings(self):
-        """JSON-ready, as they are read back."""
-        return json.loads(json.dumps(asdict(self)))
+        """JSON-ready, as they are read back; what a reader calls the method changes nothing."""
+        content = json.loads(json.dumps(asdict(self)))
+        del content["method"]["title"]
+        return content
 
     def path(self, cache_dir):
-        return Path(cache_dir) / self.grid / f"{self.name}-{self.subject}-{self.seed}.json"
+        key = hashlib.sha256(json.dumps(self.settings(), sort_keys=True).encode()).hexdigest()[:8]
+        return Path(cache_dir) / self.grid / f"{self.name}-{self.subject}-{self.seed}-{key}.json"
 
 
 def common_flags(run, cache_dir):
@@ -177,7 +180,7 @@ class Judge:
 
 def perform(run, cache_dir):
     """Performs a run and writes its JSON file, and beside it a strip of pictures, the first of each prompt."""
-    started = time.perf_counter()
+    started = time.process_time()  # on one thread; it stands still while the process is stopped
     PartialState(cpu=True)  # accelerate's logger wants it
     learner, count, args = None, None, None
     if run.method.learner is not None:
@@ -188,12 +191,12 @@ def perform(run, cache_dir):
     judge = Judge(run, cache_dir, args.num_vectors if args else 1)
     curve, thetas, strip, steps, seconds, cost = [], {}, None, 0, 0.0, 0
     for milestone in run.milestones:
-        began = time.perf_counter()
+        began = time.process_time()
         while learner is not None and count.total + cost <= milestone:
             before = count.total
             learner.step()
             steps, cost = steps + 1, count.total - before
-        seconds += time.perf_counter() - began
+        seconds += time.process_time() - began
         theta = judge.task.initial[None] if learner is None else learner.theta.detach().clone()
         if not theta.isfinite().all():
             raise RunError(f"{run.name} on {run.subject}, seed {run.seed}, diverged within {milestone} forwards.")
@@ -201,14 +204,14 @@ def perform(run, cache_dir):
         if milestone in run.image_milestones:
             pictures = judge.draw(None if learner is None else theta)
             point |= judge.scores(pictures)
-            strip = zoodip.make_image_grid([row[0] for row in pictures], 1, len(pictures))
+            strip = make_image_grid([row[0] for row in pictures], 1, len(pictures))
         curve.append({name: round(value, 6) for name, value in point.items()})
         thetas[str(milestone)] = base64.b64encode(theta.float().numpy().tobytes()).decode()
     path = run.path(cache_dir)
     if strip is not None:
         with runs.atomic_path(path.with_suffix(".png")) as temporary:
             strip.save(temporary)
-    whole = time.perf_counter() - started
+    whole = time.process_time() - started
     times = {"training": round(seconds, 1), "whole": round(whole, 1)}
     runs.write_json(
         path, {"settings": run.settings(), "curve": curve, "thetas": thetas, "steps": steps, "seconds": times}
@@ -242,10 +245,10 @@ def finished(run, cache_dir):
         return None
 
 
-def base_fingerprint(folder):
-    """Of the content of all files of a base."""
-    files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
-    known = [(path.relative_to(folder).as_posix(), runs.sha256(path)) for path in files]
+def fingerprint(*folders):
+    """Of the content of all files in folders."""
+    files = sorted(path for folder in folders for path in folder.rglob("*.*") if path.suffix != ".pyc")
+    known = [(path.relative_to(ROOT).as_posix(), runs.sha256(path)) for path in files]
     return hashlib.sha256(repr(known).encode()).hexdigest()[:16]
 
 
@@ -478,7 +481,7 @@ def main(args):
     judging = Judging(num_inference_steps=args.num_inference_steps, unet_backend=args.unet_backend)
     milestones = tuple(args.milestones), tuple(args.image_milestones)
     plan = args.grid, args.methods, args.subjects, args.seeds, *milestones
-    listed = list_runs(*plan, judging, base_fingerprint(BASE))
+    listed = list_runs(*plan, judging, fingerprint(BASE, SCORER))
     results, figures = (args.output_dir,) * 2 if args.output_dir else (HERE / "results", ROOT / "docs")
     stem = "methods" if args.grid == "main" else f"methods_{args.grid}"
     (args.cache_dir / "weights").mkdir(parents=True, exist_ok=True)

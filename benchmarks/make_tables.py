@@ -176,8 +176,9 @@ def methods(result):
         " deviation of the mean over subjects, over seeds). Forwards: examples through the UNet, a backward pass as"
         f" two.{reached_where if targets else ''} Loss:"
         f" {judging['held_out']} fixed examples, t in [{low}, {high}), float32, unquantized, as are the pictures"
-        " (CLIP-I, identity and CLIP-T by `demo/scorer`). A run: its time on one thread beside another run, judging"
-        f" included. By `{result['command']}` on {hardware['name']}, torch {result['versions']['torch']}."
+        " (CLIP-I, identity and CLIP-T by `demo/scorer`). A run: CPU time on one thread, judging included,"
+        f" with other work on the machine. By `{result['command']}` on {hardware['name']}, torch"
+        f" {result['versions']['torch']}."
     )
     return table(header, rows) + "\n\n" + note
 

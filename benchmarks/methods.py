@@ -250,7 +250,11 @@ class Method:
 PLAIN = Method("plain word", learner=None)
 EXACT = "--unet_backend torch --quantization none --adam_epsilon 1e-8"  # autograd, float32, unquantized
 UNIFORM = "--puts_min_timestep 0 --puts_max_timestep 1000"
-PAPER = "--learning_rate 5e-3 --lr_scheduler constant --num_perturbations 2 --train_batch_size 1"
+PAPER = (
+    "--quantization int8 --mixed_precision no --gradient_estimator rge --num_perturbations 2 --perturbation_scale 1e-3"
+    " --learning_rate 5e-3 --lr_scheduler constant --adam_epsilon 1e-3 --sg_threshold 1e-3 --puts_min_timestep 500"
+    " --puts_max_timestep 900 --train_batch_size 1"
+)
 
 # Learning rates, schedules and CMA-ES's settings were chosen in pilots, see docs/results.md.
 GRIDS = {

@@ -230,6 +230,8 @@ def test_a_finished_run_has_its_curve_and_is_not_run_again(cache, two_runs):
         dataclasses.replace(two_runs[1], judging=dataclasses.replace(TINY, held_out=9)),
     ]
     assert [compare_methods.finished(run, cache) for run in changed] == [None] * 4
+    renamed = dataclasses.replace(two_runs[1].method, title="another")
+    assert compare_methods.finished(dataclasses.replace(two_runs[1], method=renamed), cache) == paper
     two_runs[1].path(cache / "elsewhere").parent.mkdir(parents=True)
     two_runs[1].path(cache / "elsewhere").write_text('{"settings": ')  # cut off
     assert compare_methods.finished(two_runs[1], cache / "elsewhere") is None
