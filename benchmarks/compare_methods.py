@@ -11,7 +11,7 @@ zeroth-order estimate grows with it. At every milestone θ is judged by the floa
 fixed examples, the same for every method and seed, with t in [500, 900), where the subject is decided, and noise that
 training never draws; and pictures of the demo's prompts, from the same noise for all, by `evaluate_personalization`.
 
-A finished run is one JSON file in `--cache_dir`, named by its settings and the base; after a change of the code, delete
+A finished run is a JSON file in `--cache_dir`, named by its settings and the base; after a change of the code, delete
 it. The methods are in `methods.py`; results go to `benchmarks/results/methods.json` and `docs/methods*.png`.
 """
 

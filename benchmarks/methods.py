@@ -178,7 +178,7 @@ def principal_components(table, count):
 
 
 class EvolutionLearner:
-    """Gradient-free Textual Inversion: CMA-ES in a principal subspace of the vocabulary (GF-TI, arXiv 2304.05265).
+    """Gradient-free Textual Inversion: CMA-ES in a principal subspace of the vocabulary (GF-TI, Fei et al. 2023).
 
     All candidates of a step see the same batch. θ is the mean of the search distribution, as single candidates are
     judged by one noisy loss.
@@ -247,64 +247,47 @@ class Method:
         return LEARNERS[self.learner].forwards_per_step(args)
 
 
-PLAIN = Method("plain word", learner=None)
-EXACT = "--unet_backend torch --quantization none --adam_epsilon 1e-8"  # autograd, float32, unquantized
-UNIFORM = "--puts_min_timestep 0 --puts_max_timestep 1000"
+AUTOGRAD = "--unet_backend torch --quantization none --mixed_precision no --adam_epsilon 1e-8 --train_batch_size 1"
 PAPER = (
     "--quantization int8 --mixed_precision no --gradient_estimator rge --num_perturbations 2 --perturbation_scale 1e-3"
-    " --learning_rate 5e-3 --lr_scheduler constant --adam_epsilon 1e-3 --sg_threshold 1e-3 --puts_min_timestep 500"
-    " --puts_max_timestep 900 --train_batch_size 1"
+    " --learning_rate 5e-3 --lr_scheduler constant --adam_epsilon 1e-3 --sg_threshold 1e-3 --train_batch_size 1"
 )
+PUTS = "--puts_min_timestep 500 --puts_max_timestep 900"
+UNIFORM = "--puts_min_timestep 0 --puts_max_timestep 1000"
 
-# Learning rates, schedules and CMA-ES's settings were chosen in pilots, see docs/results.md.
+
+def by_gradient(title, rate, timesteps=PUTS, learner="gradient"):
+    """Autograd through the unquantized model in float32, the learning rate falling along a cosine."""
+    return Method(title, f"{AUTOGRAD} --learning_rate {rate} --lr_scheduler cosine {timesteps}", learner)
+
+
+def by_evolution(title, dimension, sigma, timesteps=PUTS):
+    """CMA-ES with 30 candidates a step."""
+    flags = f"--quantization int8 --mixed_precision no --num_perturbations 29 --train_batch_size 1 {timesteps}"
+    return Method(title, flags, "evolution", {"dimension": dimension, "sigma": sigma})
+
+
 GRIDS = {
     "main": {
-        "plain": PLAIN,
-        "gradient_ti": Method(
-            "gradient Textual Inversion, fp32", f"{EXACT} --learning_rate 5e-3 --lr_scheduler cosine", "gradient"
-        ),
-        "dti": Method(
-            "Directional Textual Inversion, fp32", f"{EXACT} --learning_rate 1e-2 --lr_scheduler cosine", "directional"
-        ),
-        "paper": Method("ZOODiP, paper's settings", PAPER),
+        "plain": Method("plain word", learner=None),
+        "gradient_ti": by_gradient("gradient Textual Inversion, fp32", 3e-3),
+        "dti": by_gradient("Directional Textual Inversion, fp32", 1e-2, learner="directional"),
+        "paper": Method("ZOODiP, paper's settings", f"{PAPER} {PUTS}"),
         "naive_zo": Method("naive ZO (no SG, no PUTS)", f"{PAPER} --sg_window 0 {UNIFORM}"),
-        "gf_ti": Method("GF-TI (CMA-ES)", "--num_perturbations 29", "evolution", {"dimension": 32, "sigma": 1.0}),
+        "gf_ti": by_evolution("GF-TI (CMA-ES)", 32, 1.0),
     },
-    # Settings that papers leave open, tried at a fifth of the budget on two subjects.
+    # What papers leave open: a fifth of the budget on two subjects, see docs/results.md.
     "pilots": {
-        **{
-            f"gradient_{where}_{rate}": Method(
-                f"gradient TI, {where}, lr {rate}",
-                f"{EXACT} --learning_rate {rate} --lr_scheduler cosine {flags}",
-                "gradient",
-            )
-            for rate, where, flags in (
-                ("3e-3", "puts", ""),
-                ("3e-3", "uniform", UNIFORM),
-                ("1e-3", "puts", ""),
-                ("1e-3", "uniform", UNIFORM),
-                ("1e-2", "puts", ""),
-            )
-        },
-        **{
-            f"gf_ti_{where}_{dimension}_{sigma}": Method(
-                f"GF-TI, {where}, r = {dimension}, sigma {sigma}",
-                f"--num_perturbations 29 {flags}",
-                "evolution",
-                {"dimension": dimension, "sigma": sigma},
-            )
-            for where, flags, dimension, sigma in (
-                ("puts", "", 32, 1.0),
-                ("puts", "", 32, 0.3),
-                ("puts", "", 64, 0.3),
-                ("uniform", UNIFORM, 32, 0.3),
-            )
-        },
-        **{
-            f"dti_{rate}": Method(
-                f"DTI, lr {rate}", f"{EXACT} --learning_rate {rate} --lr_scheduler cosine", "directional"
-            )
-            for rate in ("1e-2", "3e-2")
-        },
+        "gradient_puts_1e-3": by_gradient("gradient TI, lr 1e-3, PUTS", 1e-3),
+        "gradient_puts_3e-3": by_gradient("gradient TI, lr 3e-3, PUTS", 3e-3),
+        "gradient_puts_1e-2": by_gradient("gradient TI, lr 1e-2, PUTS", 1e-2),
+        "gradient_uniform_1e-3": by_gradient("gradient TI, lr 1e-3, uniform", 1e-3, UNIFORM),
+        "gradient_uniform_3e-3": by_gradient("gradient TI, lr 3e-3, uniform", 3e-3, UNIFORM),
+        "dti_1e-2": by_gradient("Directional TI, lr 1e-2, PUTS", 1e-2, learner="directional"),
+        "dti_3e-2": by_gradient("Directional TI, lr 3e-2, PUTS", 3e-2, learner="directional"),
+        "gf_ti_puts_32_1.0": by_evolution("GF-TI, r = 32, σ = 1, PUTS", 32, 1.0),
+        "gf_ti_puts_32_0.3": by_evolution("GF-TI, r = 32, σ = 0.3, PUTS", 32, 0.3),
+        "gf_ti_puts_64_0.3": by_evolution("GF-TI, r = 64, σ = 0.3, PUTS", 64, 0.3),
+        "gf_ti_uniform_32_0.3": by_evolution("GF-TI, r = 32, σ = 0.3, uniform", 32, 0.3, UNIFORM),
     },
 }
