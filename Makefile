@@ -1,5 +1,5 @@
 # Each target makes its own virtual environment on a fresh machine; a second call installs nothing.
-.PHONY: demo test test-cuda pretend-cuda quality style benchmark bench-real-photos clean
+.PHONY: demo test test-cuda pretend-cuda quality style evaluate benchmark bench-real-photos clean
 
 VENV ?= .venv
 PYTHON ?= python3
@@ -47,6 +47,13 @@ benchmark: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/bench_memory.py --reduced
 	$(BIN)/python benchmarks/make_tables.py
 	$(BIN)/python benchmarks/plot_scaling.py
+
+# Every way to learn a token at equal cost, on three of the demo's subjects and with one seed (less than half an hour on
+# 2 cores, goes on where it was): table and figures in benchmarks/.cache/evaluate. The whole, which the committed results
+# are: benchmarks/compare_methods.py --subjects all --seeds 0 1 2
+evaluate: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/compare_methods.py --subjects striped_star striped_cross twotone_moon --seeds 0 \
+		--output_dir benchmarks/.cache/evaluate
 
 # Real photos on the Stable Diffusion 1.5 architecture with random weights (6 GB of disk and memory, minutes on a CPU).
 PHOTOS ?= ../shared/data/dreambooth/dog6

@@ -144,6 +144,45 @@ def quality(result):
     return table(["UNet in training", "seed", *names], rows) + "\n\n" + note
 
 
+def methods(result):
+    """benchmarks/results/methods*.json, as `benchmarks/compare_methods.py` writes it."""
+    metrics = {"loss": "held-out loss", "CLIP-I": "CLIP-I", "identity": "identity", "CLIP-T": "CLIP-T"}
+
+    def shown(name, value):
+        mean, spread = value
+        digits = 4 if name == "loss" else 3
+        return f"{mean:.{digits}f}" + ("" if spread is None else f" ± {spread:.{digits}f}")
+
+    rows, targets = [], ("loss", "CLIP-I", "identity")
+    if not any("reaches" in found for found in result["summary"].values()):
+        targets = ()  # a grid without the paper's settings
+    for name, found in result["summary"].items():
+        last, reached = found["curve"][-1], found.get("reaches")
+        cells = [f"{last['forwards'][0]:,.0f}", *(shown(metric, last[metric]) for metric in metrics)]
+        for metric in targets:
+            cells.append("" if reached is None else f"{reached[metric]:,.0f}" if reached[metric] else "never")
+        rows.append([result["methods"][name]["title"], *cells, f"{found['seconds']:.0f} s"])
+    reaching = [f"forwards to the paper's {name}" for name in targets]
+    header = ["method", "forwards", *metrics.values(), *reaching, "a run"]
+    seeds = sorted({len(found["seeds"]) for found in result["summary"].values() if len(found["curve"]) > 1})
+    judging, hardware = result["configuration"]["judging"], result["hardware"]
+    low, high = judging["timesteps"]
+    reached_where = (
+        " \"To the paper's ...\": where the mean curve is first as good as that of the paper's settings at its end,"
+        " between milestones by interpolation in log forwards."
+    )
+    note = (
+        f"Means over {len(result['subjects'])} subjects and {' or '.join(map(str, seeds))} seeds (±: one standard"
+        " deviation of the mean over subjects, over seeds). Forwards: examples through the UNet, a backward pass as"
+        f" two.{reached_where if targets else ''} Loss:"
+        f" {judging['held_out']} fixed examples, t in [{low}, {high}), float32, unquantized, as are the pictures"
+        " (CLIP-I, identity and CLIP-T by `demo/scorer`). A run: CPU time on one thread, judging included,"
+        f" with other work on the machine. By `{result['command']}` on {hardware['name']}, torch"
+        f" {result['versions']['torch']}."
+    )
+    return table(header, rows) + "\n\n" + note
+
+
 STEP_NAMES = {
     "ours-int8": "**ours, INT8, torch**",
     "ours-openvino": "**ours, INT8, OpenVINO**",
@@ -383,6 +422,8 @@ TABLES = {
     "signal": (signal, "benchmarks/results/signal.json"),
     "hardening": (hardening, "docs/hardening.json"),
     "signal_float32": (signal, "benchmarks/results/signal_float32.json"),
+    "methods": (methods, "benchmarks/results/methods.json"),
+    "methods_pilots": (methods, "benchmarks/results/methods_pilots.json"),
     "quality": (quality, "benchmarks/results/quality.json"),
     "step": (step, "benchmarks/results/step_cpu.json"),
     "scaling": (scaling, "benchmarks/results/step_cpu.json", "benchmarks/results/memory_cpu.json"),

@@ -1,0 +1,503 @@
+#!/usr/bin/env python
+"""Every way to learn a token, on every demo subject, at equal cost: quality and held-out loss against forwards.
+
+    python benchmarks/compare_methods.py --subjects all --seeds 0 1 2 --processes 2     # hours; goes on where it was
+    python benchmarks/compare_methods.py --collect                                      # what is finished, as it is
+    make evaluate                                                                       # three subjects, one seed
+
+Cost is counted in example-forwards through the UNet (candidates x examples), a backward pass as two. A full run has
+15,000: the paper's 30,000 steps of n = 2, scaled by the token's dimension (128 here, 768 there), as the variance of a
+zeroth-order estimate grows with it. At every milestone θ is judged by the float32, unquantized model: its loss on 256
+fixed examples, the same for every method and seed, with t in [500, 900), where the subject is decided, and noise that
+training never draws; and pictures of the demo's prompts, from the same noise for all, by `evaluate_personalization`.
+
+A finished run is a JSON file in `--cache_dir`, named by its settings and the base; after a change of the code, delete
+it. The methods are in `methods.py`; results go to `benchmarks/results/methods.json` and `docs/methods*.png`.
+"""
+
+import base64
+import hashlib
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import shlex
+import statistics
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+sys.path += [str(HERE), str(ROOT), str(ROOT / "demo")]
+import personalization.quiet  # noqa: E402, F401, before the libraries whose false alarms it silences
+
+
+# isort: split
+import torch  # noqa: E402
+import world  # noqa: E402
+from accelerate import PartialState  # noqa: E402
+from diffusers import StableDiffusionPipeline  # noqa: E402
+from diffusers.utils import make_image_grid  # noqa: E402
+from PIL import Image  # noqa: E402
+from tqdm.auto import tqdm  # noqa: E402
+
+import evaluate_personalization as evaluation  # noqa: E402
+import train_zoodip_textual_inversion as zoodip  # noqa: E402
+from benchmarks.bench_real_photos import cpu_name  # noqa: E402
+from benchmarks.make_tables import methods as methods_table  # noqa: E402
+from benchmarks.methods import GRIDS, ForwardCount, Method, prepare  # noqa: E402
+from benchmarks.plot_methods import contact_sheet, plot  # noqa: E402
+from personalization import arguments, embeddings, runs  # noqa: E402
+from personalization.errors import RunError, run_script  # noqa: E402
+
+
+BASE, SUBJECTS, SCORER = ROOT / "demo" / "base", ROOT / "demo" / "subjects", ROOT / "demo" / "scorer"
+PLACEHOLDER = "<my-toy>"
+NAMES = {"CLIP-I": "CLIP-I", "DINO": "identity", "CLIP-T": "CLIP-T"}  # the demo scorer's stand-in for DINO is its own
+METRICS = ("loss", *NAMES.values())
+REFERENCE = "paper"  # the method whose final quality the others are timed to
+PASS = 32  # examples of one pass that judges: 16 pictures with guidance, or held-out examples
+
+
+# =====================================================================================================
+# One run: a method learns a subject and is judged at every milestone
+# =====================================================================================================
+
+
+@dataclass(frozen=True)
+class Judging:
+    """How a token is judged; a change of it makes other results."""
+
+    held_out: int = 256  # examples of the held-out loss
+    images_per_prompt: int = 4
+    num_inference_steps: int = 20
+    guidance_scale: float = 4.0
+    timesteps: tuple = (500, 900)
+    unet_backend: str = "openvino"
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that decides a run's result, but for the code."""
+
+    grid: str
+    name: str  # of the method in its grid
+    method: Method
+    subject: str
+    seed: int
+    milestones: tuple  # example-forwards; the last is the budget
+    image_milestones: tuple  # those with pictures
+    judging: Judging
+    base: str  # fingerprint of base and scorer
+
+    def settings(self):
+        """JSON-ready, as they are read back; what a reader calls the method changes nothing."""
+        content = json.loads(json.dumps(asdict(self)))
+        del content["method"]["title"]
+        return content
+
+    def path(self, cache_dir):
+        key = hashlib.sha256(json.dumps(self.settings(), sort_keys=True).encode()).hexdigest()[:8]
+        return Path(cache_dir) / self.grid / f"{self.name}-{self.subject}-{self.seed}-{key}.json"
+
+
+def common_flags(run, cache_dir):
+    """Flags of the script that all methods share, which those of a method may overrule."""
+    return [
+        *("--pretrained_model_name_or_path", BASE, "--train_data_dir", SUBJECTS / run.subject),
+        *("--placeholder_token", PLACEHOLDER, "--initializer_token", world.SUBJECTS[run.subject].shape),
+        *("--flip_probability", 0),  # a moon mirrored is another moon
+        *("--quantized_cache_dir", Path(cache_dir) / "weights", "--report_to", "none", "--seed", run.seed),
+        *("--unet_backend", run.judging.unet_backend),
+    ]
+
+
+class Judge:
+    """The float32, unquantized model, the held-out examples and the scorer for one subject.
+
+    Args:
+        run: `Run`.
+        cache_dir: of exported weights.
+        num_vectors: k of the token that is judged.
+    """
+
+    def __init__(self, run, cache_dir, num_vectors=1):
+        settings, self.subject = run.judging, run.subject
+        least, most = settings.timesteps
+        flags = ["--quantization", "none", "--mixed_precision", "no", "--seed", 0, "--num_vectors", num_vectors]
+        flags += ["--max_candidates_per_forward", 1, "--train_batch_size", PASS]
+        flags += ["--num_validation_samples", settings.held_out]
+        flags += ["--puts_min_timestep", least, "--puts_max_timestep", most]
+        self.task = task = prepare([*common_flags(run, cache_dir), *flags])
+        self.held_out = zoodip.draw_held_out(task.args, task.concept, task.sampling, task.base.scheduler)
+        self.pipeline = StableDiffusionPipeline.from_pretrained(BASE)
+        self.pipeline.unet = task.model.unet  # of any engine
+        self.pipeline.set_progress_bar_config(disable=True)
+        self.encoders = evaluation.Encoders(SCORER, SCORER / "identity", True, torch.device("cpu"), 64)
+        self.word = world.SUBJECTS[run.subject].shape
+        prompts = evaluation.read_prompts(ROOT / "demo" / "prompts.txt")
+        size = task.args.resolution, settings.num_inference_steps, settings.guidance_scale
+        self.drawing = evaluation.Drawing("demo", prompts, settings.images_per_prompt, 0, *size)
+        paths = sorted((SUBJECTS / run.subject).glob("*.png"))
+        self.references = [Image.open(path).convert("RGB") for path in paths]
+
+    @torch.inference_mode()
+    def loss(self, theta):
+        """The held-out loss of θ `[k, d]`."""
+        return zoodip.held_out_loss(self.task.model, theta, self.held_out)
+
+    def draw(self, theta):
+        """Pictures of every prompt, P lists of N PIL images; θ None is the plain word."""
+        with tempfile.TemporaryDirectory() as folder:
+            column = evaluation.Column(evaluation.PLAIN, self.word, None, "")
+            if theta is not None:
+                embeddings.save_embeds(Path(folder) / evaluation.RESULT_FILE, PLACEHOLDER, theta)
+                column = evaluation.Column("learned", PLACEHOLDER, Path(folder), "")
+            evaluation.draw_missing(folder, [column], self.drawing, self.pipeline, PASS // 2)
+
+            def open_image(p, i):
+                return Image.open(evaluation.image_path(folder, column, p, i)).convert("RGB")
+
+            return [
+                [open_image(p, i) for i in range(self.drawing.num_images)] for p in range(len(self.drawing.prompts))
+            ]
+
+    def scores(self, pictures):
+        """The pictures' metrics: name -> mean."""
+        texts = [prompt.replace("{}", self.word) for prompt in self.drawing.prompts]
+        scored = evaluation.score_column(pictures, self.references, texts, self.encoders)
+        return {name: scored[metric].mean for metric, name in NAMES.items()}
+
+
+def perform(run, cache_dir):
+    """Performs a run and writes its JSON file, and beside it a strip of pictures, the first of each prompt."""
+    started = time.process_time()  # on one thread; it stands still while the process is stopped
+    PartialState(cpu=True)  # accelerate's logger wants it
+    learner, count, args = None, None, None
+    if run.method.learner is not None:
+        task = prepare([*common_flags(run, cache_dir), *run.method.flags.split()])
+        args = task.args
+        args.max_train_steps = run.milestones[-1] // run.method.forwards_per_step(args)  # the schedule's length
+        learner, count = run.method.make(task), ForwardCount(task.model.unet)
+    judge = Judge(run, cache_dir, args.num_vectors if args else 1)
+    curve, thetas, strip, steps, seconds, cost = [], {}, None, 0, 0.0, 0
+    for milestone in run.milestones:
+        began = time.process_time()
+        while learner is not None and count.total + cost <= milestone:
+            before = count.total
+            learner.step()
+            steps, cost = steps + 1, count.total - before
+        seconds += time.process_time() - began
+        theta = judge.task.initial[None] if learner is None else learner.theta.detach().clone()
+        if not theta.isfinite().all():
+            raise RunError(f"{run.name} on {run.subject}, seed {run.seed}, diverged within {milestone} forwards.")
+        point = {"milestone": milestone, "forwards": count.total if count else 0, "loss": judge.loss(theta)}
+        if milestone in run.image_milestones:
+            pictures = judge.draw(None if learner is None else theta)
+            point |= judge.scores(pictures)
+            strip = make_image_grid([row[0] for row in pictures], 1, len(pictures))
+        curve.append({name: round(value, 6) for name, value in point.items()})
+        thetas[str(milestone)] = base64.b64encode(theta.float().numpy().tobytes()).decode()
+    path = run.path(cache_dir)
+    if strip is not None:
+        with runs.atomic_path(path.with_suffix(".png")) as temporary:
+            strip.save(temporary)
+    whole = time.process_time() - started
+    times = {"training": round(seconds, 1), "whole": round(whole, 1)}
+    runs.write_json(
+        path, {"settings": run.settings(), "curve": curve, "thetas": thetas, "steps": steps, "seconds": times}
+    )
+
+
+# =====================================================================================================
+# Many runs
+# =====================================================================================================
+
+
+def list_runs(grid, names, subjects, seeds, milestones, image_milestones, judging, base):
+    """All runs: every method and subject of the first seed, then the next. The plain word has no seed and no steps."""
+    listed = []
+    for seed, name, subject in itertools.product(seeds, names, subjects):
+        method = GRIDS[grid][name]
+        if method.learner is None:
+            if seed == seeds[0]:
+                listed.append(Run(grid, name, method, subject, 0, (0,), (0,), judging, base))
+        else:
+            listed.append(Run(grid, name, method, subject, seed, milestones, image_milestones, judging, base))
+    return listed
+
+
+def finished(run, cache_dir):
+    """The content of a run's file; None where there is none of these settings."""
+    try:
+        content = json.loads(run.path(cache_dir).read_text(encoding="utf-8"))
+        return content if content["settings"] == run.settings() else None
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def fingerprint(*folders):
+    """Of the content of all files in folders."""
+    files = sorted(path for folder in folders for path in folder.rglob("*.*") if path.suffix != ".pyc")
+    known = [(path.relative_to(ROOT).as_posix(), runs.sha256(path)) for path in files]
+    return hashlib.sha256(repr(known).encode()).hexdigest()[:16]
+
+
+def start_worker():
+    """A worker computes on one thread, says nothing, and ends with the process that started it."""
+    torch.set_num_threads(1)
+
+    def follow():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def attempt(run, cache_dir):
+    """Performs a run; returns the traceback of what went wrong, or None."""
+    try:
+        perform(run, cache_dir)
+    except Exception:
+        return traceback.format_exc()
+
+
+def perform_missing(listed, cache_dir, processes):
+    """Performs the runs that are not finished, in order, and returns how many that were.
+
+    Raises:
+        RunError: some failed; all others are done.
+    """
+    missing = [run for run in listed if finished(run, cache_dir) is None]
+    os.environ |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}  # of the workers, which are yet to import
+    failures = []
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, context, start_worker) as pool:
+        futures = {pool.submit(attempt, run, cache_dir): run for run in missing}
+        try:
+            for future in tqdm(as_completed(futures), total=len(futures), desc="Runs", disable=False):
+                if failure := future.result():
+                    run = futures[future]
+                    failures.append(f"{run.name} on {run.subject}, seed {run.seed}")
+                    tqdm.write(f"{failures[-1]}:\n{failure}", file=sys.stderr)
+        except BrokenProcessPool:
+            raise RunError("a worker was killed; the same command goes on with what is not finished.") from None
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    if failures:
+        raise RunError(f"{len(failures)} of {len(missing)} runs failed ({'; '.join(failures)}); the others are done.")
+    return len(missing)
+
+
+# =====================================================================================================
+# What comes out
+# =====================================================================================================
+
+
+def subject_means(contents, subjects):
+    """Seed -> milestone -> metric -> mean over subjects, of one method.
+
+    A seed counts once all subjects are there, so that all means are over the same ones.
+    """
+    by_seed = {}
+    for content in contents:
+        by_seed.setdefault(content["settings"]["seed"], {})[content["settings"]["subject"]] = content["curve"]
+    means = {}
+    for seed, curves in by_seed.items():
+        if set(curves) == set(subjects):
+            means[seed] = {
+                points[0]["milestone"]: {
+                    name: statistics.fmean(point[name] for point in points)
+                    for name in points[0]
+                    if name != "milestone"
+                }
+                for points in zip(*curves.values())
+            }
+    return means
+
+
+def over_seeds(means):
+    """A list of points, metric -> [mean, standard deviation over seeds (None of one seed)], by milestone."""
+    curves = list(means.values())
+    return [
+        {
+            name: [
+                statistics.fmean(curve[milestone][name] for curve in curves),
+                statistics.stdev(curve[milestone][name] for curve in curves) if len(curves) > 1 else None,
+            ]
+            for name in curves[0][milestone]
+        }
+        for milestone in curves[0]
+    ]
+
+
+def forwards_to_reach(curve, metric, target):
+    """Forwards at which the mean curve first is as good as `target`, between milestones by log-linear interpolation.
+
+    A loss is to fall to it, any other metric to rise to it. None if it never does; within the first milestone that has
+    the metric counts as that milestone.
+    """
+    sign, before = (1 if metric == "loss" else -1), None
+    for point in (point for point in curve if metric in point):
+        forwards, gap = point["forwards"][0], sign * (point[metric][0] - target)
+        if gap <= 0:
+            if before is None or gap == before[1]:
+                return forwards
+            share = before[1] / (before[1] - gap)
+            return math.exp(math.log(before[0]) + share * (math.log(forwards) - math.log(before[0])))
+        before = forwards, gap
+    return None
+
+
+def summarise(contents, names, subjects):
+    """Method -> seeds, curve (`over_seeds`) and forwards to the reference's final quality, for methods with a seed."""
+    of = {name: [c for c in contents if c["settings"]["name"] == name] for name in names}
+    means = {name: subject_means(of[name], subjects) for name in names}
+    summary = {
+        name: {"seeds": sorted(by_seed), "curve": over_seeds(by_seed)} for name, by_seed in means.items() if by_seed
+    }
+    for name, found in summary.items():
+        found["seconds"] = statistics.fmean(c["seconds"]["whole"] for c in of[name])
+        if REFERENCE in summary and name != REFERENCE and len(found["curve"]) > 1:
+            last = summary[REFERENCE]["curve"][-1]
+            found["reaches"] = {m: forwards_to_reach(found["curve"], m, last[m][0]) for m in METRICS if m in last}
+    return summary
+
+
+def collect(listed, cache_dir, subjects):
+    """The content of `methods.json`: what was run and where, all curves, and their summary."""
+    pairs = [(run, content) for run in listed if (content := finished(run, cache_dir)) is not None]
+    names = list(dict.fromkeys(run.name for run in listed))
+    longest = max(listed, key=lambda run: run.milestones[-1])
+    columns = ("forwards", *METRICS)
+    curves = [
+        {
+            **{key: content["settings"][key] for key in ("name", "subject", "seed")},
+            **{key: [point.get(key) for point in content["curve"]] for key in columns},
+            **{key: content[key] for key in ("steps", "seconds")},
+        }
+        for _, content in pairs
+    ]
+    return {
+        "command": shlex.join(["python", "benchmarks/compare_methods.py", *sys.argv[1:]]),
+        "subjects": list(subjects),
+        "methods": {name: asdict(GRIDS[longest.grid][name]) for name in names},
+        "configuration": {
+            "milestones": longest.milestones,
+            "image_milestones": longest.image_milestones,
+            "judging": asdict(longest.judging),
+            "base": longest.base,
+        },
+        "hardware": {"name": cpu_name(), "cores": os.cpu_count()},
+        "versions": runs.installed_versions("torch diffusers transformers openvino cma"),
+        "summary": summarise([content for _, content in pairs], names, subjects),
+        "runs": curves,
+    }
+
+
+def list_strips(listed, cache_dir):
+    """(Method, subject) -> strip of pictures of its first finished seed."""
+    strips = {}
+    for run in listed:
+        if finished(run, cache_dir) is not None:
+            strips.setdefault((run.name, run.subject), run.path(cache_dir).with_suffix(".png"))
+    return strips
+
+
+def write_compact(path, content):
+    """JSON with one line for every run, and otherwise one for every key."""
+    lines = []
+    for key, value in content.items():
+        shown = json.dumps(value)
+        if isinstance(value, list) and key == "runs" and value:
+            shown = "[\n" + ",\n".join(json.dumps(row) for row in value) + "\n]"
+        lines.append(f"{json.dumps(key)}: {shown}")
+    with runs.atomic_path(path) as temporary:
+        temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+
+
+# =====================================================================================================
+# Main
+# =====================================================================================================
+
+
+def parse_args(input_args=None):
+    """Parses and checks the command line; bad input exits with code 2."""
+    known = sorted(path.parent.name for path in SUBJECTS.glob("*/metadata.jsonl"))
+    parser = arguments.new_parser(__file__, "Compare ways to learn a token at equal cost.", "%(prog)s [options]")
+    add = parser.add_argument
+    add("--grid", choices=list(GRIDS), default="main", help="Which set of methods, see methods.py.")
+    add("--methods", nargs="+", help="Of the grid; default: all.")
+    add("--subjects", nargs="+", choices=["all", *known], default=["all"], help="Of demo/subjects.")
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="Of training.")
+    milestones = [300, 750, 1500, 3000, 6000, 15000]
+    add("--milestones", nargs="+", type=int, default=milestones, help="Forwards; the last is the budget.")
+    add(
+        "--image_milestones", nargs="+", type=int, help="Those with pictures. Default: all from a tenth of the budget."
+    )
+    add("--num_inference_steps", type=int, default=20, help="Denoising steps of a picture.")
+    add("--unet_backend", choices=["openvino", "torch"], default="openvino", help="What computes forward passes.")
+    add("--processes", type=int, default=2, help="Runs at a time, one thread each.")
+    add("--collect", action="store_true", help="Run nothing; write results from what is finished.")
+    add("--cache_dir", type=Path, default=HERE / ".cache" / "compare", help="Where runs and weights are kept.")
+    add("--output_dir", type=Path, help="Of results and figures. Default: benchmarks/results and docs.")
+    args = parser.parse_args(input_args)
+    several = arguments.Range(1, 10**9)
+    limits = {"processes": arguments.Range(1, 64), "num_inference_steps": arguments.Range(1, 1000)}
+    limits |= {"milestones": several, "image_milestones": several, "seeds": arguments.Range(0, 10**5)}
+    for name, limit in limits.items():
+        given = getattr(args, name)
+        for value in given if isinstance(given, list) else [given]:
+            if value is not None and value not in limit:
+                parser.error(f"--{name} {value} must be {limit}.")
+    args.subjects = known if "all" in args.subjects else list(dict.fromkeys(args.subjects))
+    args.seeds, args.milestones = list(dict.fromkeys(args.seeds)), sorted(set(args.milestones))
+    args.methods = args.methods or list(GRIDS[args.grid])
+    if unknown := [name for name in args.methods if name not in GRIDS[args.grid]]:
+        parser.error(
+            f"--methods: {unknown[0]!r} is not in --grid {args.grid}: choose of {', '.join(GRIDS[args.grid])}."
+        )
+    if args.image_milestones is None:
+        args.image_milestones = [m for m in args.milestones if 10 * m >= args.milestones[-1]]
+    args.image_milestones = sorted(set(args.image_milestones))
+    if other := set(args.image_milestones) - set(args.milestones):
+        parser.error(f"--image_milestones {min(other)} is not one of --milestones: add it there.")
+    if args.image_milestones[-1] != args.milestones[-1]:
+        parser.error(f"--image_milestones must have the last of --milestones, {args.milestones[-1]}.")
+    return args
+
+
+def main(args):
+    judging = Judging(num_inference_steps=args.num_inference_steps, unet_backend=args.unet_backend)
+    milestones = tuple(args.milestones), tuple(args.image_milestones)
+    plan = args.grid, args.methods, args.subjects, args.seeds, *milestones
+    listed = list_runs(*plan, judging, fingerprint(BASE, SCORER))
+    results, figures = (args.output_dir,) * 2 if args.output_dir else (HERE / "results", ROOT / "docs")
+    stem = "methods" if args.grid == "main" else f"methods_{args.grid}"
+    (args.cache_dir / "weights").mkdir(parents=True, exist_ok=True)
+    try:
+        if not args.collect:
+            perform_missing(listed, args.cache_dir, args.processes)
+    finally:  # what is finished counts, too
+        result = collect(listed, args.cache_dir, args.subjects)
+        if result["summary"]:
+            write_compact(results / f"{stem}.json", result)
+            plot(result, figures / f"{stem}.png")
+            contact_sheet(result, SUBJECTS, list_strips(listed, args.cache_dir), figures / f"{stem}_sheet.png")
+            print(f"{methods_table(result)}\n\nLook at {figures / stem}.png and {stem}_sheet.png")
+    if not result["summary"]:
+        raise RunError("no method is finished on all these subjects yet, so there is nothing to show.")
+
+
+if __name__ == "__main__":
+    run_script(lambda: main(parse_args()), __file__)
