@@ -8,6 +8,10 @@ makes them, are compared with the directional derivatives that autograd gives fo
 second comparison, with autograd through the same quantized weights in float32, leaves out what quantizing the weights
 changes: what remains is rounding of the activations (small μ) and curvature (large μ). A cell is one example at one
 timestep; a row of `benchmarks/results/signal.json` has the median and the worst cell of one backend, precision and μ.
+
+Gauss-Newton's evidence is judged alike: K and y in the vocabulary's subspace, from differences over h, against
+forward-mode autograd. A difference over a large h also has curvature in it, which the random signs of training take
+out of the mean: so y is judged as the mean over both signs, too.
 """
 
 import argparse
@@ -135,8 +139,18 @@ def tf32(enabled):
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
+def errors_at(theta, batch, model):
+    """The script's prediction errors `[M]` as a differentiable function of θ `[1, d]`; see `loss_at`."""
+    return with_token(theta, model, lambda row: model.errors(row, batch)[0])
+
+
 def loss_at(theta, batch, model):
-    """The script's loss as a differentiable function of θ `[1, d]`, which a hook puts in after the token table."""
+    """The script's loss as a differentiable function of θ `[1, d]`."""
+    return with_token(theta, model, lambda row: model.losses(row, batch)[0])
+
+
+def with_token(theta, model, function):
+    """`function` of a candidate, whose row a hook replaces by θ after the token table."""
 
     def put_in(_, inputs, output):
         return torch.where((inputs[0] == model.first_placeholder_id)[..., None], theta[0], output)
@@ -144,7 +158,7 @@ def loss_at(theta, batch, model):
     hook = model.text_encoder.get_input_embeddings().register_forward_hook(put_in)
     try:
         row = torch.zeros((1, *theta.shape), device=theta.device)  # written to the table, and replaced by the hook
-        return model.losses(row, batch)[0]
+        return function(row)
     finally:
         hook.remove()
 
@@ -180,6 +194,39 @@ def difference_slopes(cells, name, mu, directions, model):
         losses = functools.partial(model.losses, batch=cell.batch)
         slopes.append(zoodip.rge_slopes(losses, cell.thetas[name], directions, mu)[0].double().cpu())
     return slopes
+
+
+def exact_evidence(cells, directions, model):
+    """Per cell: K and y at the initial θ from derivatives of the whole prediction (float64, host)."""
+    found = []
+    for cell in cells:
+        theta = cell.thetas["initial"]
+        (row,), derivatives = theta[None], []
+        for direction in directions:
+            with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+                errors = errors_at(forward_ad.make_dual(row, direction), cell.batch, model)
+                primal, tangent = forward_ad.unpack_dual(errors)
+            derivatives.append(tangent.double().cpu())
+        jacobian, error = torch.stack(derivatives), primal.double().cpu()
+        found.append((jacobian @ jacobian.T / len(error), jacobian @ error / len(error)))
+    return found
+
+
+def measure_evidence(cells, directions, step, model, reference):
+    """Median relative errors over cells of K, of y, and of y as the mean over both signs of the directions."""
+    errors = {"matrix": [], "gradient": [], "gradient_both_signs": []}
+    for cell, (exact_matrix, exact_gradient) in zip(cells, reference):
+        error_fn, theta = functools.partial(model.errors, batch=cell.batch), cell.thetas["initial"]
+        (matrix, plus, _), (_, minus, _) = (
+            [x.double().cpu() for x in zoodip.gauss_newton_evidence(error_fn, theta, sign * directions, step)]
+            for sign in (1, -1)
+        )
+        pairs = (matrix, exact_matrix), (plus, exact_gradient), ((plus - minus) / 2, exact_gradient)
+        for values, (found, exact) in zip(errors.values(), pairs):
+            value = ((found - exact).norm() / exact.norm()).item()
+            values.append(value if math.isfinite(value) else math.inf)
+    medians = {name: statistics.median(values) for name, values in errors.items()}
+    return {name: float(f"{value:.3g}") if math.isfinite(value) else None for name, value in medians.items()}
 
 
 def compare(measured, reference):
@@ -230,6 +277,13 @@ def parse_args():
     add("--subjects", nargs="+", default=subjects, help="Folders of demo/subjects; one (image, caption) of each.")
     add("--timesteps", nargs="+", type=int, default=[500, 700, 899], help="Timesteps of each example.")
     add("--mu", nargs="+", type=float, default=[1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2], help="Steps of the differences.")
+    add(
+        "--evidence_steps",
+        nargs="+",
+        type=float,
+        default=[1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 2e-2, 5e-2, 0.15],
+        help="Steps h of Gauss-Newton's differences.",
+    )
     add("--directions", type=int, default=64, help="Gaussian directions, the same in every cell.")
     add("--learned", type=Path, help="Folder of SUBJECT/learned_embeds.safetensors: measure at these tokens, too.")
     add("--seed", type=int, default=0, help="Of examples, noise and directions.")
@@ -257,10 +311,14 @@ def main():
         except Exception as error:  # libraries refuse autograd each in its own way
             left_out[f"{quantization}, autograd"] = f"{type(error).__name__}: {error}"
 
-    results, left_out = [], {}
+    base = base_model.open_base(base_model.ModelSource(str(BASE)))
+    subspace = zoodip.vocabulary_directions(base_model.load_token_table(base), 32, 80)[:, None, :].to(device)
+
+    results, evidence, left_out = [], [], {}
     with tf32(False):
         model = build("none", torch.float32, torch.float32, device)
         check = forward_mode_slopes(cells[0], directions[:8], model)
+        exact_matrices = exact_evidence(cells, subspace, model)
     exact = reference("none")["initial"][0][:8]
     deviation = float(f"{((check - exact).norm() / exact.norm()).item():.2g}")
     print(f"Forward-mode differentiation deviates from autograd by {deviation}.")
@@ -281,6 +339,11 @@ def main():
                 }
                 results.append({**label, "theta": name, "mu": mu, **result})
                 print_row(results[-1])
+            for step in args.evidence_steps:
+                with tf32(row.tf32), torch.inference_mode():
+                    found = measure_evidence(cells, subspace, step, model, exact_matrices)
+                evidence.append({**label, "step": step, **found})
+                print(evidence[-1], flush=True)
         except Exception as error:  # not installed, or without kernels for this machine: the other rows go on
             left_out[", ".join(label.values())] = f"{type(error).__name__}: {error}"
         model = None
@@ -297,6 +360,7 @@ def main():
             "configuration": {**settings, "base": "demo/base", "cells": len(cells)},
             "forward_mode_deviation": deviation,
             "rows": results,
+            "evidence": evidence,
             "left_out": left_out,
             "hardware": {"device": device.type, **hardware},
             "versions": {"python": platform.python_version(), **{name: installed(name) for name in libraries}},
