@@ -69,7 +69,11 @@ class FlagshipLearner:
     """The script's own step, whatever its flags make of it."""
 
     def __init__(self, task):
-        self.task, self.learner = task, zoodip.start_learner(task.args, task.initial)
+        directions = None
+        if task.args.optimizer == "gauss_newton":
+            words = task.args, task.base, task.placeholder, task.concept.prompt_ids
+            directions = zoodip.choose_directions(*words)
+        self.task, self.learner = task, zoodip.start_learner(task.args, task.initial, directions)
 
     @staticmethod
     def forwards_per_step(args):

@@ -135,7 +135,7 @@ def add_training_arguments(parser):
     add("--seed", type=int, default=0, help="Of data, noise and perturbations.")
     add("--train_batch_size", type=int, default=1, help="Examples per step and process.")
     add("--num_train_epochs", type=int, help="Length in epochs, if --max_train_steps is not given.")
-    add("--max_train_steps", type=int, help="Updates in all. Default: 30000, as in the paper.")
+    add("--max_train_steps", type=int, help="Updates in all. Default: the method's own.")
     add("--gradient_accumulation_steps", type=int, default=1, help="Estimates averaged before one update.")
     add("--learning_rate", type=float, default=5e-3, help="Learning rate of ZO-Adam.")
     add(

@@ -205,10 +205,10 @@ def end(accelerator):
     accelerator.end_training()
 
 
-def training_length(args, num_examples, num_processes):
-    """Updates in all, from `--num_train_epochs` (of so many examples each) where it is given."""
+def training_length(args, num_examples, num_processes, default):
+    """Updates in all: from `--num_train_epochs` (of so many examples each) where it is given, else `default`."""
     if args.num_train_epochs is None:
-        return 30_000  # as in the ZOODiP paper
+        return default
     per_update = args.train_batch_size * args.gradient_accumulation_steps * num_processes
     return args.num_train_epochs * math.ceil(num_examples / per_update)
 

@@ -256,3 +256,30 @@ def test_settings_that_the_base_forbids(basics, flags, sentence):
     args = zoodip.parse_args(as_arguments(basics | {"--optimizer": "gauss_newton"} | flags))
     with pytest.raises(InputError, match=sentence):
         zoodip.resolve_settings(args, torch.device("cpu"))
+
+
+# recipes
+
+
+def test_recipes_are_defaults_that_flags_overrule(basics):
+    def parsed(*words):
+        plain = {name: value for name, value in basics.items() if name != "--max_train_steps"}
+        return zoodip.parse_args(as_arguments(plain) + list(words))
+
+    fast = parsed("--recipe", "fast", "--train_batch_size", "2")
+    assert (fast.optimizer, fast.max_train_steps, fast.train_batch_size) == ("gauss_newton", 500, 2)
+    assert parsed("--recipe=fast", "--num_train_epochs", "1").max_train_steps is None
+    paper, default = parsed("--recipe", "paper"), parsed()
+    assert paper.max_train_steps == 30_000
+    differ = {name for name, value in vars(paper).items() if getattr(default, name) != value}
+    assert differ == {"recipe", "max_train_steps"}  # which is completed later where it is not given
+
+
+def test_the_card_of_a_fast_run_tells_its_own_settings(train):
+    out = train(recipe="fast", max_train_steps=1, subspace_dimension=4, num_validation_samples=0)
+    card = (out / "README.md").read_text()
+    assert "forward-only Gauss-Newton, step h = 0.0003" in card and "vocabulary, 4 directions, which held" in card
+    assert (
+        "Subspace Gradient" not in card
+        and "\n\n|" not in card.split("## Settings")[1].split("Everything else")[0][10:]
+    )
