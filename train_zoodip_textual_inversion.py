@@ -857,13 +857,33 @@ class Learner:
     rule: ZerothOrderAdam | GaussNewton
     data: torch.Generator  # this process's sources of randomness; the global one is never touched
     perturbations: torch.Generator
+    tail: float = 0.0  # a of `average_tail`; 0: θ itself is the result
+    mean: torch.Tensor | None = None  # of θ over the updates so far, the latest most
+    updates: int = 0
+
+    @property
+    def result(self):
+        """What is judged and saved, `[k, d]`."""
+        return self.theta if self.mean is None else self.mean
+
+    def average_tail(self):
+        """Takes θ into the mean by polynomial decay, η_t = (a + 1) / (t + a) (Shamir and Zhang, arXiv 1212.1824).
+
+        With a = 3 the last quarter of the updates has two thirds of the weight, however long a run will be.
+        """
+        self.updates += 1
+        if self.tail > 0:
+            weight = (self.tail + 1) / (self.updates + self.tail)
+            self.mean = self.theta.clone() if self.mean is None else self.mean.lerp(self.theta, weight)
 
     def state_dict(self):
         """What all processes have in common."""
-        return {"theta": self.theta, **self.rule.state_dict()}
+        return {"theta": self.theta, "mean": self.mean, "updates": self.updates, **self.rule.state_dict()}
 
     def load_state_dict(self, state):
         self.theta.copy_(state["theta"])
+        self.updates = state["updates"]
+        self.mean = None if state["mean"] is None else state["mean"].to(self.theta.device)
         self.rule.load_state_dict(state, self.theta.device)
 
     def generators(self):
@@ -899,6 +919,7 @@ def train_step(learner, model, concept, sampling, average=lambda tensor: tensor)
         total = evidence if total is None else [x + y for x, y in zip(total, evidence)]
         mean_loss += loss / sampling.accumulation_steps
     learner.rule.update(learner.theta, *(average(part) for part in total))
+    learner.average_tail()
     return mean_loss
 
 
@@ -1023,8 +1044,8 @@ TRAJECTORY_SETTINGS = (
     " activations placeholder_token initializer_token num_vectors learnable_property resolution center_crop"
     " flip_probability train_batch_size gradient_accumulation_steps seed optimizer perturbation_scale"
     " num_perturbations gradient_estimator sg_window sg_threshold subspace subspace_dimension subspace_words gn_ridge"
-    " gn_memory gn_max_step puts_min_timestep puts_max_timestep learning_rate scale_lr lr_scheduler lr_warmup_steps"
-    " lr_num_cycles adam_beta1 adam_beta2 adam_weight_decay adam_epsilon"
+    " gn_memory gn_averaging gn_max_step puts_min_timestep puts_max_timestep learning_rate scale_lr lr_scheduler"
+    " lr_warmup_steps lr_num_cycles adam_beta1 adam_beta2 adam_weight_decay adam_epsilon"
 ).split()
 
 
@@ -1089,7 +1110,7 @@ RECIPES = {
 FLAGS_OF_OPTIMIZER = {
     "zo_adam": "num_perturbations gradient_estimator sg_window sg_threshold learning_rate scale_lr lr_scheduler"
     " lr_warmup_steps lr_num_cycles adam_beta1 adam_beta2 adam_weight_decay adam_epsilon".split(),
-    "gauss_newton": "subspace subspace_dimension subspace_words gn_ridge gn_memory gn_max_step".split(),
+    "gauss_newton": "subspace subspace_dimension subspace_words gn_ridge gn_memory gn_averaging gn_max_step".split(),
 }
 
 REFUSED_FLAGS = {
@@ -1234,7 +1255,14 @@ def add_zeroth_order_arguments(add):
     )
     add("--subspace_words", type=int, default=80, help="How many words make the vocabulary's subspace.")
     add("--gn_ridge", type=float, default=5.0, help="λ: weight of the start against what the pictures say.")
-    add("--gn_memory", type=float, default=0.95, help="ρ: share of older evidence that is kept from step to step.")
+    add("--gn_memory", type=float, default=0.9, help="ρ: share of older evidence that is kept from step to step.")
+    add(
+        "--gn_averaging",
+        type=float,
+        default=3.0,
+        help="The result is the average of the embedding over the last share of the run, the later the larger this"
+        " is; 0: the last one.",
+    )
     add("--gn_max_step", type=float, default=1.0, help="Longest step of the embedding, in its own units.")
     add("--puts_min_timestep", type=int, default=500, help="T_L of PUTS, inclusive.")
     add("--puts_max_timestep", type=int, default=900, help="T_U of PUTS, exclusive; 0/1000 is uniform.")
@@ -1459,13 +1487,14 @@ def start_learner(args, initial, directions=None, num_processes=1, process_index
         num_processes, process_index: of the run.
     """
     theta = initial.repeat(args.num_vectors, 1)
+    tail = args.gn_averaging if args.optimizer == "gauss_newton" else 0.0
     if args.optimizer == "gauss_newton":
         rule = start_gauss_newton(args, theta, directions)
     else:
         rule = start_zeroth_order_adam(args, theta, num_processes)
     seeds = (np.random.SeedSequence([args.seed, i, process_index]).generate_state(1)[0] for i in range(2))
     generators = (torch.Generator().manual_seed(int(seed)) for seed in seeds)
-    return Learner(theta, rule, *generators)
+    return Learner(theta, rule, *generators, tail)
 
 
 def choose_sampling(args):
@@ -1504,7 +1533,7 @@ def train(run):
     args, accelerator, learner, progress = run.args, run.accelerator, run.learner, run.progress
     memory.keep_freed_blocks(1 if args.low_vram else 32)  # 32: the most that glibc allows, and what it comes to
     average = functools.partial(accelerator.reduce, reduction="mean")
-    last_good = learner.theta.clone()
+    last_good = learner.result.clone()
     resumed_at, started, seconds_before = progress.step, time.perf_counter(), progress.seconds
     interval_loss, interval = torch.zeros((), device=learner.theta.device), 0
     if progress.step == 0:
@@ -1527,7 +1556,7 @@ def train(run):
             if last or any(step % every == 0 for every in due):
                 mean_loss = average(interval_loss / interval).item()
                 check_finite(run, mean_loss, last_good)
-                last_good.copy_(learner.theta)
+                last_good.copy_(learner.result)
                 run.history.loss.append((step, mean_loss))
                 figures = learner.rule.figures()
                 speed = (step - resumed_at) / (time.perf_counter() - started)
@@ -1539,7 +1568,7 @@ def train(run):
                 validate(run)
             if step % args.save_steps == 0 and accelerator.is_main_process:
                 name = f"learned_embeds-steps-{step}.safetensors"
-                embeddings.try_to_save_embeds(run.results, name, args.placeholder_token, learner.theta)
+                embeddings.try_to_save_embeds(run.results, name, args.placeholder_token, learner.result)
             progress.seconds = seconds_before + time.perf_counter() - started
             if step % args.checkpointing_steps == 0:
                 checkpoints.save_checkpoint(accelerator, run.output_dir, run.state(), args.checkpoints_total_limit)
@@ -1571,7 +1600,7 @@ def check_finite(run, loss, last_good):
 @torch.inference_mode()
 def validate(run):
     """Held-out loss by the first process, whose verdict all others follow; saves the embedding that has the least."""
-    progress, step, theta = run.progress, run.progress.step, run.learner.theta
+    progress, step, theta = run.progress, run.progress.step, run.learner.result
     if not run.held_out:
         return
     loss = held_out_loss(run.model, theta, run.held_out) if run.accelerator.is_main_process else None
@@ -1605,7 +1634,7 @@ def draw_samples(run):
     args, model = run.args, run.model
     rows, prompt = model.text_encoder.get_input_embeddings(), run.placeholder.fill(args.validation_prompt)
     rows.check(prompts.tokenize(run.base.tokenizer, [run.placeholder.expand(prompt), ""]))
-    rows.write(run.learner.theta[None])
+    rows.write(run.learner.result[None])
     what = prompt, args.num_validation_images, args.seed
     options = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
     options |= {"height": args.resolution, "width": args.resolution}
@@ -1629,7 +1658,7 @@ def finish(run, pictures, components, repo_id):
     Raises:
         RunError: something could not be written; what could is there.
     """
-    args, theta, compute = run.args, run.learner.theta, run.model.compute
+    args, theta, compute = run.args, run.learner.result, run.model.compute
     embeddings.save_result(run.results, PUBLICATION.result_name, args.placeholder_token, theta)
     samples = draw_validation_images(run) or []
     figures = runs.describe_figures(run.progress, run.history, compute.device)
@@ -1726,7 +1755,7 @@ def learn_concept(args, accelerator, base, placeholder, compute):
     # 4. The loop, and its results.
     del model  # the run's is the only one, so that it can leave
     train(run)
-    if learner.theta.cpu().equal(initial.cpu().expand(learner.theta.shape)):
+    if learner.result.cpu().equal(initial.cpu().expand(learner.theta.shape)):
         logger.warning(f"Nothing was learned: {placeholder.token} is {args.initializer_token!r} to the last bit.")
     if accelerator.is_main_process:
         config = finish(run, pictures, components, repo_id)

@@ -81,7 +81,7 @@ class FlagshipLearner:
 
     @property
     def theta(self):
-        return self.learner.theta
+        return self.learner.result
 
     def step(self):
         return zoodip.train_step(self.learner, self.task.model, self.task.concept, self.task.sampling)
@@ -279,6 +279,7 @@ GRIDS = {
         "paper": Method("ZOODiP, paper's settings", f"{PAPER} {PUTS}"),
         "naive_zo": Method("naive ZO (no SG, no PUTS)", f"{PAPER} --sg_window 0 {UNIFORM}"),
         "gf_ti": by_evolution("GF-TI (CMA-ES)", 32, 1.0),
+        "fast": Method("Gauss-Newton, bf16 (ours)", "--recipe fast --mixed_precision bf16"),
     },
     # What papers leave open: a fifth of the budget on two subjects, see docs/results.md.
     "pilots": {

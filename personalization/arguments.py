@@ -254,6 +254,7 @@ RANGES = {
     "subspace_words": Range(2, 10**6),
     "gn_ridge": Range(1e-9, 1e9),
     "gn_memory": Range(0.0, 1.0),
+    "gn_averaging": Range(0.0, 1000.0),
     "gn_max_step": Range(0.0, 1e9, above=True),
     "sg_window": Range(0, 10**6),
     "sg_threshold": Range(0.0, 1.0, above=True, below=True),
