@@ -770,15 +770,18 @@ def outside_direction(directions, generator):
 class GaussNewtonUpdate:
     """`gauss_newton`: evidence from whole predictions along the directions of a subspace, then `GaussNewton`'s step.
 
-    One random direction from outside the subspace goes along: it tells how much of the gradient the subspace holds.
-    Where that is too little, the subspace becomes wider.
+    A small subspace learns fast, a large one further: it is doubled once it has had so many steps for each direction.
+    One random direction from outside goes along and tells how much of the gradient the subspace holds: where that is
+    too little, it is doubled at once.
     """
 
     solver: GaussNewton
     directions: torch.Tensor  # [n, k, d], all that there are to widen the subspace to, orthogonal
     step_size: float  # h
+    growth: float  # steps for each direction until the subspace is doubled; 0: never
     squares: torch.Tensor  # |gradient|² inside the subspace and, as estimated, outside: sums over `seen` steps
     seen: int = 0
+    steps: int = 0
 
     @property
     def num_candidates(self):
@@ -812,18 +815,14 @@ class GaussNewtonUpdate:
         """Moves θ."""
         theta += self.solver.step(matrix, gradient)
         self.squares += squares.cpu()
-        self.seen += 1
-        if self.seen == SHARE_STEPS and self.share < LEAST_SHARE:
-            self.widen(2 * len(self.solver.directions))
-
-    def widen(self, count):
-        """Goes on in a subspace of so many directions, and judges it anew."""
-        count = min(count, len(self.directions))
-        if count == len(self.solver.directions):
-            return
-        logger.info(f"the subspace holds {self.share:.0%} of the gradient: it gets {count} directions")
-        self.solver.widen(self.directions[:count])
-        self.squares, self.seen = torch.zeros(2), 0
+        self.seen, self.steps = self.seen + 1, self.steps + 1
+        count = len(self.solver.directions)
+        too_little = self.seen == SHARE_STEPS and self.share < LEAST_SHARE
+        if count < len(self.directions) and (too_little or 0 < self.growth * count <= self.steps):
+            wider = min(2 * count, len(self.directions))
+            logger.info(f"The subspace held {self.share:.0%} of the gradient: {wider} directions from here on")
+            self.solver.widen(self.directions[:wider])
+            self.squares, self.seen = torch.zeros(2), 0
 
     def figures(self):
         """What the log says of it."""
@@ -831,12 +830,12 @@ class GaussNewtonUpdate:
 
     def state_dict(self):
         state = {"information": self.solver.information, "prior": self.solver.prior}
-        return state | {"squares": self.squares, "seen": self.seen}
+        return state | {"squares": self.squares, "seen": self.seen, "steps": self.steps}
 
     def load_state_dict(self, state, device):
         self.solver.information, self.solver.prior = state["information"], state["prior"]
         self.solver.directions = self.directions[: len(state["information"])]
-        self.squares, self.seen = state["squares"], state["seen"]
+        self.squares, self.seen, self.steps = state["squares"], state["seen"], state["steps"]
 
 
 @dataclass(frozen=True)
@@ -1043,9 +1042,9 @@ TRAJECTORY_SETTINGS = (
     "pretrained_model_name_or_path revision variant tokenizer_name quantization unet_backend mixed_precision"
     " activations placeholder_token initializer_token num_vectors learnable_property resolution center_crop"
     " flip_probability train_batch_size gradient_accumulation_steps seed optimizer perturbation_scale"
-    " num_perturbations gradient_estimator sg_window sg_threshold subspace subspace_dimension subspace_words gn_ridge"
-    " gn_memory gn_averaging gn_max_step puts_min_timestep puts_max_timestep learning_rate scale_lr lr_scheduler"
-    " lr_warmup_steps lr_num_cycles adam_beta1 adam_beta2 adam_weight_decay adam_epsilon"
+    " num_perturbations gradient_estimator sg_window sg_threshold subspace subspace_dimension subspace_growth"
+    " subspace_words gn_ridge gn_memory gn_averaging gn_max_step puts_min_timestep puts_max_timestep learning_rate"
+    " scale_lr lr_scheduler lr_warmup_steps lr_num_cycles adam_beta1 adam_beta2 adam_weight_decay adam_epsilon"
 ).split()
 
 
@@ -1110,7 +1109,8 @@ RECIPES = {
 FLAGS_OF_OPTIMIZER = {
     "zo_adam": "num_perturbations gradient_estimator sg_window sg_threshold learning_rate scale_lr lr_scheduler"
     " lr_warmup_steps lr_num_cycles adam_beta1 adam_beta2 adam_weight_decay adam_epsilon".split(),
-    "gauss_newton": "subspace subspace_dimension subspace_words gn_ridge gn_memory gn_averaging gn_max_step".split(),
+    "gauss_newton": "subspace subspace_dimension subspace_growth subspace_words gn_ridge gn_memory gn_averaging"
+    " gn_max_step".split(),
 }
 
 REFUSED_FLAGS = {
@@ -1250,8 +1250,15 @@ def add_zeroth_order_arguments(add):
     add(
         "--subspace_dimension",
         type=int,
-        help="Directions of it per vector of the token; it becomes wider by itself where it holds too little of the"
-        " gradient. Default: 32, or all without a subspace.",
+        help="Directions of it per vector of the token, to begin with; twice as many where it holds less than half of"
+        " the gradient. Default: 32, or all without a subspace.",
+    )
+    add(
+        "--subspace_growth",
+        type=float,
+        default=2.75,
+        help="Steps for each direction until the subspace is doubled; 0: it keeps its size while it holds half of the"
+        " gradient.",
     )
     add("--subspace_words", type=int, default=80, help="How many words make the vocabulary's subspace.")
     add("--gn_ridge", type=float, default=5.0, help="λ: weight of the start against what the pictures say.")
@@ -1452,7 +1459,7 @@ def start_gauss_newton(args, theta, directions):
     of_vectors = of_vectors.reshape(-1, k, d).to(theta)
     first = of_vectors[: k * args.subspace_dimension]
     solver = GaussNewton(first, args.gn_memory, args.gn_ridge, args.gn_max_step)
-    return GaussNewtonUpdate(solver, of_vectors, args.perturbation_scale, torch.zeros(2))
+    return GaussNewtonUpdate(solver, of_vectors, args.perturbation_scale, args.subspace_growth, torch.zeros(2))
 
 
 def start_zeroth_order_adam(args, theta, num_processes):

@@ -144,6 +144,26 @@ def quality(result):
     return table(["UNet in training", "seed", *names], rows) + "\n\n" + note
 
 
+def evidence(result):
+    """The part of benchmarks/results/signal.json on Gauss-Newton's K and y."""
+    if "evidence" not in result:
+        return "Not measured yet."
+    steps = sorted({row["step"] for row in result["evidence"]})
+    cells = {}
+    for row in result["evidence"]:
+        names = ("matrix", "gradient", "gradient_both_signs")
+        shown = ["–" if row[name] is None else f"{row[name]:.1%}" for name in names]
+        cells.setdefault((row["backend"], row["activations"]), {})[row["step"]] = " / ".join(shown)
+    rows = [[*name, *(by_step.get(step, "") for step in steps)] for name, by_step in cells.items()]
+    note = (
+        f"Relative error of K / of y / of y as the mean over both signs, medians over"
+        f" {result['configuration']['cells']} cells (example x timestep), against forward-mode autograd of the"
+        f" unquantized float32 model, in the vocabulary's subspace of 32 directions. By `{result['command']}` on"
+        f" {result['hardware']['name']}."
+    )
+    return table(["weights", "activations", *(f"h = {step:g}" for step in steps)], rows) + "\n\n" + note
+
+
 def methods(result):
     """benchmarks/results/methods*.json, as `benchmarks/compare_methods.py` writes it."""
     metrics = {"loss": "held-out loss", "CLIP-I": "CLIP-I", "identity": "identity", "CLIP-T": "CLIP-T"}
@@ -416,6 +436,7 @@ def targets(steps, memories, signals, scores):
 
 
 TABLES = {
+    "evidence": (evidence, "benchmarks/results/signal.json"),
     "demo_scores": (demo_scores, "docs/demo_scores.json"),
     "demo_quality": (demo_quality, "demo/quality.json"),
     "real_photos": (real_photos, "benchmarks/results/real_photos.json"),

@@ -193,6 +193,11 @@ def test_a_poor_subspace_becomes_wider(train, monkeypatch):
     assert figures(out)["forward_passes"] == 2 * 6 + 2 * 10 + 18
 
 
+def test_the_subspace_grows_with_what_is_known(train):
+    out = train(max_train_steps=6, **SHORT | {"subspace_growth": 0.5})  # doubled after steps 2 and 4
+    assert figures(out)["forward_passes"] == 2 * 6 + 2 * 10 + 2 * 18 and figures(out)["subspace"] == 16
+
+
 def test_it_learns(train):
     """In 12 steps of 18 passes the held-out loss falls by a quarter; the paper's update takes some 200 passes, too."""
     flags = {"num_validation_samples": 16, "validation_steps": 1000, "flip_probability": 0, "subspace_dimension": 16}
