@@ -1097,11 +1097,11 @@ RECIPES = {
         "puts_min_timestep": 500,
         "puts_max_timestep": 900,
         "train_batch_size": 1,
-        "max_train_steps": 500,
+        "max_train_steps": 250,
         "logging_steps": 5,
-        "validation_steps": 50,
-        "save_steps": 100,
-        "checkpointing_steps": 50,
+        "validation_steps": 25,
+        "save_steps": 50,
+        "checkpointing_steps": 25,
     },
 }
 

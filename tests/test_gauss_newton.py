@@ -272,7 +272,7 @@ def test_recipes_are_defaults_that_flags_overrule(basics):
         return zoodip.parse_args(as_arguments(plain) + list(words))
 
     fast = parsed("--recipe", "fast", "--train_batch_size", "2")
-    assert (fast.optimizer, fast.max_train_steps, fast.train_batch_size) == ("gauss_newton", 500, 2)
+    assert (fast.optimizer, fast.max_train_steps, fast.train_batch_size) == ("gauss_newton", 250, 2)
     assert parsed("--recipe=fast", "--num_train_epochs", "1").max_train_steps is None
     paper, default = parsed("--recipe", "paper"), parsed()
     assert paper.max_train_steps == 30_000
