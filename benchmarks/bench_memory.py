@@ -77,6 +77,7 @@ class Row(NamedTuple):
 
 
 OPENVINO = {"quantization": "int8", "unet_backend": "openvino"}
+GAUSS_NEWTON = {"quantization": "int8", "optimizer": "gauss_newton", "max_candidates_per_forward": 3}  # as n = 2 has
 VALIDATION = {"validation_prompt": "a photo of {}", "num_validation_images": 1, "num_inference_steps": 1}
 ROWS = {
     "int8-first": Row("script", {"quantization": "int8"}, "fresh"),
@@ -86,6 +87,7 @@ ROWS = {
     "int8-low-vram": Row("script", {"quantization": "int8", "low_vram": True}),
     "int8-images": Row("script", {"quantization": "int8", **VALIDATION}),
     "int8-n8": Row("script", {"quantization": "int8"}, num_perturbations=8),
+    "int8-gauss-newton": Row("script", GAUSS_NEWTON),
     "int8-n8-split": Row("script", {"quantization": "int8", "max_candidates_per_forward": 1}, num_perturbations=8),
     "nf4": Row("script", {"quantization": "nf4"}),
     "quanto-int8": Row("script", {"quantization": "quanto-int8"}),
@@ -302,6 +304,8 @@ def script_flags(row, base, images, output, cache, resolution, n, batch_size):
         "report_to": "none",
         **row.settings,
     }
+    if flags.get("optimizer") == "gauss_newton":
+        del flags["num_perturbations"]
     words = [[f"--{name}"] if value is True else [f"--{name}", str(value)] for name, value in flags.items()]
     return list(itertools.chain.from_iterable(words))
 

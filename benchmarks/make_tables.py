@@ -294,6 +294,7 @@ MEMORY_NAMES = {
     "int8-first": "ours, INT8, first run (quantizes into the file)",
     "int8-no-cache": "ours, INT8, `--quantized_cache_dir none`",
     "int8-low-vram": "ours, INT8, `--low_vram`",
+    "int8-gauss-newton": "ours, INT8, Gauss-Newton with 32 directions, 3 candidates a pass",
     "int8-n8": "ours, INT8, n = 8",
     "int8-n8-split": "ours, INT8, n = 8, `--max_candidates_per_forward 1`",
     "nf4": "ours, NF4 + INT8 convolutions",
