@@ -1,7 +1,7 @@
 """The paper's ablations on the demo base: a grid for each table, which `compare_methods.py --grid NAME` fills.
 
     python benchmarks/compare_methods.py --grid sg_puts      # goes on where it was; --collect shows what is finished
-    make ablations                                           # all of them, hours, goes on where it was
+    make ablations                                           # all of them, projected: 2 hours on 2 free cores
 
 Every cell is the paper's setting but for what its table is about, with the same budget: 4,500 example-forwards (1,500
 steps of n = 2). A cell that stands in several tables has one name, one set of flags and one run for each subject and
@@ -26,6 +26,7 @@ FOLDER = "ablations"  # of the runs of all grids: cells with the same name are t
 BUDGET, STEPS = 4500, 1500  # example-forwards of a run, and the updates that the paper's setting makes with them
 SUBJECTS = ["striped_star", "striped_cross", "dotted_heart"]
 SEEDS = [0, 1]
+RUN_SECONDS = 50  # CPU time of a run until one is finished: 1,500 steps of 21 ms and 13 s of judging, as measured
 REFERENCE = "paper"
 NAMES = {"n": "n", "μ": "mu"}  # in those of files
 FEWEST_PAIRS = 3  # that an interval is worth showing for

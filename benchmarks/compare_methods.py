@@ -505,9 +505,10 @@ def say_how_long(listed, cache_dir, processes):
     seconds = [content["seconds"]["whole"] for content in contents if content and content["steps"]]
     missing = contents.count(None)
     words = f"{missing} of {len(listed)} runs are missing"
-    if missing and seconds:
-        hours = missing * statistics.fmean(seconds) / processes / 3600
-        words += f": {hours:.1f} h on {processes} free cores, as long as the finished ones took"
+    if missing and (seconds or listed[0].grid == ablations.FOLDER):
+        each = statistics.fmean(seconds) if seconds else ablations.RUN_SECONDS
+        reason = "as long as the finished ones took" if seconds else "a projection"
+        words += f": {missing * each / processes / 3600:.1f} h on {processes} free cores, {reason}"
     print(f"{words}.", flush=True)
 
 

@@ -261,6 +261,7 @@ def test_results_are_collected_from_what_is_finished(tmp_path, demo_base, capsys
     args = compare_methods.parse_args([*words, "--output_dir", str(tmp_path / "out")])
     with pytest.raises(compare_methods.RunError, match="nothing to show"):
         compare_methods.main(args)
+    assert not (tmp_path / "out").exists()
     base = compare_methods.fingerprint(compare_methods.BASE, compare_methods.SCORER)
     judging = compare_methods.Judging()
     plan = "sg_puts", args.methods, args.subjects, args.seeds, None, None
@@ -275,5 +276,7 @@ def test_results_are_collected_from_what_is_finished(tmp_path, demo_base, capsys
     assert "3 of 6" in capsys.readouterr().out and (tmp_path / "out" / "ablation_sg.png").is_file()
     listed = compare_methods.list_runs(*plan, judging, base)
     compare_methods.say_how_long(listed, args.cache_dir, 2)
-    assert capsys.readouterr().out.startswith("15 of 24 runs are missing: 0.1 h on 2 free cores")
+    assert capsys.readouterr().out.startswith("15 of 24 runs are missing: 0.1 h on 2 free cores, as long as")
+    compare_methods.say_how_long(listed, tmp_path, 2)
+    assert "24 of 24 runs are missing: 0.2 h on 2 free cores, a projection" in capsys.readouterr().out
     assert statistics.fmean(run["seconds"]["whole"] for run in read["runs"]) == 60
