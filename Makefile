@@ -1,5 +1,5 @@
 # Each target makes its own virtual environment on a fresh machine; a second call installs nothing.
-.PHONY: demo test test-cuda pretend-cuda quality style evaluate benchmark bench-real-photos clean
+.PHONY: demo test test-cuda pretend-cuda quality style evaluate ablations benchmark bench-real-photos clean
 
 VENV ?= .venv
 PYTHON ?= python3
@@ -54,6 +54,14 @@ benchmark: $(VENV)/.installed-dev
 evaluate: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/compare_methods.py --subjects striped_star striped_cross twotone_moon --seeds 0 \
 		--output_dir benchmarks/.cache/evaluate
+
+# The paper's ablations on the demo base, one table after the other (projected: 2 hours on 2 free cores). It goes on where
+# it was and says at each table how many runs are missing and how long they take.
+ABLATIONS := sg_puts n mu rge_spsa tau_nu sampling precision timesteps
+ABLATION_FLAGS ?= --processes 2
+ablations: $(VENV)/.installed-dev
+	for grid in $(ABLATIONS); do $(BIN)/python benchmarks/compare_methods.py --grid $$grid $(ABLATION_FLAGS) || exit 1; done
+	$(BIN)/python benchmarks/make_tables.py
 
 # Real photos on the Stable Diffusion 1.5 architecture with random weights (6 GB of disk and memory, minutes on a CPU).
 PHOTOS ?= ../shared/data/dreambooth/dog6

@@ -52,16 +52,20 @@ from tqdm.auto import tqdm  # noqa: E402
 
 import evaluate_personalization as evaluation  # noqa: E402
 import train_zoodip_textual_inversion as zoodip  # noqa: E402
+from benchmarks import ablations, methods  # noqa: E402
 from benchmarks.bench_real_photos import cpu_name  # noqa: E402
+from benchmarks.make_tables import FIGURES  # noqa: E402
+from benchmarks.make_tables import ablation as ablation_table  # noqa: E402
 from benchmarks.make_tables import methods as methods_table  # noqa: E402
-from benchmarks.methods import GRIDS, ForwardCount, Method, prepare  # noqa: E402
-from benchmarks.plot_methods import contact_sheet, plot  # noqa: E402
+from benchmarks.methods import ForwardCount, Method, prepare  # noqa: E402
+from benchmarks.plot_methods import contact_sheet, plot, plot_kept, plot_timesteps  # noqa: E402
 from personalization import arguments, embeddings, runs  # noqa: E402
 from personalization.errors import RunError, run_script  # noqa: E402
 
 
 BASE, SUBJECTS, SCORER = ROOT / "demo" / "base", ROOT / "demo" / "subjects", ROOT / "demo" / "scorer"
 PLACEHOLDER = "<my-toy>"
+GRIDS = {**methods.GRIDS, **ablations.GRIDS}
 NAMES = {"CLIP-I": "CLIP-I", "DINO": "identity", "CLIP-T": "CLIP-T"}  # the demo scorer's stand-in for DINO is its own
 METRICS = ("loss", *NAMES.values())
 REFERENCE = "paper"  # the method whose final quality the others are timed to
@@ -188,6 +192,7 @@ def perform(run, cache_dir):
         args = task.args
         args.max_train_steps = run.milestones[-1] // run.method.forwards_per_step(args)  # the schedule's length
         learner, count = run.method.make(task), ForwardCount(task.model.unet)
+    kept = ablations.watch_subspace(learner)
     judge = Judge(run, cache_dir, args.num_vectors if args else 1)
     curve, thetas, strip, steps, seconds, cost = [], {}, None, 0, 0.0, 0
     for milestone in run.milestones:
@@ -213,9 +218,8 @@ def perform(run, cache_dir):
             strip.save(temporary)
     whole = time.process_time() - started
     times = {"training": round(seconds, 1), "whole": round(whole, 1)}
-    runs.write_json(
-        path, {"settings": run.settings(), "curve": curve, "thetas": thetas, "steps": steps, "seconds": times}
-    )
+    content = {"settings": run.settings(), "curve": curve, "thetas": thetas, "steps": steps, "seconds": times}
+    runs.write_json(path, content if kept is None else {**content, "kept": kept})
 
 
 # =====================================================================================================
@@ -224,15 +228,19 @@ def perform(run, cache_dir):
 
 
 def list_runs(grid, names, subjects, seeds, milestones, image_milestones, judging, base):
-    """All runs: every method and subject of the first seed, then the next. The plain word has no seed and no steps."""
-    listed = []
+    """All runs: every method and subject of the first seed, then the next. The plain word has no seed and no steps.
+
+    Without milestones, those of the ablations' cells.
+    """
+    listed, folder = [], ablations.FOLDER if grid in ablations.GRIDS else grid
     for seed, name, subject in itertools.product(seeds, names, subjects):
         method = GRIDS[grid][name]
         if method.learner is None:
             if seed == seeds[0]:
-                listed.append(Run(grid, name, method, subject, 0, (0,), (0,), judging, base))
+                listed.append(Run(folder, name, method, subject, 0, (0,), (0,), judging, base))
         else:
-            listed.append(Run(grid, name, method, subject, seed, milestones, image_milestones, judging, base))
+            when = (milestones, image_milestones) if milestones else (ablations.milestones(name),) * 2
+            listed.append(Run(folder, name, method, subject, seed, *when, judging, base))
     return listed
 
 
@@ -384,14 +392,14 @@ def collect(listed, cache_dir, subjects):
         {
             **{key: content["settings"][key] for key in ("name", "subject", "seed")},
             **{key: [point.get(key) for point in content["curve"]] for key in columns},
-            **{key: content[key] for key in ("steps", "seconds")},
+            **{key: content[key] for key in ("steps", "seconds", "kept") if key in content},
         }
         for _, content in pairs
     ]
     return {
         "command": shlex.join(["python", "benchmarks/compare_methods.py", *sys.argv[1:]]),
         "subjects": list(subjects),
-        "methods": {name: asdict(GRIDS[longest.grid][name]) for name in names},
+        "methods": {run.name: asdict(run.method) for run in listed},
         "configuration": {
             "milestones": longest.milestones,
             "image_milestones": longest.image_milestones,
@@ -438,10 +446,17 @@ def parse_args(input_args=None):
     add = parser.add_argument
     add("--grid", choices=list(GRIDS), default="main", help="Which set of methods, see methods.py.")
     add("--methods", nargs="+", help="Of the grid; default: all.")
-    add("--subjects", nargs="+", choices=["all", *known], default=["all"], help="Of demo/subjects.")
-    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="Of training.")
+    of_ablations = "of an ablation's grid as in ablations.py"
+    add("--subjects", nargs="+", choices=["all", *known], help=f"Of demo/subjects. Default: all; {of_ablations}.")
+    add("--seeds", nargs="+", type=int, help=f"Of training. Default: 0 1 2; {of_ablations}.")
     milestones = [300, 750, 1500, 3000, 6000, 15000]
-    add("--milestones", nargs="+", type=int, default=milestones, help="Forwards; the last is the budget.")
+    default = " ".join(map(str, milestones))
+    add(
+        "--milestones",
+        nargs="+",
+        type=int,
+        help=f"Forwards; the last is the budget. Default: {default}; {of_ablations}.",
+    )
     add(
         "--image_milestones", nargs="+", type=int, help="Those with pictures. Default: all from a tenth of the budget."
     )
@@ -460,13 +475,20 @@ def parse_args(input_args=None):
         for value in given if isinstance(given, list) else [given]:
             if value is not None and value not in limit:
                 parser.error(f"--{name} {value} must be {limit}.")
+    ablation = args.grid in ablations.GRIDS
+    args.subjects = args.subjects or (ablations.SUBJECTS if ablation else ["all"])
     args.subjects = known if "all" in args.subjects else list(dict.fromkeys(args.subjects))
-    args.seeds, args.milestones = list(dict.fromkeys(args.seeds)), sorted(set(args.milestones))
+    args.seeds = list(dict.fromkeys(args.seeds or (ablations.SEEDS if ablation else [0, 1, 2])))
     args.methods = args.methods or list(GRIDS[args.grid])
     if unknown := [name for name in args.methods if name not in GRIDS[args.grid]]:
         parser.error(
             f"--methods: {unknown[0]!r} is not in --grid {args.grid}: choose of {', '.join(GRIDS[args.grid])}."
         )
+    if ablation and args.milestones is None:
+        if args.image_milestones:
+            parser.error("--image_milestones needs --milestones with this grid, whose cells have their own.")
+        return args
+    args.milestones = sorted(set(args.milestones or milestones))
     if args.image_milestones is None:
         args.image_milestones = [m for m in args.milestones if 10 * m >= args.milestones[-1]]
     args.image_milestones = sorted(set(args.image_milestones))
@@ -477,25 +499,58 @@ def parse_args(input_args=None):
     return args
 
 
+def say_how_long(listed, cache_dir, processes):
+    """Prints how many runs are missing and how long they take, judged by the finished ones."""
+    contents = [finished(run, cache_dir) for run in listed]
+    seconds = [content["seconds"]["whole"] for content in contents if content and content["steps"]]
+    missing = contents.count(None)
+    words = f"{missing} of {len(listed)} runs are missing"
+    if missing and (seconds or listed[0].grid == ablations.FOLDER):
+        each = statistics.fmean(seconds) if seconds else ablations.RUN_SECONDS
+        reason = "as long as the finished ones took" if seconds else "a projection"
+        words += f": {missing * each / processes / 3600:.1f} h on {processes} free cores, {reason}"
+    print(f"{words}.", flush=True)
+
+
+def show(args, result, strips, results, figures):
+    """Writes results and figures, and returns the table and where to look."""
+    if args.grid not in ablations.GRIDS:
+        stem = "methods" if args.grid == "main" else f"methods_{args.grid}"
+        write_compact(results / f"{stem}.json", result)
+        plot(result, figures / f"{stem}.png")
+        contact_sheet(result, SUBJECTS, strips, figures / f"{stem}_sheet.png")
+        return f"{methods_table(result)}\n\nLook at {figures / stem}.png and {stem}_sheet.png"
+    write_compact(results / f"ablation_{args.grid}.json", result)
+    look = ""
+    if args.grid in FIGURES:
+        path = figures / FIGURES[args.grid][0]
+        (plot_kept if args.grid == "sg_puts" else plot_timesteps)(result, path)
+        look = f"\n\nLook at {path}"
+    return ablation_table(result) + look
+
+
 def main(args):
     judging = Judging(num_inference_steps=args.num_inference_steps, unet_backend=args.unet_backend)
-    milestones = tuple(args.milestones), tuple(args.image_milestones)
+    milestones = (tuple(given) if given else None for given in (args.milestones, args.image_milestones))
     plan = args.grid, args.methods, args.subjects, args.seeds, *milestones
     listed = list_runs(*plan, judging, fingerprint(BASE, SCORER))
     results, figures = (args.output_dir,) * 2 if args.output_dir else (HERE / "results", ROOT / "docs")
-    stem = "methods" if args.grid == "main" else f"methods_{args.grid}"
     (args.cache_dir / "weights").mkdir(parents=True, exist_ok=True)
     try:
         if not args.collect:
+            say_how_long(listed, args.cache_dir, args.processes)
             perform_missing(listed, args.cache_dir, args.processes)
     finally:  # what is finished counts, too
         result = collect(listed, args.cache_dir, args.subjects)
-        if result["summary"]:
-            write_compact(results / f"{stem}.json", result)
-            plot(result, figures / f"{stem}.png")
-            contact_sheet(result, SUBJECTS, list_strips(listed, args.cache_dir), figures / f"{stem}_sheet.png")
-            print(f"{methods_table(result)}\n\nLook at {figures / stem}.png and {stem}_sheet.png")
-    if not result["summary"]:
+        if args.grid in ablations.GRIDS:
+            contents = [content for run in listed if (content := finished(run, args.cache_dir)) is not None]
+            rows = ablations.ablation_rows(args.grid, contents, args.subjects, args.seeds, METRICS)
+            del result["summary"]
+            result |= {"grid": args.grid, "seeds": args.seeds, "rows": rows}
+        there = result.get("summary") or result.get("rows")
+        if there:
+            print(show(args, result, list_strips(listed, args.cache_dir), results, figures))
+    if not there:
         raise RunError("no method is finished on all these subjects yet, so there is nothing to show.")
 
 

@@ -203,6 +203,56 @@ def methods(result):
     return table(header, rows) + "\n\n" + note
 
 
+FIGURES = {  # that `compare_methods.py` draws of a grid of ablations, in docs, and what they show
+    "sg_puts": ("ablation_sg.png", "Histogram of i*/τ at every rebuild"),
+    "timesteps": ("ablation_timesteps.png", "Heat maps over T_L and T_U: loss, CLIP-I and identity"),
+}
+PUBLISHED = {"sg_puts": "CLIP-I / DINO / CLIP-T", "n": "CLIP-I / DINO"}  # what the paper reports, by grid
+
+
+def ablation(result):
+    """benchmarks/results/ablation_*.json, as `benchmarks/compare_methods.py` writes it for a grid of ablations."""
+    metrics = {"loss": "held-out loss", "CLIP-I": "CLIP-I", "identity": "identity", "CLIP-T": "CLIP-T"}
+    compared, rows = ("loss", "CLIP-I", "identity"), []
+    has_published = any(row.get("published") for row in result["rows"])
+    shows_kept = result["grid"] in ("sg_puts", "tau_nu")
+
+    def digits(metric):
+        return 4 if metric == "loss" else 3
+
+    for row in result["rows"]:
+        cells = [row["title"], f"{row['forwards']:,}", f"{row['steps']:,}", f"{row['runs']} of {row['of']}"]
+        for metric in metrics:
+            mean, spread = row[metric]
+            cells.append(f"{mean:.{digits(metric)}f}" + ("" if spread is None else f" ± {spread:.{digits(metric)}f}"))
+        for metric in compared:
+            mean, low, high = row.get(f"{metric} difference", [None] * 3)
+            shown = "" if mean is None else f"{mean:+.{digits(metric)}f}"
+            if low is not None:
+                shown += f" [{low:+.{digits(metric)}f}, {high:+.{digits(metric)}f}]"
+                shown = f"**{shown}**" if low > 0 or high < 0 else shown
+            cells.append(shown)
+        if shows_kept:
+            cells.append(f"{row['kept'][0]:.2f}" if "kept" in row else "")
+        if has_published:
+            cells.append(row.get("published") or "")
+        rows.append(cells)
+    header = ["setting", "forwards", "steps", "runs", *metrics.values(), *(f"Δ {metrics[name]}" for name in compared)]
+    header += ["i*/τ"] if shows_kept else []
+    header += [f"published {PUBLISHED[result['grid']]}"] if has_published else []
+    subjects = ", ".join(subject.replace("_", " ") for subject in result["subjects"])
+    hardware, seeds = result["hardware"], " and ".join(map(str, result["seeds"]))
+    note = (
+        f"Mean over the finished runs ({subjects}; seeds {seeds}), ± one standard deviation of the seeds' means where"
+        " two seeds have all subjects. Δ: to the paper's setting on the same subject and seed, mean and 95 % bootstrap"
+        " interval over those pairs (none of fewer than three); bold: the interval is without 0. By"
+        f" `benchmarks/compare_methods.py --grid {result['grid']}` on {hardware['name']}, torch"
+        f" {result['versions']['torch']}."
+    )
+    figure = f"\n\n![{FIGURES[result['grid']][1]}]({FIGURES[result['grid']][0]})" if result["grid"] in FIGURES else ""
+    return table(header, rows) + "\n\n" + note + figure
+
+
 STEP_NAMES = {
     "ours-int8": "**ours, INT8, torch**",
     "ours-openvino": "**ours, INT8, OpenVINO**",
@@ -446,6 +496,10 @@ TABLES = {
     "signal_float32": (signal, "benchmarks/results/signal_float32.json"),
     "methods": (methods, "benchmarks/results/methods.json"),
     "methods_pilots": (methods, "benchmarks/results/methods_pilots.json"),
+    **{
+        f"ablation_{name}": (ablation, f"benchmarks/results/ablation_{name}.json")
+        for name in ("sg_puts", "tau_nu", "sampling", "rge_spsa", "mu", "n", "precision", "timesteps")
+    },
     "quality": (quality, "benchmarks/results/quality.json"),
     "step": (step, "benchmarks/results/step_cpu.json"),
     "scaling": (scaling, "benchmarks/results/step_cpu.json", "benchmarks/results/memory_cpu.json"),

@@ -1,4 +1,6 @@
-"""The figures of `compare_methods.py`: curves against forwards, and pictures at the full budget."""
+"""The figures of `compare_methods.py`: curves against forwards, pictures at the full budget, and the ablations'."""
+
+import re
 
 import matplotlib
 from PIL import Image, ImageDraw
@@ -71,3 +73,52 @@ def contact_sheet(result, subjects, strips, path, side=80, shown=2):
                 canvas.paste(image, (x * width + i * side, top + y * side))
     with runs.atomic_path(path) as temporary:
         canvas.save(temporary)
+
+
+def plot_kept(result, path, bins=20):
+    """A histogram of i*/τ, the share of directions that SG keeps, over all rebuilds, for each cell that has SG."""
+    figure, axis = plt.subplots(figsize=(6, 4), constrained_layout=True)
+    for name, method in result["methods"].items():
+        shares, runs_with = shares_kept(result, name)
+        if shares:
+            label = f"{method['title']}: {len(shares)} rebuilds of {runs_with} runs"
+            axis.hist(shares, bins=bins, range=(0, 1), histtype="stepfilled", alpha=0.5, label=label)
+    axis.set(xlabel="i*/τ", ylabel="rebuilds", title="Directions that Subspace Gradient keeps")
+    if axis.has_data():
+        axis.legend(fontsize=8)
+    with runs.atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=90)
+    plt.close(figure)
+
+
+def shares_kept(result, name):
+    """i*/τ of every rebuild of a cell's runs, and how many runs those are."""
+    found = [run["kept"] for run in result["runs"] if run["name"] == name and run.get("kept")]
+    return [count / kept["window"] for kept in found for count in kept["counts"]], len(found)
+
+
+def plot_timesteps(result, path):
+    """Heat maps over (T_L, T_U): the difference to the paper's setting on the same subjects and seeds."""
+    limits = {}
+    for row in result["rows"]:
+        least, most = map(int, re.search(r"\[(\d+), (\d+)\)", row["title"]).groups())
+        limits[least, most] = row
+    lows, highs = sorted({low for low, _ in limits}), sorted({high for _, high in limits})
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4), constrained_layout=True)
+    for axis, metric in zip(axes, TITLES):
+        values = {key: row.get(f"{metric} difference", [0.0])[0] for key, row in limits.items()}  # paper's own is 0
+        grid = [[values.get((low, high)) for high in highs] for low in lows]
+        grid = [[float("nan") if value is None else value for value in line] for line in grid]
+        largest = max((abs(value) for value in values.values() if value is not None), default=0) or 1
+        colours = "RdYlGn_r" if metric == "loss" else "RdYlGn"  # green is better
+        axis.imshow(grid, cmap=colours, vmin=-largest, vmax=largest)
+        for (low, high), value in values.items():
+            row, shown = limits[low, high], "–" if value is None else f"{value:+.{4 if metric == 'loss' else 3}f}"
+            words = f"{shown}\n{row['runs']} of {row['of']} runs"
+            axis.text(highs.index(high), lows.index(low), words, ha="center", va="center", fontsize=8)
+        axis.set_xticks(range(len(highs)), highs)
+        axis.set_yticks(range(len(lows)), lows)
+        axis.set(xlabel="T_U", ylabel="T_L", title=f"{TITLES[metric]}, difference to the paper's 500 to 900")
+    with runs.atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=90)
+    plt.close(figure)
