@@ -964,8 +964,6 @@ def candidates_per_pass(args):
     """How many of them go through the model as one batch."""
     if args.optimizer == "gauss_newton":  # whose steps may become larger
         return args.max_candidates_per_forward
-    if args.optimizer == "gauss_newton":  # whose steps may become larger
-        return args.max_candidates_per_forward
     return min(candidates_per_step(args), args.max_candidates_per_forward or candidates_per_step(args))
 
 
