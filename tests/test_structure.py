@@ -12,7 +12,11 @@ METHOD = {
 }
 PACKAGE = sorted((REPO / "personalization").glob("*.py"))
 SCRIPTS = sorted(path for pattern in ("train_*.py", "evaluate_*.py", "*_pipeline.py") for path in REPO.glob(pattern))
-MAY_IMPORT = {"train_selective_dreambooth_lora": {"train_zoodip_textual_inversion"}}  # loading and estimator
+MAY_IMPORT = {
+    "train_selective_dreambooth_lora": {"train_zoodip_textual_inversion"},  # loading and estimator
+    "train_tuneqdm_dreambooth": {"tuneqdm_pipeline"},  # quantizer and layers, which travel
+    "evaluate_personalization": {"tuneqdm_pipeline"},
+}
 
 
 def imported(path):
