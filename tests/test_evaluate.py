@@ -198,17 +198,18 @@ def test_scales_are_a_column_too(flags, results, demo_base, repo):
     )
     words += f" --pretrained_model_name_or_path {base} --max_train_steps 2 --output_dir {scales} --scale_sets 2"
     tuneqdm.main(tuneqdm.parse_args(words.split()))
-    out = run(flags | {"--num_images_per_prompt": "1"}, f"tuned={scales}", f"first={results / 'one'}")
+    flags |= {"--num_images_per_prompt": "1", "--num_inference_steps": "4"}
+    out = run(flags, f"tuned={scales}", f"first={results / 'one'}")
     content = json.loads((out / "evaluation.json").read_text())
     assert set(content["scores"]) == {"plain-word", "tuned", "first"}
     code = {"custom_pipeline": f"{repo}/tuneqdm_pipeline.py", "trust_remote_code": True, "tuneqdm_scales": scales}
     pipeline = DiffusionPipeline.from_pretrained(demo_base, **code)
     generator = torch.Generator().manual_seed(1000)
-    image = pipeline("a photo of a star in the snow", num_inference_steps=1, generator=generator).images[0]
+    image = pipeline("a photo of a star in the snow", num_inference_steps=4, generator=generator).images[0]
     drawn = np.asarray(Image.open(out / "images" / "tuned" / "001-00.png"), dtype=int)
     assert np.abs(drawn - np.asarray(image, dtype=int)).max() <= 1  # another batch size rounds otherwise
     plain = np.asarray(Image.open(out / "images" / "plain-word" / "001-00.png"), dtype=int)
-    assert np.abs(drawn - plain).max() > 1
+    assert np.abs(drawn - plain).max() > 5
 
     config = json.loads((scales / "tuneqdm_config.json").read_text())
     for change, expected in (
@@ -219,7 +220,7 @@ def test_scales_are_a_column_too(flags, results, demo_base, repo):
     ):
         write_json(scales / "tuneqdm_config.json", config | change)
         with pytest.raises(InputError, match=expected):
-            run(flags | {"--num_images_per_prompt": "1"}, f"tuned={scales}")
+            run(flags, f"tuned={scales}")
 
 
 def test_pictures_of_another_drawing_are_not_mixed(flags, results):
