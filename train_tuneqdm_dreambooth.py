@@ -26,6 +26,7 @@ import personalization.quiet  # noqa: F401, before the libraries whose false ala
 # isort: split
 import argparse
 import functools
+import itertools
 import math
 import os
 import re
@@ -623,9 +624,9 @@ def read_class(args, base, compute, cache_dir):
         logger.info(f"Drawing {missing} class images of {args.class_prompt!r} into {folder}")
         unet, _, _ = load_quantized_unet(base, args.bits, args.calibration, compute, cache_dir)
         text_encoder = base_model.load_component(base, "text_encoder", compute.dtype).to(compute.device)
-        names = (f"class-{number:06d}.png" for number in range(10**6))
-        free = [(i, folder / name) for i, name in zip(range(10**6), names) if not (folder / name).exists()]
-        for number, path in tqdm(free[:missing], desc="Class images"):
+        paths = ((number, folder / f"class-{number:06d}.png") for number in itertools.count())
+        free = itertools.islice(((number, path) for number, path in paths if not path.exists()), missing)
+        for number, path in tqdm(free, desc="Class images", total=missing):
             seed = args.seed + CLASS_SEEDS + number
             with torch.inference_mode():
                 what = args.class_prompt, 1, seed

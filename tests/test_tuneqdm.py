@@ -55,6 +55,7 @@ def tuned(unet, table, num_sets=1, input_scales=True, spread=0.1, bits=8):
 # ---------------------------------------------------------------------------------------------------- the quantizer
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 15), min_size=1, max_size=50))
 def test_four_bits_survive_packing(numbers):
     integers = torch.tensor(numbers, dtype=torch.uint8)
