@@ -33,9 +33,9 @@ from bench_signal import installed
 from PIL import Image
 from random_base import build
 
-import train_tuneqdm_dreambooth as script  # noqa: E402
-import tuneqdm_pipeline as tuneqdm  # noqa: E402
-from personalization import runs  # noqa: E402
+import train_tuneqdm_dreambooth as script
+import tuneqdm_pipeline as tuneqdm
+from personalization import runs
 
 
 SCRIPT = ROOT / "train_tuneqdm_dreambooth.py"

@@ -10,6 +10,8 @@ METHOD = {
     *("sample_puts_timesteps", "estimate_gradient", "SubspaceGradient", "normalize_estimate", "train_step"),
     *("Int8Linear", "Int8Conv2d", "load_frozen", "PromptRows", "candidate_losses", "train", "main"),
 }
+TUNEQDM = {"new_changes", "draw_timesteps", "denoising_errors", "load_quantized_unet", "train_step", "train", "main"}
+TUNEQDM_LAYERS = {"quantize", "pack", "set_of_timestep", "ScaledProduct", "QuantizedLinear", "QuantizedConv2d"}
 PACKAGE = sorted((REPO / "personalization").glob("*.py"))
 SCRIPTS = sorted(path for pattern in ("train_*.py", "evaluate_*.py", "*_pipeline.py") for path in REPO.glob(pattern))
 MAY_IMPORT = {
@@ -31,6 +33,13 @@ def imported(path):
 def test_the_method_is_defined_in_the_script():
     tree = ast.parse(SCRIPT.read_text(encoding="utf-8"))
     assert {node.name for node in tree.body if hasattr(node, "name")} >= METHOD
+
+
+def test_tuneqdm_is_defined_in_its_script_and_pipeline():
+    for name, method in (("train_tuneqdm_dreambooth.py", TUNEQDM), ("tuneqdm_pipeline.py", TUNEQDM_LAYERS)):
+        source = (REPO / name).read_text(encoding="utf-8")
+        assert {node.name for node in ast.parse(source).body if hasattr(node, "name")} >= method
+        assert len(source.splitlines()) <= 1000
 
 
 @pytest.mark.parametrize("path", PACKAGE, ids=lambda path: path.stem)

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPO, _run, as_arguments
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, UNet2DConditionModel
 from hub_server import TOKEN, HubServer, Repo
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_base import build_pictures, build_tiny_base
 
@@ -304,6 +305,18 @@ def test_trainer_and_pipeline_predict_the_same_to_the_last_bit(tiny, finished, m
         for timesteps in (torch.tensor([10, 500, 900]), torch.tensor(400)):
             ours, theirs = (unet(sample, timesteps, text).sample for unet in (run.model.unet, pipeline.unet))
             assert torch.equal(ours, theirs)
+
+
+def test_validation_images_are_what_the_pipeline_draws(train, tiny):
+    """With three sets, of which each is used at its own timesteps."""
+    flags = {"validation_prompt": "a {} on the beach", "num_validation_images": 1, "num_inference_steps": 6}
+    out = train(scale_sets=3, learning_rate=0.2, max_train_steps=6, train_batch_size=2, **flags)
+    pipeline = from_pretrained(tiny / "base", out)
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    options = {"num_inference_steps": 6, "guidance_scale": 7.5, "generator": torch.Generator().manual_seed(0)}
+    image = pipeline("a star on the beach", **options).images[0]
+    with Image.open(out / "samples" / "image_0.png") as sample:
+        assert np.array_equal(np.asarray(sample), np.asarray(image))
 
 
 def test_the_set_of_each_timestep_is_used(tiny, scales):
