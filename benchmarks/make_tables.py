@@ -473,6 +473,7 @@ TABLES = {
     "processes": (processes, "benchmarks/results/step_cpu.json"),
     "memory": (memory, "benchmarks/results/memory_cpu.json"),
     "tuneqdm_memory": (tuneqdm_memory, "benchmarks/results/tuneqdm_memory.json"),
+    "tuneqdm_rates": (tuneqdm_quality, "benchmarks/results/tuneqdm_learning_rate.json"),
     "tuneqdm_quality": (tuneqdm_quality, "benchmarks/results/tuneqdm_quality.json"),
     "loading": (loading, "benchmarks/results/memory_cpu.json"),
     "targets": (
