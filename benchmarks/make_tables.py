@@ -304,7 +304,7 @@ def tuneqdm_memory(result):
         anonymous, peak = (entry["measured"][f"peak_{n}_mb"] for n in ("anonymous_above_imports", "rss"))
         share = f"{peak / official[0]['measured']['peak_rss_mb']:.0%}" if official else ""
         cells = [f"{entry['resolution']} px", TUNEQDM_ROWS[entry["row"]], f"{peak:.0f} MB", share]
-        load = entry["load_average"][0]
+        load = max(entry["load_average"][:2])  # of the last one and five minutes
         busy = f" (load {load:.0f}: not alone)" if load > entry["hardware"]["cores"] + 0.5 else ""
         rows.append([*cells, f"{anonymous:.0f} MB", f"{entry['seconds_per_step']:.0f} s{busy}"])
     header = ["", "process", "peak of the whole process", "of the official way", "anonymous, above imports", "step"]
