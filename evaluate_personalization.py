@@ -12,6 +12,7 @@ on the demo base, with the demo's own scorer, offline:
         --results learned=demo/output/striped_star --clip_model demo/scorer --dino_model demo/scorer/identity \
         --trust_remote_code --output_dir scores
 
+A result is a learned embedding (ZOODiP) or tuned scales (TuneQDM), drawn with the base quantized as in their training.
 Every column (the plain word first, then the results) draws the same prompts from the same noise. Pictures that are
 there already are not drawn again, so a run that was stopped goes on. Written to `--output_dir`: `images/`,
 `evaluation.json`, `evaluation.md` (the table) and `contact_sheet.png`.
@@ -21,6 +22,7 @@ import personalization.quiet  # noqa: F401, before the libraries whose false ala
 
 
 # isort: split
+import contextlib
 import hashlib
 import itertools
 import json
@@ -39,6 +41,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, CLIPModel
 
+import tuneqdm_pipeline as tuneqdm
 from personalization import arguments, base_model, images, runs, weight_cache
 from personalization.errors import InputError, run_script
 
@@ -153,6 +156,16 @@ class Column:
     word: str  # what stands for the subject in prompts
     folder: Path | None  # of a result
     fingerprint: str  # of what it draws with
+    base: base_model.Base | None = None  # where the result is tuned scales, which want the base's UNet for themselves
+
+    @property
+    def config_path(self):
+        return self.folder / (CONFIG_FILE if self.base is None else tuneqdm.CONFIG_FILE)
+
+    @property
+    def trainer(self):
+        name = "train_zoodip_textual_inversion.py" if self.base is None else "train_tuneqdm_dreambooth.py"
+        return Path(__file__).with_name(name)
 
 
 RESULT_FILE, CONFIG_FILE = "learned_embeds.safetensors", "zoodip_config.json"
@@ -169,6 +182,8 @@ def read_column(given, base):
     if not re.fullmatch(r"[A-Za-z0-9._-]+", label) or not folder or label == PLAIN:
         raise InputError(f"--results {given!r} is no label=folder: write for example mine=my-dog-concept.")
     folder = Path(folder)
+    if (folder / tuneqdm.CONFIG_FILE).is_file():
+        return read_scales(given, label, folder, base)
     file = folder / RESULT_FILE
     try:
         with safe_open(file, framework="pt") as tensors:
@@ -179,16 +194,44 @@ def read_column(given, base):
         fingerprint = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"--results {given!r} holds no {RESULT_FILE} that can be read ({error}).") from None
-    width, here = base.text_config.hidden_size, Path(base.source.name).name
+    width = base.text_config.hidden_size
     trained_on = config.get("base_model")
     if shape[-1] != width:
         raise InputError(
             f"--results {given!r} was learned on another base{f' ({trained_on})' if trained_on else ''}: its vectors"
             f" have {shape[-1]} entries and those of {base.source.name!r} {width}."
         )
-    if trained_on and trained_on != base.source.name and Path(trained_on).name != here:
-        raise InputError(f"--results {given!r} was learned on {trained_on!r} and not on {base.source.name!r}.")
+    check_base(given, trained_on, base)
     return Column(label, token, folder, fingerprint)
+
+
+def check_base(given, trained_on, base):
+    """Refuses a result of a base with another name."""
+    if trained_on and trained_on != base.source.name and Path(trained_on).name != Path(base.source.name).name:
+        raise InputError(f"--results {given!r} was learned on {trained_on!r} and not on {base.source.name!r}.")
+
+
+def read_scales(given, label, folder, base):
+    """A folder of tuned scales as a `Column`.
+
+    Raises:
+        InputError: a file is damaged, it is of another base, or it does not say what the subject is called.
+    """
+    try:
+        config = json.loads((folder / tuneqdm.CONFIG_FILE).read_text(encoding="utf-8"))
+        tuneqdm.read_scale_config(config)
+        word, trained_on = config["settings"]["subject_name"], config["base_model"]
+        content = (folder / tuneqdm.SCALES_FILE).read_bytes()
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"--results {given!r} holds no scales that can be read ({error!r}).") from None
+    if not word:
+        raise InputError(
+            f"--results {given!r} does not say what its subject is called: train with --subject_name, or write it into"
+            f" the settings in {tuneqdm.CONFIG_FILE}."
+        )
+    check_base(given, trained_on, base)
+    fingerprint = hashlib.sha256(content + json.dumps(config["scales"], sort_keys=True).encode()).hexdigest()[:16]
+    return Column(label, word, folder, fingerprint, base)
 
 
 def read_columns(given, class_word, base):
@@ -260,19 +303,43 @@ def draw_missing(output_dir, columns, drawing, pipeline, batch_size):
     for column in columns:
         if not missing[column.label]:
             continue
-        if column.folder:
-            pipeline.load_textual_inversion(str(column.folder), weight_name=RESULT_FILE)
-        for start in range(0, len(missing[column.label]), batch_size):
-            cells = missing[column.label][start : start + batch_size]
-            prompts = [drawing.prompts[p].replace("{}", column.word) for p, _ in cells]
-            generators = [torch.Generator().manual_seed(seed_of(drawing, *cell)) for cell in cells]
-            for cell, image in zip(cells, pipeline(prompts, generator=generators, **options).images):
-                with runs.atomic_path(image_path(output_dir, column, *cell)) as temporary:
-                    image.save(temporary)
-            bar.update(len(cells))
-        if column.folder:
-            pipeline.unload_textual_inversion()
+        with showing(column, pipeline) as draw:
+            for start in range(0, len(missing[column.label]), batch_size):
+                cells = missing[column.label][start : start + batch_size]
+                prompts = [drawing.prompts[p].replace("{}", column.word) for p, _ in cells]
+                generators = [torch.Generator().manual_seed(seed_of(drawing, *cell)) for cell in cells]
+                for cell, image in zip(cells, draw(prompts, generator=generators, **options).images):
+                    with runs.atomic_path(image_path(output_dir, column, *cell)) as temporary:
+                        image.save(temporary)
+                bar.update(len(cells))
     bar.close()
+
+
+@contextlib.contextmanager
+def showing(column, pipeline):
+    """Yields a pipeline that draws with a column's result; `pipeline` itself is afterwards as it was.
+
+    Raises:
+        InputError: scales do not fit the base.
+    """
+    if column.base is not None:
+        unet = base_model.load_component(column.base, "unet")  # float32, so that it is quantized as in training
+        parts = {**pipeline.components, "unet": unet, "requires_safety_checker": False}
+        try:
+            tuned = tuneqdm.TuneQDMPipeline(**parts, tuneqdm_scales=column.folder)
+        except ValueError as error:
+            raise InputError(f"--results {column.label}={column.folder}: {error}") from None
+        if pipeline.unet.dtype != torch.float32:
+            unet.to(pipeline.unet.dtype)
+        unet.to(pipeline.unet.device)
+        tuned.set_progress_bar_config(disable=True)
+        yield tuned
+    elif column.folder is not None:
+        pipeline.load_textual_inversion(str(column.folder), weight_name=RESULT_FILE)
+        yield pipeline
+        pipeline.unload_textual_inversion()
+    else:
+        yield pipeline
 
 
 # =====================================================================================================
@@ -418,14 +485,14 @@ def push_scores(column, scores):
     Raises:
         InputError: the result has no config, or the push failed.
     """
-    path = column.folder / CONFIG_FILE
+    path = column.config_path
     if not path.is_file():
-        raise InputError(f"--push: {str(column.folder)!r} has no {CONFIG_FILE} to write the scores into.")
+        raise InputError(f"--push: {str(column.folder)!r} has no {path.name} to write the scores into.")
     config = json.loads(path.read_text(encoding="utf-8"))
     values = {name: f"{s.mean:.3f} ({s.low:.3f} to {s.high:.3f})" for name, s in scores.items()}
     runs.write_json(path, {**config, "scores": values})
-    trainer = Path(__file__).with_name("train_zoodip_textual_inversion.py")
-    done = subprocess.run([sys.executable, str(trainer), "--push_only", "--output_dir", str(column.folder)])
+    command = [sys.executable, str(column.trainer), "--push_only", "--output_dir", str(column.folder)]
+    done = subprocess.run(command)
     if done.returncode:
         raise InputError(f"--push: the scores are in {str(path)!r}, but the push of {str(column.folder)!r} failed.")
 
@@ -446,7 +513,7 @@ def parse_args(input_args=None):
     add = parser.add_argument
     add("--pretrained_model_name_or_path", required=True, help="The base: a local folder or a model id on the Hub.")
     add("--revision", help="Branch, tag or commit of the base on the Hub.")
-    add("--results", nargs="*", default=[], metavar="LABEL=FOLDER", help="Folders of learned embeddings to compare.")
+    add("--results", nargs="*", default=[], metavar="LABEL=FOLDER", help="Folders of embeddings or scales to compare.")
     add("--reference_images", required=True, help="Folder of the subject's pictures.")
     add("--class_word", required=True, help="The plain word for the subject: dog.")
     add("--prompts", default="object", help='"object" or "living" (DreamBooth\'s 25 each), or a text file.')
@@ -474,7 +541,7 @@ def main(args):
     base = base_model.open_base(base_model.ModelSource(args.pretrained_model_name_or_path, args.revision))
     columns = read_columns(args.results, args.class_word, base)
     resolution = base_model.check_resolution(base, args.resolution)
-    pictures = images.read_folder(args.reference_images, resolution, center_crop=True)
+    pictures = images.read_folder(args.reference_images, resolution, True, "--reference_images")
     references = [Image.fromarray(picture.pixels.permute(1, 2, 0).numpy()) for picture in pictures]
     output_dir = Path(args.output_dir)
     runs.check_writable("--output_dir", args.output_dir)

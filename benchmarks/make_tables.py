@@ -390,6 +390,90 @@ def memory(result):
     return table(header, rows) + "\n\n" + note
 
 
+TUNEQDM_ROWS = {
+    "int8": "**ours, PEQA, INT8**",
+    "int8-checkpointing": "**the same, gradient checkpointing**",
+    "int8-tuneqdm": "ours, 4 sets and input scales, INT8",
+    "int8-tuneqdm-checkpointing": "the same, gradient checkpointing",
+    "int4-checkpointing": "ours, PEQA, INT4, gradient checkpointing",
+    "official-peqa": "official way, PEQA, INT8",
+    "official-peqa-checkpointing": "the same, gradient checkpointing",
+    "official-tuneqdm": "official way, 4 sets and input scales, INT8",
+    "official-tuneqdm-checkpointing": "the same, gradient checkpointing",
+}
+
+
+def tuneqdm_memory(result):
+    """benchmarks/results/tuneqdm_memory.json, as `benchmarks/bench_tuneqdm.py` writes it."""
+    imports = next(e for e in result["entries"] if e["row"] == "imports")["measured"]
+    chosen = [e for e in result["entries"] if e["row"] in TUNEQDM_ROWS]
+    rows = []
+    for entry in sorted(chosen, key=lambda e: (e["resolution"], list(TUNEQDM_ROWS).index(e["row"]))):
+        kind = "tuneqdm" if "tuneqdm" in entry["row"] else "peqa"
+        official = [e for e in chosen if (e["row"], e["resolution"]) == (f"official-{kind}", entry["resolution"])]
+        anonymous, peak = (entry["measured"][f"peak_{n}_mb"] for n in ("anonymous_above_imports", "rss"))
+        share = f"{peak / official[0]['measured']['peak_rss_mb']:.0%}" if official else ""
+        cells = [f"{entry['resolution']} px", TUNEQDM_ROWS[entry["row"]], f"{peak:.0f} MB", share]
+        load = max(entry["load_average"][:2])  # of the last one and five minutes
+        busy = f" (load {load:.0f}: not alone)" if load > entry["hardware"]["cores"] + 0.5 else ""
+        rows.append([*cells, f"{anonymous:.0f} MB", f"{entry['seconds_per_step']:.0f} s{busy}"])
+    header = ["", "process", "peak of the whole process", "of the official way", "anonymous, above imports", "step"]
+    first = chosen[0]
+    note = (
+        "Stable Diffusion 1.5 architecture, random weights, float32 activations, batch 1, two steps; fresh processes"
+        f" from start to end, {first['hardware']['cores']} cores of {first['hardware']['name']}, torch"
+        f" {first['versions']['torch']}. A process that only imports the libraries has {imports['peak_rss_mb']:.0f}"
+        " MB. Official way: the same script and integer weights, the weight of each layer dequantized under autograd;"
+        " shares are of its row without checkpointing. The peak counts mapped pages of the weight file (860 MB), which"
+        " the system can drop. MB = 2^20. By `benchmarks/bench_tuneqdm.py`."
+    )
+    return table(header, rows) + "\n\n" + note
+
+
+TUNEQDM_VARIANTS = {
+    "full": "full fine-tuning, float32",
+    "peqa": "PEQA",
+    "peqa-inputs": "PEQA, input scales",
+    "s1-0-500": "S1, 0-500",
+    "s1-250-750": "S1, 250-750",
+    "s1-500-900": "S1, 500-900",
+    "s1-500-1000": "S1, 500-1000",
+    "s1-700-1000": "S1, 700-1000",
+    "s2-2": "S2, 2 sets",
+    "s2-4": "S2, 4 sets",
+    "s2-2-inputs": "S2, 2 sets, input scales",
+    "s2-4-inputs": "S2, 4 sets, input scales",
+}
+
+
+def tuneqdm_quality(result):
+    """benchmarks/results/tuneqdm_quality.json, as `benchmarks/compare_tuneqdm.py` writes it."""
+    names, groups = ("CLIP-I", "identity", "CLIP-T"), {}
+    for entry in result["entries"]:
+        groups.setdefault((entry["bits"], entry["variant"], entry["learning_rate"]), []).append(entry)
+    rows, order = [], list(TUNEQDM_VARIANTS)
+
+    def add(bits, what, length, scores, runs):
+        means = (f"{sum(score[name] for score in scores) / len(scores):.3f}" for name in names)
+        rows.append([f"INT{bits}" if bits else "float32", what, length, *means, runs])
+
+    for bits in (0, 8, 4):
+        plain = [scores[str(bits)] for scores in result["bases"].values()]
+        add(bits, "nothing: the plain word", 0, plain, len(plain))
+        for key in sorted((key for key in groups if key[0] == bits), key=lambda key: (order.index(key[1]), key[2])):
+            entries, rates = groups[key], {other[2] for other in groups if other[:2] == key[:2]}
+            what = TUNEQDM_VARIANTS[key[1]] + (f", rate {key[2]:g}" if len(rates) > 1 else "")
+            for length in (200, 400):  # the picture has the others
+                if scores := [entry["scores"][str(length)] for entry in entries if str(length) in entry["scores"]]:
+                    add(bits, what, length, scores, len(scores))
+    note = (
+        f"Means over runs, of {len(result['bases'])} subjects; CLIP-I and identity: mean cosine of (reference,"
+        " generated) pairs, CLIP-T: prompt against image, all by `demo/scorer`. By `benchmarks/compare_tuneqdm.py` on"
+        f" {result['entries'][0]['hardware']['name']}."
+    )
+    return table(["weights", "trained", "steps", *names, "runs"], rows) + "\n\n" + note
+
+
 def loading(result):
     """What loading the UNet costs, from the "load-" rows of memory_cpu.json."""
     names = {
@@ -505,6 +589,9 @@ TABLES = {
     "scaling": (scaling, "benchmarks/results/step_cpu.json", "benchmarks/results/memory_cpu.json"),
     "processes": (processes, "benchmarks/results/step_cpu.json"),
     "memory": (memory, "benchmarks/results/memory_cpu.json"),
+    "tuneqdm_memory": (tuneqdm_memory, "benchmarks/results/tuneqdm_memory.json"),
+    "tuneqdm_rates": (tuneqdm_quality, "benchmarks/results/tuneqdm_learning_rate.json"),
+    "tuneqdm_quality": (tuneqdm_quality, "benchmarks/results/tuneqdm_quality.json"),
     "loading": (loading, "benchmarks/results/memory_cpu.json"),
     "targets": (
         targets,

@@ -75,8 +75,12 @@ def given_flags(parser, words):
 # =====================================================================================================
 
 
-def add_model_arguments(parser):
-    """Adds the group "model", which base; returns it, for a trainer's own flags."""
+def add_model_arguments(parser, predicts_memory=True):
+    """Adds the group "model", which base; returns it, for a trainer's own flags.
+
+    Args:
+        predicts_memory: whether the trainer has `--estimate_memory`.
+    """
     group = parser.add_argument_group("model")
     add = group.add_argument
     add(
@@ -98,23 +102,29 @@ def add_model_arguments(parser):
         help="Folder of INT8 weights, quantized once and memory-mapped by every later run (0.9 GB for SD 1.5);"
         ' "none" keeps none.',
     )
-    add(
-        "--estimate_memory",
-        action="store_true",
-        help="Print the memory that this run would need, by component, and exit; no weight is loaded.",
-    )
+    if predicts_memory:
+        add(
+            "--estimate_memory",
+            action="store_true",
+            help="Print the memory that this run would need, by component, and exit; no weight is loaded.",
+        )
     add("--allow_tf32", action="store_true", help="Allow TF32 in float32 products on CUDA.")
     return group
 
 
-def add_data_arguments(parser):
-    """Adds the group "data", pictures and captions; returns it."""
+def add_data_arguments(parser, folder="train_data_dir", concept="{} or the placeholder marks the concept"):
+    """Adds the group "data", pictures and captions; returns it.
+
+    Args:
+        folder: name of the flag of the folder.
+        concept: its help says how a caption speaks of the concept.
+    """
     group = parser.add_argument_group("data")
     add = group.add_argument
     add(
-        "--train_data_dir",
+        f"--{folder}",
         help="Folder of images, with captions in metadata.jsonl or metadata.csv (fields file_name, text) if you have"
-        " them; {} or the placeholder marks the concept in a caption.",
+        f" them; {concept} in a caption.",
     )
     add("--dataset_name", help="Instead of a folder: a dataset id on the Hub (its train split).")
     add("--dataset_config_name", help="Configuration of the dataset.")
@@ -202,6 +212,12 @@ def add_hub_arguments(parser):
     return group
 
 
+def adapt(parser, name, default, words):
+    """Gives a shared flag the default that is right for a trainer, and the help that goes with it."""
+    (action,) = [action for action in parser._actions if action.dest == name]
+    action.default, action.help = default, words
+
+
 # =====================================================================================================
 # Checks
 # =====================================================================================================
@@ -287,15 +303,20 @@ def check_ranges(parser, args, ranges=RANGES):
             parser.error(f"--{name} {value} must be {ranges[name]}.")
 
 
-def check_shared_arguments(parser, args):
-    """Checks the flags of the groups above: ends with exit code 2 and one sentence where one cannot work."""
-    check_ranges(parser, args)
+def check_shared_arguments(parser, args, folder="train_data_dir", ranges=RANGES):
+    """Checks the flags of the groups above: ends with exit code 2 and one sentence where one cannot work.
+
+    Args:
+        folder: name of the flag of the folder of images.
+        ranges: name -> `Range` of every numeric flag of the parser.
+    """
+    check_ranges(parser, args, ranges)
     if args.resolution is not None and args.resolution % 8:
         parser.error(
             f"--resolution {args.resolution} must be divisible by 8: try {round(args.resolution / 8) * 8 or 8}."
         )
-    if (args.train_data_dir is None) == (args.dataset_name is None):
-        parser.error("give either --train_data_dir, a folder of images, or --dataset_name, a dataset on the Hub.")
+    if (getattr(args, folder) is None) == (args.dataset_name is None):
+        parser.error(f"give either --{folder}, a folder of images, or --dataset_name, a dataset on the Hub.")
     check_tracker(parser, args)
 
 

@@ -567,9 +567,14 @@ def load_token_table(base):
 
 def load_vae(base, dtype=torch.float32):
     """The frozen `AutoencoderKL`, on the CPU."""
-    vae = empty_model(base, "vae")
-    known = vae.state_dict()
-    for name, value in stored_tensors(find_weight_files(base, "vae")):
+    return load_component(base, "vae", dtype)
+
+
+def load_component(base, component, dtype=torch.float32):
+    """The frozen, unquantized "unet", "text_encoder" or "vae", on the CPU."""
+    model = empty_model(base, component)
+    known = model.state_dict()
+    for name, value in stored_tensors(find_weight_files(base, component)):
         if name in known:
-            set_module_tensor_to_device(vae, name, "cpu", value=value.to(dtype), dtype=dtype, clear_cache=False)
-    return vae.requires_grad_(False)
+            set_module_tensor_to_device(model, name, "cpu", value=value.to(dtype), dtype=dtype, clear_cache=False)
+    return model.requires_grad_(False)

@@ -18,7 +18,7 @@ METADATA_NAMES = "metadata.jsonl", "metadata.csv"
 ROW = '{"file_name": "a.png", "text": "a photo of {}"}'
 
 
-def read_captions(folder):
+def read_captions(folder, flag="--train_data_dir"):
     """The captions in the `metadata.jsonl` or `metadata.csv` (the imagefolder format) of a folder of pictures.
 
     Every row has a `file_name` and a `text`. A text that is null, empty or blank means that the picture has no
@@ -43,7 +43,7 @@ def read_captions(folder):
     except InputError as error:
         problem = str(error).removesuffix(".")
         raise InputError(
-            f"--train_data_dir {quoted(folder, 300)}: {path.name} cannot be read: {problem}; every row needs the"
+            f"{flag} {quoted(folder, 300)}: {path.name} cannot be read: {problem}; every row needs the"
             " fields file_name and text."
         ) from None
     if not rows:

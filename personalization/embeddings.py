@@ -39,16 +39,21 @@ def save_result(results, name, placeholder_token, theta):
     Raises:
         RunError: it is not in the run's folder; the message says where it is instead.
     """
+    save_content(results, name, as_bytes(placeholder_token, theta))
+
+
+def save_content(results, name, content):
+    """`save_result` of whatever a run has learned: `content` is that of the file, bytes."""
     try:
-        with results.file(name) as path:
-            save_embeds(path, placeholder_token, theta)
+        with results.file(name) as path, atomic_path(path) as temporary:
+            temporary.write_bytes(content)
     except Exception as error:
         if not is_outside(error):
             raise
         sentence = f"{results.folder / name} could not be written ({reason(error)})"
         try:
             path = Path(tempfile.mkdtemp(prefix="learned-")) / name
-            path.write_bytes(as_bytes(placeholder_token, theta))
+            path.write_bytes(content)
         except Exception as second:
             raise RunError(
                 f"{sentence}, nor could {tempfile.gettempdir()} ({reason(second)}): make room and repeat the command"

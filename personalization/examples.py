@@ -18,7 +18,7 @@ class Concept:
             flips where the first dimension is 2.
         flip_probability: how often the flip is drawn.
         scaling_factor: of the VAE.
-        prompt_ids: `[P, length]`.
+        prompt_ids: `[P, length]`, or `[P]`, rows of a table of prompts that are encoded already.
         prompts_of_image: for each picture, the rows of `prompt_ids` that fit it.
     """
 
@@ -35,7 +35,7 @@ class Batch(NamedTuple):
     noisy_latents: torch.Tensor  # [b, C, h, w]
     target: torch.Tensor  # [b, C, h, w], noise or velocity
     timesteps: torch.Tensor  # [b]
-    prompt_ids: torch.Tensor  # [b, length]
+    prompt_ids: torch.Tensor  # [b, length] or [b], see `Concept`
 
     def to(self, device):
         return Batch(*(to_device(tensor, device) for tensor in self))
@@ -81,7 +81,7 @@ def draw_examples(concept, batch_size, generator):
     """Draws b (latent, prompt) pairs with replacement: an image, maybe its flip, a sample of its latent, a caption.
 
     Returns:
-        Latents `[b, C, h, w]` and prompt ids `[b, length]`.
+        Latents `[b, C, h, w]` and prompt ids, a row of `Concept.prompt_ids` for each.
     """
     flips, images = concept.moments.shape[:2]
     chosen = torch.randint(images, (batch_size,), generator=generator)

@@ -53,6 +53,7 @@ class Publication:
         pipeline_name: of what travels to the Hub as `pipeline.py`.
         tags: of the card.
         best_name: the file with the lowest held-out loss, one of `files`.
+        card_name: template of the model card, beside the script.
         reference_images: pattern of the training images, which are published on request only.
     """
 
@@ -63,11 +64,12 @@ class Publication:
     pipeline_name: str
     tags: tuple
     best_name: str = "learned_embeds-best.safetensors"
+    card_name: str = "model_card_template.md"
     reference_images: str = REFERENCE_IMAGES
 
     @property
     def card_template(self):
-        return self.script.with_name("model_card_template.md")
+        return self.script.with_name(self.card_name)
 
     @property
     def all_files(self):
@@ -214,7 +216,7 @@ def write_model_card(output_dir, config, publication, repo_id=None):
         return
     output_dir, settings, recorded = Path(output_dir), config["settings"], config.get("files")
     local, base, token = config["base_model_is_local"], config["base_model"], config["placeholder_token"]
-    prompt = (settings["validation_prompt"] or "a photo of {}").replace("{}", token)
+    prompt = (settings["validation_prompt"] or settings.get("instance_prompt") or "a photo of {}").replace("{}", token)
     own = run_folder.own_files(output_dir, publication.files, recorded)
     samples = [name for name in own if name.startswith("samples/")]
     references = run_folder.own_files(output_dir, [REFERENCE_IMAGES] * settings["push_reference_images"], recorded)
@@ -230,6 +232,7 @@ def write_model_card(output_dir, config, publication, repo_id=None):
     name = repo_id.split("/")[-1] if repo_id else output_dir.resolve().name
     values = {
         **{key: config[key] for key in ("placeholder_token", "settings", "components", "figures", "hardware")},
+        "scales": config.get("scales"),
         "repo_id": repo_id,
         "name": name,
         "concept": repo_id or f"./{name}",
@@ -279,7 +282,7 @@ def push_to_hub(output_dir, config, publication, repo_id, token):
     try:
         commit = _upload(output_dir, _names_to_push(output_dir, config, publication), delete_patterns=stale, **to)
         names = run_folder.own_files(output_dir, [f"{run_folder.PIPELINE}/**/*"], config.get("files"))
-        if settings["save_as_full_pipeline"] and names:
+        if settings.get("save_as_full_pipeline") and names:
             names = [name.removeprefix(f"{run_folder.PIPELINE}/") for name in names]
             commit = _upload(output_dir / run_folder.PIPELINE, names, **to)
     except Exception as error:  # huggingface_hub, httpx and OS errors alike: nothing is lost, and the user is told how
@@ -329,7 +332,6 @@ CONFIG_TYPES = {
     "base_license": dict,
     "settings": {
         "push_reference_images": bool,
-        "save_as_full_pipeline": bool,
         "hub_private_repo": bool,
         "hub_model_id": (str, type(None)),
         "validation_prompt": (str, type(None)),

@@ -59,15 +59,19 @@ def to_pixels(image, resolution, center_crop):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def check_apart(data_dir, output_dir):
+def check_apart(data_dir, output_dir, flag="--train_data_dir"):
     """Refuses a run that would write its images (loss curve, samples ...) among the pictures it learns from.
+
+    Args:
+        data_dir: of the pictures, the value of `flag`.
+        output_dir: of the run.
 
     Raises:
         InputError: the output folder is the data folder, or the data folder is one that a run writes; or the name of
             one of them is not UTF-8, so that the results could not name it.
     """
-    for flag, path in (("--train_data_dir", data_dir), ("--output_dir", output_dir)):
-        check_unicode(str(path), f"{flag} {quoted(path, 300)}")
+    for name, path in ((flag, data_dir), ("--output_dir", output_dir)):
+        check_unicode(str(path), f"{name} {quoted(path, 300)}")
     if not str(data_dir).strip():  # `read_folder` has the words for it
         return
     data, output = os.path.realpath(data_dir), os.path.realpath(output_dir)
@@ -78,7 +82,7 @@ def check_apart(data_dir, output_dir):
         )
     if os.path.dirname(data) == output and os.path.basename(data) in WRITTEN_FOLDERS:
         raise InputError(
-            f"--train_data_dir {quoted(data_dir, 300)} is a folder that this run writes its own images into: copy the"
+            f"{flag} {quoted(data_dir, 300)} is a folder that this run writes its own images into: copy the"
             " pictures to another folder, or give another --output_dir."
         )
 
@@ -93,7 +97,7 @@ class Entries(NamedTuple):
     strange: list  # links to nothing, pipes, devices, sockets
 
 
-def list_folder(folder):
+def list_folder(folder, flag="--train_data_dir"):
     """The `Entries` of a data folder, metadata left out; nothing is opened.
 
     Raises:
@@ -101,13 +105,13 @@ def list_folder(folder):
     """
     shown, advice = quoted(folder, 300), "give the folder that holds your images."
     if not str(folder).strip():
-        raise InputError(f"--train_data_dir {shown} is empty: {advice}")
+        raise InputError(f"{flag} {shown} is empty: {advice}")
     try:
         if not os.path.isdir(folder):
-            raise InputError(f"--train_data_dir {shown} is not a folder: {advice}")
+            raise InputError(f"{flag} {shown} is not a folder: {advice}")
         names = sorted(os.listdir(folder))
     except OSError as error:
-        raise InputError(f"--train_data_dir {shown} cannot be read ({first_cause(error)}): {advice}") from None
+        raise InputError(f"{flag} {shown} cannot be read ({first_cause(error)}): {advice}") from None
     known, entries = set(Image.registered_extensions()), Entries([], [], [], [], [])
     for name in names:
         suffix = os.path.splitext(name)[1].lower()
@@ -135,15 +139,15 @@ def some(names):
     return ", ".join(map(plain, names[:5])) + (", ..." if len(names) > 5 else "")
 
 
-def read_folder(folder, resolution, center_crop):
-    """The `Picture`s of a folder; what is not a readable image is reported.
+def read_folder(folder, resolution, center_crop, flag="--train_data_dir"):
+    """The `Picture`s of a folder, the value of `flag`; what is not a readable image is reported.
 
     Raises:
         InputError: there is no such folder, no image in it, or its captions cannot be read.
     """
-    entries = list_folder(folder)
+    entries = list_folder(folder, flag)
     shown, folder = quoted(folder, 300), Path(folder)
-    captions = read_captions(folder)
+    captions = read_captions(folder, flag)
     foreign = f"{some(entries.foreign)} cannot be read here: save such images as JPEG or PNG"
     if entries.ignored:
         advice = f" ({foreign})" if entries.foreign else ""
@@ -168,7 +172,7 @@ def read_folder(folder, resolution, center_crop):
             advice = foreign
         elif entries.folders:
             advice += f", or give one of the folders in it ({some(entries.folders)})"
-        raise InputError(f"--train_data_dir {shown} holds no readable image ({looked_at} files looked at): {advice}.")
+        raise InputError(f"{flag} {shown} holds no readable image ({looked_at} files looked at): {advice}.")
     return pictures
 
 

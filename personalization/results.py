@@ -20,7 +20,7 @@ class Result:
     """What a run has learned, and what shows it."""
 
     placeholder_token: str
-    theta: torch.Tensor  # [k, d]
+    theta: torch.Tensor | None  # [k, d]; None where something else than an embedding was learned
     best: torch.Tensor | None  # the embedding with the least held-out loss
     history: runs.History
     samples: list  # PIL images
@@ -29,7 +29,7 @@ class Result:
 
 
 def write_result(result, results, publication, repo_id, save_a1111=False, full_pipeline=None):
-    """Writes everything but the embedding itself, which `embeddings.save_result` has saved.
+    """Writes everything but what was learned itself, which `embeddings.save_result` or `save_content` has saved.
 
     Args:
         result: `Result`.

@@ -272,7 +272,8 @@ def save_loss_curve(path, history):
 # What made a result
 # =====================================================================================================
 
-LOCAL_PATHS = ("train_data_dir", "quantized_cache_dir", "output_dir", "logging_dir", "resume_from_checkpoint")
+LOCAL_PATHS = ("train_data_dir", "instance_data_dir", "class_data_dir", "quantized_cache_dir", "output_dir")
+LOCAL_PATHS += ("logging_dir", "resume_from_checkpoint")
 PATHS_OR_NAMES = ("pretrained_model_name_or_path", "tokenizer_name", "dataset_name")  # a folder, or on the Hub
 
 
@@ -326,7 +327,7 @@ def describe_figures(progress, history, device):
     }
 
 
-def describe_result(args, method, base_license, compute, components, figures):
+def describe_result(args, method, base_license, compute, components, figures, subject=None):
     """The content of a run's config file: what made the result, with which versions, at what cost.
 
     Args:
@@ -336,6 +337,7 @@ def describe_result(args, method, base_license, compute, components, figures):
         compute: `Compute`.
         components: name -> `StoredModel`.
         figures: what was measured.
+        subject: what stands for the subject in prompts, if not `args.placeholder_token`.
     """
     settings = public_settings(args)
     return {
@@ -343,7 +345,7 @@ def describe_result(args, method, base_license, compute, components, figures):
         "base_model": settings["pretrained_model_name_or_path"],
         "base_model_is_local": os.path.isdir(args.pretrained_model_name_or_path),
         "base_license": base_license,
-        "placeholder_token": args.placeholder_token,
+        "placeholder_token": args.placeholder_token if subject is None else subject,
         "settings": settings,
         "versions": installed_versions(),
         "hardware": describe_hardware(compute.device, compute.dtype),

@@ -186,6 +186,43 @@ def test_bad_input(flags, results, repo, capsys, monkeypatch, change, given, exp
     assert expected in message
 
 
+def test_scales_are_a_column_too(flags, results, demo_base, repo):
+    """Drawn by `tuneqdm_pipeline.py`, beside the plain word and an embedding, which they leave as they are."""
+    from diffusers import DiffusionPipeline
+
+    import train_tuneqdm_dreambooth as tuneqdm
+
+    base, scales = Path(demo_base), results / "scales"
+    words = (
+        f"--instance_data_dir {flags['--reference_images']} --subject_name star --learning_rate 0.1 --report_to none"
+    )
+    words += f" --pretrained_model_name_or_path {base} --max_train_steps 2 --output_dir {scales} --scale_sets 2"
+    tuneqdm.main(tuneqdm.parse_args(words.split()))
+    flags |= {"--num_images_per_prompt": "1", "--num_inference_steps": "4"}
+    out = run(flags, f"tuned={scales}", f"first={results / 'one'}")
+    content = json.loads((out / "evaluation.json").read_text())
+    assert set(content["scores"]) == {"plain-word", "tuned", "first"}
+    code = {"custom_pipeline": f"{repo}/tuneqdm_pipeline.py", "trust_remote_code": True, "tuneqdm_scales": scales}
+    pipeline = DiffusionPipeline.from_pretrained(demo_base, **code)
+    generator = torch.Generator().manual_seed(1000)
+    image = pipeline("a photo of a star in the snow", num_inference_steps=4, generator=generator).images[0]
+    drawn = np.asarray(Image.open(out / "images" / "tuned" / "001-00.png"), dtype=int)
+    assert np.abs(drawn - np.asarray(image, dtype=int)).max() <= 1  # another batch size rounds otherwise
+    plain = np.asarray(Image.open(out / "images" / "plain-word" / "001-00.png"), dtype=int)
+    assert np.abs(drawn - plain).max() > 5
+
+    config = json.loads((scales / "tuneqdm_config.json").read_text())
+    for change, expected in (
+        ({"scales": config["scales"] | {"bits": 4}}, "was trained on another base"),
+        ({"settings": config["settings"] | {"subject_name": None}}, "does not say what its subject is called"),
+        ({"base_model": "other/model"}, "was learned on 'other/model' and not on"),
+        ({"scales": None}, "holds no scales that can be read"),
+    ):
+        write_json(scales / "tuneqdm_config.json", config | change)
+        with pytest.raises(InputError, match=expected):
+            run(flags, f"tuned={scales}")
+
+
 def test_pictures_of_another_drawing_are_not_mixed(flags, results):
     run(flags, f"first={results / 'one'}")
     with pytest.raises(InputError, match=r"has pictures drawn otherwise \(seed\)"):

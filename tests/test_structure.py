@@ -11,9 +11,15 @@ METHOD = {
     *("gauss_newton_evidence", "GaussNewton", "prediction_errors"),
     *("Int8Linear", "Int8Conv2d", "load_frozen", "PromptRows", "candidate_losses", "train", "main"),
 }
+TUNEQDM = {"new_changes", "draw_timesteps", "denoising_errors", "load_quantized_unet", "train_step", "train", "main"}
+TUNEQDM_LAYERS = {"quantize", "pack", "set_of_timestep", "ScaledProduct", "QuantizedLinear", "QuantizedConv2d"}
 PACKAGE = sorted((REPO / "personalization").glob("*.py"))
 SCRIPTS = sorted(path for pattern in ("train_*.py", "evaluate_*.py", "*_pipeline.py") for path in REPO.glob(pattern))
-MAY_IMPORT = {"train_selective_dreambooth_lora": {"train_zoodip_textual_inversion"}}  # loading and estimator
+MAY_IMPORT = {
+    "train_selective_dreambooth_lora": {"train_zoodip_textual_inversion"},  # loading and estimator
+    "train_tuneqdm_dreambooth": {"tuneqdm_pipeline"},  # quantizer and layers, which travel
+    "evaluate_personalization": {"tuneqdm_pipeline"},
+}
 
 
 def imported(path):
@@ -28,6 +34,13 @@ def imported(path):
 def test_the_method_is_defined_in_the_script():
     tree = ast.parse(SCRIPT.read_text(encoding="utf-8"))
     assert {node.name for node in tree.body if hasattr(node, "name")} >= METHOD
+
+
+def test_tuneqdm_is_defined_in_its_script_and_pipeline():
+    for name, method in (("train_tuneqdm_dreambooth.py", TUNEQDM), ("tuneqdm_pipeline.py", TUNEQDM_LAYERS)):
+        source = (REPO / name).read_text(encoding="utf-8")
+        assert {node.name for node in ast.parse(source).body if hasattr(node, "name")} >= method
+        assert len(source.splitlines()) <= 1000
 
 
 @pytest.mark.parametrize("path", PACKAGE, ids=lambda path: path.stem)
@@ -47,8 +60,7 @@ def test_nobody_imports_a_sibling(path):
 
 def test_the_script_stays_a_story():
     source = SCRIPT.read_text(encoding="utf-8")
-    assert (
-        len(source.splitlines()) <= 1850
-    )  # the paper's method and Gauss-Newton, with quantized loading, flags and loop
+    # The paper's method and Gauss-Newton, with quantized loading, flags and loop.
+    assert len(source.splitlines()) <= 1850
     functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
     assert max(node.end_lineno - node.lineno + 1 for node in functions) <= 110

@@ -1,0 +1,959 @@
+#!/usr/bin/env python
+# Copyright 2026 The ZOODiP textual inversion authors. SPDX-License-Identifier: Apache-2.0
+"""Personalise a quantized Stable Diffusion by its quantization scales alone (TuneQDM, arXiv 2401.04339).
+
+The shortest command that works, offline, on the demo base of this repository:
+
+    accelerate launch train_tuneqdm_dreambooth.py \
+        --pretrained_model_name_or_path demo/base --instance_data_dir demo/subjects/striped_star \
+        --subject_name star --train_batch_size 4 --max_train_steps 200 --output_dir star-scales
+
+and on Stable Diffusion 1.5:
+
+    accelerate launch train_tuneqdm_dreambooth.py \
+        --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 --instance_data_dir ./my-dog \
+        --instance_prompt "a photo of sks dog" --scale_sets 4 --train_input_scales --gradient_checkpointing \
+        --output_dir my-dog-scales
+
+It is DreamBooth on a UNet whose weights are integers: those stay, and of every Linear and Conv2d only the scales are
+trained, one per output channel and, on request, per input channel. The result is a few megabytes, or kilobytes on a
+small model, that `tuneqdm_pipeline.py` reads.
+"""
+
+import personalization.quiet  # noqa: F401, before the libraries whose false alarms it silences
+
+
+# isort: split
+import argparse
+import functools
+import itertools
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import set_module_tensor_to_device
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers.optimization import get_scheduler
+from diffusers.utils import make_image_grid
+from safetensors.torch import save
+from tqdm.auto import tqdm
+
+import tuneqdm_pipeline as tuneqdm
+from personalization import (
+    arguments,
+    base_model,
+    checkpoints,
+    embeddings,
+    examples,
+    hub,
+    images,
+    memory,
+    prompts,
+    run_folder,
+    runs,
+    validation,
+    weight_cache,
+)
+from personalization.base_model import Base, StoredModel
+from personalization.compute import Compute, choose_compute
+from personalization.errors import DivergedError, InputError, plain, run_script
+from personalization.examples import Concept
+from personalization.results import Result, write_result
+from tuneqdm_pipeline import ScaleConfig
+
+
+logger = get_logger(__name__)
+
+# =====================================================================================================
+# The algorithm: TuneQDM, arXiv 2401.04339. The quantizer, the layers that compute with integer weights, and which set
+# of scales belongs to which timestep are in `tuneqdm_pipeline.py`, which draws with what is trained here.
+# =====================================================================================================
+
+
+def new_changes(unet, num_sets, input_scales):
+    """The scales as they are trained: relative to their start, s = s₀ (1 + δ), with δ = 0 to begin with.
+
+    So one learning rate serves INT4 and INT8, whose scales differ by 17 times, and scales of output channels (about
+    1e-3 in INT8) and of input channels (1). An absolute rate η, such as the official 3e-6, is η / s₀ here: 3e-3 where
+    s₀ is 1e-3, and 2e-4 in INT4. Weight decay pulls towards the base model's own scales, not towards zero.
+
+    Args:
+        unet: quantized.
+        num_sets: N, sets for intervals of timesteps.
+        input_scales: whether input channels have scales, too (v2, multi-channel-wise scale update).
+
+    Returns:
+        Name -> δ, float32 `[N, channels]`, leaves of autograd; `tuneqdm.change_shapes` has the names.
+    """
+    shapes, device = tuneqdm.change_shapes(unet, num_sets, input_scales), unet.device
+    return {name: torch.zeros(shape, device=device, requires_grad=True) for name, shape in shapes.items()}
+
+
+def draw_timesteps(count, trained, generator):
+    """t ~ U over the timesteps that have a set to train.
+
+    Args:
+        count: how many.
+        trained: those timesteps, LongTensor `[n]`: all, or for S1 those inside the intervals.
+        generator: source of randomness.
+
+    Returns:
+        LongTensor `[count]`.
+    """
+    return trained[torch.randint(len(trained), (count,), generator=generator)]
+
+
+def denoising_errors(unet, batch, conditioning, memory_format=None):
+    """‖ε − ε_φ(z_t, t, c)‖² of each example, float32 `[b]`: means over its latent entries.
+
+    Args:
+        unet: quantized; each example is computed with the scales of its own timestep.
+        batch: `Batch`.
+        conditioning: text embeddings `[b, length, d]`.
+        memory_format: of the latents; None leaves them as they are.
+    """
+    noisy = batch.noisy_latents.to(conditioning)
+    noisy = noisy.contiguous(memory_format=memory_format or torch.preserve_format)
+    prediction = unet(noisy, batch.timesteps, conditioning, return_dict=False)[0]
+    return F.mse_loss(prediction.float(), batch.target, reduction="none").flatten(1).mean(dim=1)
+
+
+def dreambooth_loss(errors, num_instances, prior_weight):
+    """DreamBooth's loss (Ruiz et al., CVPR 2023, Eq. 2): the subject, and λ times the prior of its class.
+
+    Args:
+        errors: `[b]` or `[2b]`; of the subject's examples, then of the class's, if there are any.
+        num_instances: b.
+        prior_weight: λ.
+    """
+    loss = errors[:num_instances].mean()
+    return loss if len(errors) == num_instances else loss + prior_weight * errors[num_instances:].mean()
+
+
+# =====================================================================================================
+# The quantized model
+# =====================================================================================================
+
+
+def load_quantized_unet(base, bits, calibration, compute, cache_dir=None):
+    """Loads the UNet tensor by tensor, quantized on its way: no full-precision copy is ever whole.
+
+    Args:
+        base: `Base`.
+        bits: 8 or 4.
+        calibration: "minmax" or "mse".
+        compute: `Compute`; on a CPU the weights are memory-mapped pages of files in `cache_dir`.
+        cache_dir: folder of quantized copies, made on first use; None keeps none.
+
+    Returns:
+        The frozen UNet, its `tuneqdm.Selection`, and its `StoredModel`.
+
+    Raises:
+        InputError: weights are missing or damaged.
+    """
+    files = base_model.find_weight_files(base, "unet")
+    unet = base_model.empty_model(base, "unet")
+    count = sum(p.numel() for p in unet.parameters())
+    selection = tuneqdm.replace_layers(unet, bits)
+    layers = tuneqdm.quantized_layers(unet)
+    share = sum(layer.shape.numel() for layer in layers.values()) / count
+    expected = weight_cache.expected_tensors(unet, compute.dtype)
+
+    def quantized():
+        for name, value in base_model.stored_tensors(files):
+            layer, _, leaf = name.rpartition(".")
+            if leaf == "weight" and layer in layers:
+                try:
+                    encoded = tuneqdm.encode(value, bits, calibration)
+                except ValueError as error:
+                    raise InputError(f"the weights hold {error} in {name!r}: get the model again.") from None
+                yield from zip((f"{layer}.integers", f"{layer}.scale", f"{layer}.zero"), encoded)
+            elif name in expected:
+                yield name, value.to(compute.dtype)
+
+    if cache_dir is None:
+        tensors = quantized()
+    else:
+        kind = str(compute.dtype).removeprefix("torch.")
+        key = weight_cache.source_key(files, weight_cache.config_key(unet.config), tuneqdm.SHARES)
+        folder = Path(cache_dir) / f"unet-tuneqdm{bits}-{calibration}-{kind}-{key}"
+        tensors = weight_cache.through_cache(folder, "unet", quantized, expected)
+    for name, value in tensors:
+        set_module_tensor_to_device(unet, name, compute.device, value=value, dtype=value.dtype, clear_cache=False)
+    unet.to(memory_format=compute.memory_format)
+    return unet.requires_grad_(False), selection, StoredModel(memory.tensor_bytes(unet), share)
+
+
+def encode_prompts(base, texts, compute):
+    """The text encoder comes, encodes every prompt once, and leaves.
+
+    Returns:
+        Text embeddings `[P, length, d]` where and in what is computed, and the text encoder's `StoredModel`.
+    """
+    text_encoder = base_model.load_component(base, "text_encoder", compute.dtype).to(compute.device)
+    ids = prompts.tokenize(base.tokenizer, texts).to(compute.device)
+    with torch.no_grad():  # inference mode's tensors could not take part in training
+        encoded = torch.cat([text_encoder(part)[0] for part in ids.split(8)])
+    stored = StoredModel(memory.tensor_bytes(text_encoder), 0.0)
+    del text_encoder
+    memory.release_freed_memory()
+    return encoded, stored
+
+
+@dataclass
+class Model:
+    """The quantized UNet, and what it is conditioned on."""
+
+    unet: UNet2DConditionModel
+    selection: tuneqdm.Selection
+    scheduler: DDPMScheduler
+    conditioning: torch.Tensor  # text embeddings of all prompts [P, length, d]
+    compute: Compute
+
+    def errors(self, batch):
+        """`denoising_errors` of a `Batch` whose prompts are rows of `conditioning`."""
+        conditioning = self.conditioning[batch.prompt_ids]
+        return denoising_errors(self.unet, batch, conditioning, self.compute.memory_format)
+
+
+# =====================================================================================================
+# One update of the scales
+# =====================================================================================================
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is learned from; prompts are rows of `Model.conditioning`."""
+
+    instance: Concept
+    prior: Concept | None  # the class, for prior preservation
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What an update is computed from."""
+
+    trained: torch.Tensor  # timesteps that have a set to train, LongTensor [n] on the host
+    batch_size: int  # examples of the subject, and as many of its class, if that is preserved
+    prior_weight: float  # λ
+    accumulation_steps: int
+    max_grad_norm: float
+
+
+@dataclass
+class Learner:
+    """What is learned, and all that changes with it."""
+
+    changes: dict  # name -> δ float32 [N, channels]: the very tensors that the layers compute with
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
+    scaler: torch.amp.GradScaler  # of the loss, so that float16 gradients do not vanish; idle in other precisions
+    data: torch.Generator  # this process's source of randomness; the global one is never touched
+
+    def state_dict(self):
+        """What all processes have in common."""
+        return {
+            "changes": {name: change.detach() for name, change in self.changes.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "lr_scheduler": self.lr_scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state):
+        self.copy_changes(state["changes"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        self.scaler.load_state_dict(state["scaler"])
+
+    @torch.no_grad()
+    def copy_changes(self, changes):
+        for name, change in self.changes.items():
+            change.copy_(changes[name])
+
+    def generators(self):
+        return {"data": self.data}
+
+
+def draw_batch(subject, sampling, scheduler, generator):
+    """A `Batch` on the host: examples of the subject, then of its class, each noised to a timestep of its own."""
+    concepts = [concept for concept in (subject.instance, subject.prior) if concept is not None]
+    drawn = [examples.draw_examples(concept, sampling.batch_size, generator) for concept in concepts]
+    latents, rows = (torch.cat(parts) for parts in zip(*drawn))
+    timesteps = draw_timesteps(len(latents), sampling.trained, generator)
+    return examples.noise_batch(latents, rows, timesteps, generator, scheduler)
+
+
+def train_step(learner, model, subject, sampling, average=lambda tensor: tensor):
+    """One update of the scales: DreamBooth's loss, backwards through integer weights, AdamW on the changes δ.
+
+    Args:
+        learner: `Learner`, changed in place.
+        model: `Model`.
+        subject: `Subject`.
+        sampling: `Sampling`.
+        average: takes the mean of a tensor over processes.
+
+    Returns:
+        The mean loss of this process, a scalar on the device: nothing here waits for it.
+    """
+    device, scaler = model.compute.device, learner.scaler
+    mean_loss = torch.zeros((), device=device)
+    for _ in range(sampling.accumulation_steps):
+        batch = draw_batch(subject, sampling, model.scheduler, learner.data).to(device)
+        loss = dreambooth_loss(model.errors(batch), sampling.batch_size, sampling.prior_weight)
+        scaler.scale(loss / sampling.accumulation_steps).backward()
+        mean_loss += loss.detach() / sampling.accumulation_steps
+    changes = list(learner.changes.values())
+    flat = average(torch.cat([change.grad.flatten() for change in changes]))  # one message, not one for every layer
+    for change, gradient in zip(changes, flat.split([change.numel() for change in changes])):
+        change.grad.copy_(gradient.view_as(change))
+    scaler.unscale_(learner.optimizer)
+    torch.nn.utils.clip_grad_norm_(changes, sampling.max_grad_norm)
+    scaler.step(learner.optimizer)
+    scaler.update()
+    learner.lr_scheduler.step()
+    learner.optimizer.zero_grad()
+    return mean_loss
+
+
+# =====================================================================================================
+# Settings: completed and checked against the base's small files, before any weight is loaded; read-only afterwards
+# =====================================================================================================
+
+
+def read_intervals(text):
+    """`--scale_intervals` as pairs [first, end) in rising order; None stays None.
+
+    Raises:
+        InputError: one is empty, two overlap, or it says something else.
+    """
+    if text is None:
+        return None
+    fix = "give intervals of timesteps such as 500-900 or 0-100,500-900"
+    pairs = [re.fullmatch(r"(\d{1,7})-(\d{1,7})", part.strip()) for part in text.split(",")]
+    if not all(pairs):
+        raise InputError(f"--scale_intervals {text[:80]!r} cannot be read: {fix}.")
+    pairs = sorted((int(pair[1]), int(pair[2])) for pair in pairs)
+    for first, end in pairs:
+        if first >= end:
+            raise InputError(f"--scale_intervals {first}-{end} is empty (its end does not belong to it): {fix}.")
+    for before, after in zip(pairs, pairs[1:]):
+        if after[0] < before[1]:
+            both = " and ".join(f"{first}-{end}" for first, end in (before, after))
+            raise InputError(f"--scale_intervals {both} overlap, and there is one set of scales for both: {fix}.")
+    return pairs
+
+
+def resolve_settings(args, device):
+    """Completes `args` and checks it against the base; afterwards it is read-only.
+
+    Returns:
+        `Base`, `Compute`, and the set of each timestep (`tuneqdm.set_of_timestep`).
+
+    Raises:
+        InputError: a setting cannot work.
+    """
+    compute, _ = choose_compute(device, args.mixed_precision)
+    args.activations = str(compute.dtype).removeprefix("torch.")
+    source = base_model.ModelSource(args.pretrained_model_name_or_path, args.revision, args.variant)
+    base = base_model.open_base(source, args.tokenizer_name)
+    timesteps = base.scheduler.config.num_train_timesteps
+    intervals = read_intervals(args.scale_intervals)
+    outside = {name: getattr(args, name) for name in ("scale_sets", "num_inference_steps")}
+    outside["scale_intervals"] = intervals[-1][1] if intervals else 1
+    for name, value in outside.items():
+        if value > timesteps:
+            raise InputError(f"--{name} {value} is more than this model has timesteps: give at most {timesteps}.")
+    args.resolution = base_model.check_resolution(base, args.resolution)
+    return base, compute, tuneqdm.set_of_timestep(timesteps, args.scale_sets, intervals)
+
+
+# Settings that decide a run's trajectory: a checkpoint only resumes under the same ones.
+TRAJECTORY_SETTINGS = (
+    "pretrained_model_name_or_path revision variant tokenizer_name bits calibration scale_sets scale_intervals"
+    " train_input_scales mixed_precision activations instance_prompt subject_name class_prompt"
+    " with_prior_preservation prior_loss_weight resolution center_crop flip_probability train_batch_size"
+    " gradient_accumulation_steps seed learning_rate scale_lr lr_scheduler lr_warmup_steps lr_num_cycles adam_beta1"
+    " adam_beta2 adam_weight_decay adam_epsilon max_grad_norm"
+).split()
+
+
+def fill_in(text, subject_name, what):
+    """`text` with the subject's name where it says {}.
+
+    Raises:
+        InputError: there is no name.
+    """
+    if "{}" in text and subject_name is None:
+        raise InputError(f"{what}, {text[:80]!r}, says {{}} where the subject goes: give --subject_name.")
+    return text.replace("{}", subject_name or "")
+
+
+def instance_texts(pictures, instance_prompt, subject_name):
+    """The prompt of each picture: its caption, or else `--instance_prompt`.
+
+    Returns:
+        List of strings.
+
+    Raises:
+        InputError: a picture has neither, or {} is said and there is no name for it.
+    """
+    if instance_prompt is None and subject_name is not None:
+        instance_prompt = "a photo of a {}"
+    texts = []
+    for picture in pictures:
+        text, what = picture.caption, f"the caption of {plain(picture.name)}"
+        if text is None:
+            if instance_prompt is None:
+                raise InputError(f"{plain(picture.name)} has no caption: give --instance_prompt or --subject_name.")
+            text, what = instance_prompt, "--instance_prompt"
+        texts.append(fill_in(text, subject_name, what))
+    return texts
+
+
+def warn_about_long_prompts(tokenizer, texts):
+    """Says which prompts are longer than the text encoder reads."""
+    limit = prompts.words_in_prompt(tokenizer)
+    for text in dict.fromkeys(texts):
+        if len(tokenizer.encode(text, add_special_tokens=False)) > limit:
+            logger.warning(f"The prompt {text[:80]!r} is longer than {limit} tokens: its end is cut off.")
+
+
+# =====================================================================================================
+# Flags
+# =====================================================================================================
+
+PUBLICATION = hub.Publication(
+    script=Path(__file__),
+    config_name=tuneqdm.CONFIG_FILE,
+    result_name=tuneqdm.SCALES_FILE,
+    files=("loss_curve.png", "samples/*.png"),
+    pipeline_name="tuneqdm_pipeline.py",
+    tags=("tuneqdm", "dreambooth", "diffusers-training", "stable-diffusion", "diffusers"),
+    card_name="model_card_tuneqdm.md",
+)
+
+REFUSED_FLAGS = {
+    "--train_text_encoder": "the text encoder is frozen, and leaves once the prompts are encoded: drop it.",
+    "--pre_compute_text_embeddings": "prompts are always encoded once, before training: drop it.",
+    "--use_8bit_adam": "the optimizer's state is some megabytes, there are only scales to train: drop it.",
+    "--sample_batch_size": "class images are drawn one at a time: drop it.",
+    "--prior_generation_precision": "class images are drawn by the quantized model, as trained: drop it.",
+    "--train_data_dir": "it is called --instance_data_dir here.",
+    "--placeholder_token": "no word is added: --subject_name is any words that the model can read.",
+    "--quantization": "weights are always integers: give --bits 8 or 4.",
+    "--enable_xformers_memory_efficient_attention": "PyTorch's own fused attention is always on: drop the flag.",
+    "--dataloader_num_workers": "latents are computed once, before training, so nothing is loaded in a step: drop it.",
+    "--validation_epochs": "use --validation_steps.",
+    "--local_rank": "accelerate launch sets the rank: drop the flag.",
+}
+
+RANGES = arguments.RANGES | {
+    "bits": arguments.Range(4, 8),
+    "scale_sets": arguments.Range(1, 1000),
+    "num_class_images": arguments.Range(1, 10**6),
+    "prior_loss_weight": arguments.Range(0.0, 1e6),
+    "max_grad_norm": arguments.Range(0.0, 1e30, above=True),
+}
+
+
+def parse_args(input_args=None):
+    """Parses and checks the command line (of the process, or a list of strings); bad input exits with code 2."""
+    parser = arguments.new_parser(
+        __file__,
+        "TuneQDM: DreamBooth on a quantized Stable Diffusion, of which only the scales are trained.",
+        "%(prog)s --pretrained_model_name_or_path MODEL --instance_data_dir FOLDER --instance_prompt PROMPT [options]",
+    )
+    arguments.add_model_arguments(parser, predicts_memory=False)
+    add_scale_arguments(parser.add_argument_group("quantization and scales").add_argument)
+    concept = "{} stands for --subject_name"
+    add_subject_arguments(arguments.add_data_arguments(parser, "instance_data_dir", concept).add_argument)
+    add_backward_arguments(arguments.add_training_arguments(parser).add_argument)
+    adapt_training_arguments(parser)
+    arguments.add_validation_arguments(parser)
+    arguments.add_saving_arguments(parser).add_argument(
+        "--save_half", action="store_true", help="Save the scales in float16: half the size."
+    )
+    arguments.add_hub_arguments(parser)
+    args = arguments.parse(parser, sys.argv[1:] if input_args is None else input_args, REFUSED_FLAGS)
+    if not args.push_only:
+        check_arguments(parser, args)
+    return args
+
+
+def add_scale_arguments(add):
+    add("--bits", type=int, choices=[8, 4], default=8, help="Of the UNet's weights; 4: two weights to a byte.")
+    add(
+        "--calibration",
+        choices=["minmax", "mse"],
+        default="minmax",
+        help="Range of a channel's integers: all of it, or that with the least squared error (slower, once; for 4).",
+    )
+    add(
+        "--scale_sets",
+        type=int,
+        default=1,
+        help="N: sets of scales, each trained and used for its own part of the timesteps (S2); 1 is PEQA.",
+    )
+    add(
+        "--scale_intervals",
+        help="One set, trained and used in these timesteps only, the original scales elsewhere (S1): 500-900, or"
+        " several, 0-100,500-900; the end does not belong to an interval.",
+    )
+    add("--train_input_scales", action="store_true", help="Train a scale per input channel, too (v2's MCSU).")
+
+
+def add_subject_arguments(add):
+    add("--instance_prompt", help='Prompt of the pictures that have no caption: "a photo of sks dog".')
+    add("--subject_name", help="Words for the subject, which {} in captions and prompts stands for: sks dog.")
+    add("--flip_probability", type=float, default=0.0, help="How often images are mirrored.")
+    add("--with_prior_preservation", action="store_true", help="Also train on images of the class, to keep it.")
+    add("--class_data_dir", help="Folder of class images; those that are missing are drawn into it.")
+    add("--class_prompt", help='Prompt of class images: "a photo of a dog".')
+    add(
+        "--num_class_images",
+        type=int,
+        default=100,
+        help="Class images; missing ones are drawn by the quantized base, with the settings of validation images.",
+    )
+    add("--prior_loss_weight", type=float, default=1.0, help="λ: weight of the class images' loss.")
+
+
+def add_backward_arguments(add):
+    add("--max_grad_norm", type=float, default=1.0, help="Longer gradients are shortened to this.")
+    add("--gradient_checkpointing", action="store_true", help="Compute activations twice to keep fewer of them.")
+
+
+def adapt_training_arguments(parser):
+    """Defaults that are TuneQDM's: those of the official code, the learning rate relative to the scales."""
+    adapt = functools.partial(arguments.adapt, parser)
+    adapt("output_dir", "tuneqdm-model", "Where everything is written.")
+    adapt("seed", 0, "Of data, noise and class images.")
+    adapt("max_train_steps", None, f"Updates in all. Default: {OFFICIAL_STEPS}, as in the official code.")
+    adapt("gradient_accumulation_steps", 1, "Batches averaged before one update.")
+    adapt("learning_rate", 1e-2, "Learning rate of AdamW, relative to the scales (an absolute η is η / scale).")
+    adapt("adam_weight_decay", 1e-2, "Weight decay of AdamW, towards the base model's own scales.")
+    adapt("adam_epsilon", 1e-8, "ε of AdamW.")
+
+
+OFFICIAL_STEPS = 400
+
+
+def check_arguments(parser, args):
+    """Everything that can be judged without looking at a file; each fault is one sentence and exit code 2."""
+    arguments.check_shared_arguments(parser, args, "instance_data_dir", RANGES)
+    if args.scale_intervals is not None and args.scale_sets > 1:
+        parser.error("--scale_intervals (S1) has one set of scales: drop it or --scale_sets (S2).")
+    try:
+        read_intervals(args.scale_intervals)
+    except InputError as error:
+        parser.error(str(error))
+    for name in ("class_prompt", "class_data_dir"):
+        value = getattr(args, name)
+        if value is not None and not args.with_prior_preservation:
+            parser.error(f"--{name} is for --with_prior_preservation: add that or drop it.")
+        if value is None and args.with_prior_preservation:
+            parser.error(f"--with_prior_preservation needs --{name}.")
+    for name in ("instance_prompt", "subject_name", "class_prompt"):
+        value = getattr(args, name)
+        if value is not None and not value.strip():
+            parser.error(f"--{name} is empty: drop it or say something.")
+    if args.subject_name is not None and "{}" in args.subject_name:
+        parser.error("--subject_name is what {} stands for: give words without {}.")
+
+
+# =====================================================================================================
+# The chapters of a run
+# =====================================================================================================
+
+
+@dataclass
+class Run:
+    """A training run: what was loaded, what is learned and how far it is."""
+
+    args: argparse.Namespace  # resolved settings
+    accelerator: Accelerator
+    base: Base
+    subject: Subject
+    model: Model
+    learner: Learner
+    sampling: Sampling
+    average: Callable  # of a tensor, over processes
+    validation_embeddings: dict  # keywords of a pipeline's call, in the place of prompt and text encoder
+    settings: dict  # what a checkpoint compares
+    id: str = field(default_factory=checkpoints.new_run_id)  # kept over resumes
+    results: run_folder.ResultFolder | None = None  # what it writes for others to read
+    progress: runs.Progress = field(default_factory=runs.Progress)
+    history: runs.History = field(default_factory=runs.History)
+
+    @property
+    def output_dir(self):
+        return Path(self.args.output_dir)
+
+    def state(self):
+        """The `CheckpointState`."""
+        shared = {"progress": asdict(self.progress), "history": asdict(self.history), **self.learner.state_dict()}
+        generators, step = self.learner.generators(), self.progress.step
+        return checkpoints.CheckpointState(step, shared, generators, self.settings, self.id)
+
+
+def read_instances(args):
+    """The `Picture`s of the subject."""
+    if args.instance_data_dir is not None:
+        options = args.resolution, args.center_crop, "--instance_data_dir"
+        return images.read_folder(args.instance_data_dir, *options)
+    names = args.dataset_name, args.dataset_config_name, args.image_column, args.caption_column
+    return images.read_dataset(*names, args.resolution, args.center_crop)
+
+
+def read_class(args, base, compute, cache_dir):
+    """The `Picture`s of the class; those that are missing are drawn first, by the quantized base."""
+    folder = Path(args.class_data_dir)
+    missing = args.num_class_images - len(images.list_folder(folder, "--class_data_dir").pictures)
+    if missing > 0:
+        logger.info(f"Drawing {missing} class images of {args.class_prompt!r} into {folder}")
+        unet, _, _ = load_quantized_unet(base, args.bits, args.calibration, compute, cache_dir)
+        text_encoder = base_model.load_component(base, "text_encoder", compute.dtype).to(compute.device)
+        paths = ((number, folder / f"class-{number:06d}.png") for number in itertools.count())
+        free = itertools.islice(((number, path) for number, path in paths if not path.exists()), missing)
+        for number, path in tqdm(free, desc="Class images", total=missing):
+            seed = args.seed + CLASS_SEEDS + number
+            with torch.inference_mode():
+                what = args.class_prompt, 1, seed
+                (image,) = validation.draw_images(base, text_encoder, unet, compute, *what, **drawing_options(args))
+            with runs.atomic_path(path) as temporary:
+                image.save(temporary)
+        del unet, text_encoder
+        memory.release_freed_memory()
+    pictures = images.read_folder(folder, args.resolution, args.center_crop, "--class_data_dir")
+    return pictures[: args.num_class_images]
+
+
+CLASS_SEEDS = 1_000_003  # so far from those of validation images
+
+
+def drawing_options(args):
+    """How validation and class images are drawn, as keywords of a pipeline's call."""
+    options = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
+    return options | {"height": args.resolution, "width": args.resolution}
+
+
+def load_subject(args, pictures, texts, class_pictures, base, compute):
+    """The VAE encodes every picture once and leaves; then the text encoder does the same with every prompt.
+
+    Args:
+        args: resolved settings.
+        pictures: of the subject.
+        texts: the prompt of each.
+        class_pictures: of its class; None without prior preservation.
+        base: `Base`.
+        compute: `Compute`.
+
+    Returns:
+        `Subject`, the embeddings of its prompts, those of validation images (`Run.validation_embeddings`), and name ->
+        `StoredModel` of what has left.
+    """
+    distinct = list(dict.fromkeys(texts))
+    rows = [[distinct.index(text)] for text in texts]
+    known = torch.arange(len(distinct) + 1)  # prompts as rows of their embeddings; the last is the class's
+    instance, vae = examples.load_concept(pictures, (known, rows), base, args.flip_probability, compute)
+    prior = None
+    if class_pictures is not None:
+        of_class = known, [[len(distinct)]] * len(class_pictures)
+        prior, _ = examples.load_concept(class_pictures, of_class, base, 0.0, compute)
+    shown = fill_in(args.validation_prompt or "", args.subject_name, "--validation_prompt")
+    everything = [*distinct, args.class_prompt or "", shown, ""]
+    warn_about_long_prompts(base.tokenizer, everything)
+    encoded, text_encoder = encode_prompts(base, everything, compute)
+    conditioning, of_images = encoded[:-2], {"prompt_embeds": encoded[-2:-1], "negative_prompt_embeds": encoded[-1:]}
+    return Subject(instance, prior), conditioning, of_images, {"vae": vae, "text_encoder": text_encoder}
+
+
+def start_learner(args, changes, compute, num_processes=1, process_index=0):
+    """A `Learner` at its first step, from the changes that the layers compute with."""
+    per_update = args.train_batch_size * args.gradient_accumulation_steps * num_processes
+    optimizer = torch.optim.AdamW(
+        list(changes.values()),
+        lr=args.learning_rate * (per_update if args.scale_lr else 1),
+        betas=(args.adam_beta1, args.adam_beta2),
+        eps=args.adam_epsilon,
+        weight_decay=args.adam_weight_decay,
+        foreach=True,  # hundreds of small tensors at a time, on CPUs too
+    )
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=args.max_train_steps,
+        num_cycles=args.lr_num_cycles,
+    )
+    scaler = torch.amp.GradScaler(compute.device.type, enabled=compute.dtype == torch.float16)
+    seed = int(np.random.SeedSequence([args.seed, process_index]).generate_state(1)[0])
+    return Learner(changes, optimizer, lr_scheduler, scaler, torch.Generator().manual_seed(seed))
+
+
+def choose_sampling(args, table):
+    """The `Sampling` that the settings ask for; `table`: the set of each timestep."""
+    trained = (table >= 0).nonzero().flatten()
+    steps = args.gradient_accumulation_steps
+    return Sampling(trained, args.train_batch_size, args.prior_loss_weight, steps, args.max_grad_norm)
+
+
+def load_model(args, base, compute, table, conditioning, cache_dir):
+    """The quantized UNet with changes of its scales in place, at zero.
+
+    Returns:
+        `Model`, the changes (`new_changes`), and the UNet's `StoredModel`.
+    """
+    unet, selection, stored = load_quantized_unet(base, args.bits, args.calibration, compute, cache_dir)
+    changes = new_changes(unet, args.scale_sets, args.train_input_scales)
+    tuneqdm.attach(unet, changes)
+    selection.use(table)
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    return Model(unet, selection, base.scheduler, conditioning, compute), changes, stored
+
+
+def train(run):
+    """The training loop.
+
+    Raises:
+        DivergedError: the loss is no longer finite.
+    """
+    args, accelerator, learner, progress = run.args, run.accelerator, run.learner, run.progress
+    memory.keep_freed_blocks(32)  # the most that glibc allows
+    last_good = {name: change.detach().clone() for name, change in learner.changes.items()}
+    resumed_at, started, seconds_before = progress.step, time.perf_counter(), progress.seconds
+    interval_loss, interval = torch.zeros((), device=run.model.compute.device), 0
+    if progress.step == 0:
+        draw_validation_images(run)
+    per_batch = args.train_batch_size * (2 if run.subject.prior else 1)
+    passes = per_batch * args.gradient_accumulation_steps * accelerator.num_processes
+    hidden = not accelerator.is_local_main_process
+    with tqdm(total=args.max_train_steps, initial=progress.step, desc="Steps", disable=hidden) as bar:
+        while progress.step < args.max_train_steps:
+            progress.forward_passes += passes
+            interval_loss += train_step(learner, run.model, run.subject, run.sampling, run.average)
+            progress.step = step = progress.step + 1
+            interval += 1
+            bar.update()
+            last = step == args.max_train_steps
+
+            # The one read-out of the device, before anything is saved: no NaN ever replaces a good checkpoint.
+            if last or any(step % every == 0 for every in (args.logging_steps, args.checkpointing_steps)):
+                mean_loss = run.average(interval_loss / interval).item()
+                check_finite(run, mean_loss, last_good)
+                last_good = {name: change.detach().clone() for name, change in learner.changes.items()}
+                run.history.loss.append((step, mean_loss))
+                rate = learner.lr_scheduler.get_last_lr()[0]
+                speed = (step - resumed_at) / (time.perf_counter() - started)
+                bar.set_postfix(loss=f"{mean_loss:.4f}", lr=f"{rate:.1e}")
+                runs.log(accelerator, {"loss": mean_loss, "lr": rate, "steps_per_second": speed}, step)
+                interval_loss.zero_()
+                interval = 0
+            progress.seconds = seconds_before + time.perf_counter() - started
+            if step % args.checkpointing_steps == 0:
+                checkpoints.save_checkpoint(accelerator, run.output_dir, run.state(), args.checkpoints_total_limit)
+            if step % args.validation_steps == 0 and not last:  # the last ones follow the scales
+                draw_validation_images(run)
+    progress.seconds = seconds_before + time.perf_counter() - started
+
+
+def check_finite(run, loss, last_good):
+    """Ends the run with the last good scales saved once its loss or they are no longer finite."""
+    if math.isfinite(loss) and all(bool(change.isfinite().all()) for change in run.learner.changes.values()):
+        return
+    if run.accelerator.is_main_process:
+        save_scales(run.results, last_good, run.args.save_half)
+    raise DivergedError(
+        f"the loss became {loss} at step {run.progress.step}: training stopped and the last good scales are in"
+        f" {run.args.output_dir}/{PUBLICATION.result_name}; try a smaller --learning_rate than"
+        f" {run.args.learning_rate}."
+    )
+
+
+def save_scales(results, changes, half=False):
+    """Writes what was learned: `tuneqdm.change_shapes` names the tensors, changes relative to the base's scales.
+
+    Raises:
+        RunError: it is not in the run's folder; the message says where it is instead.
+    """
+    dtype = torch.float16 if half else torch.float32
+    tensors = {name: change.detach().to("cpu", dtype).contiguous() for name, change in changes.items()}
+    embeddings.save_content(results, PUBLICATION.result_name, save(tensors, metadata={"format": "pt"}))
+
+
+@torch.inference_mode()
+def draw_validation_images(run):
+    """Draws `--validation_prompt`, saves and logs it, by the first process; returns the images, or None."""
+    args, step, samples = run.args, run.progress.step, None
+    if args.validation_prompt and run.accelerator.is_main_process:
+        with runs.tolerated("Drawing the validation images"):
+            model, what = run.model, (None, args.num_validation_images, args.seed)
+            options = run.validation_embeddings | drawing_options(args)
+            samples = validation.draw_images(run.base, None, model.unet, model.compute, *what, **options)
+            with run.results.file(f"validation/step-{step:06d}.png") as path, runs.atomic_path(path) as temporary:
+                make_image_grid(samples, 1, len(samples)).save(temporary)
+        with runs.tracking(run.accelerator):
+            validation.log_images(run.accelerator.trackers, samples or [], step)
+    return samples
+
+
+def finish(run, pictures, components, repo_id):
+    """Writes the results, the scales before all else; returns `tuneqdm_config.json`'s content.
+
+    Args:
+        run: the trained `Run`.
+        pictures: `Picture`s of the subject.
+        components: name -> `StoredModel`.
+        repo_id: where it will be pushed, or None.
+
+    Raises:
+        RunError: something could not be written; what could is there.
+    """
+    args, compute = run.args, run.model.compute
+    save_scales(run.results, run.learner.changes, args.save_half)
+    samples = draw_validation_images(run) or []
+    figures = runs.describe_figures(run.progress, run.history, compute.device)
+    figures["trained_scales"] = sum(change.numel() for change in run.learner.changes.values())
+    base_license = hub.base_license(args.pretrained_model_name_or_path)
+    method, name = "TuneQDM (arXiv 2401.04339)", args.subject_name or args.instance_prompt or "the subject"
+    config = runs.describe_result(args, method, base_license, compute, components, figures, subject=name)
+    config |= {"run": run.id, "scales": describe_scales(args, run.base, run.model.unet)._asdict()}
+    write_result(Result(name, None, None, run.history, samples, pictures, config), run.results, PUBLICATION, repo_id)
+    return config
+
+
+def describe_scales(args, base, unet):
+    """The `ScaleConfig` of a run."""
+    return ScaleConfig(
+        bits=args.bits,
+        calibration=args.calibration,
+        scale_sets=args.scale_sets,
+        scale_intervals=read_intervals(args.scale_intervals),
+        train_input_scales=args.train_input_scales,
+        num_train_timesteps=base.scheduler.config.num_train_timesteps,
+        base_sha256=tuneqdm.fingerprint(unet),
+    )
+
+
+# =====================================================================================================
+# Main
+# =====================================================================================================
+
+
+def main(args):
+    if args.push_only:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"Pushed to {hub.push_only(args, PUBLICATION)}")
+        return
+    memory.keep_freed_blocks(1)
+    accelerator = runs.start(args.output_dir, args.logging_dir, args.report_to, args.allow_tf32)
+    base, compute, table = resolve_settings(args, accelerator.device)
+    for name in ("instance_data_dir", "class_data_dir"):
+        if getattr(args, name) is not None:
+            images.check_apart(getattr(args, name), args.output_dir, f"--{name}")
+    runs.check_folders(args.output_dir, args.logging_dir)
+    if args.quantized_cache_dir != "none":
+        options = args.quantized_cache_dir, arguments.DEFAULT_CACHE, args.output_dir
+        args.quantized_cache_dir = weight_cache.open_cache(*options)
+    with run_folder.occupied(args.output_dir, accelerator), run_folder.saying_what_is_safe(args.output_dir):
+        personalize(args, accelerator, base, compute, table)
+
+
+def personalize(args, accelerator, base, compute, table):
+    """A run in `--output_dir`, which is its own, from the pictures to the push."""
+    # 1. Everything that can be wrong is checked before anything slow starts.
+    cache_dir = None if args.quantized_cache_dir == "none" else args.quantized_cache_dir
+    pictures = read_instances(args)
+    texts = instance_texts(pictures, args.instance_prompt, args.subject_name)
+    fill_in(args.validation_prompt or "", args.subject_name, "--validation_prompt")
+    if args.max_train_steps is None:  # the last of the defaults, known once the pictures are
+        options = len(pictures), accelerator.num_processes, OFFICIAL_STEPS
+        args.max_train_steps = runs.training_length(args, *options)
+    if args.with_prior_preservation:
+        check_class_folder(args)
+    base_model.check_weights(base)  # of a model on the Hub it downloads the weights
+    repo_id = None
+    if args.push_to_hub and accelerator.is_main_process:
+        wanted = args.hub_model_id or Path(args.output_dir).resolve().name
+        repo_id = hub.prepare_hub(wanted, args.hub_private_repo, args.hub_token)
+
+    # 2. Class images, if there are too few: they are part of the data, which a checkpoint must fit.
+    class_pictures = None
+    if args.with_prior_preservation:
+        with accelerator.main_process_first():
+            class_pictures = read_class(args, base, compute, cache_dir)
+    data = [*(p._replace(caption=text) for p, text in zip(pictures, texts)), *(class_pictures or [])]
+    settings = checkpoints.trajectory_settings(args, TRAJECTORY_SETTINGS, accelerator.num_processes, data)
+    checkpoint = checkpoints.find_checkpoint(args.resume_from_checkpoint, args.output_dir, settings)
+
+    # 3. VAE and text encoder come and go; then the UNet arrives, quantized.
+    loaded = load_subject(args, pictures, texts, class_pictures, base, compute)
+    subject, conditioning, of_images, components = loaded
+    with accelerator.local_main_process_first():  # the first process fills the cache, the others read it
+        model, changes, components["unet"] = load_model(args, base, compute, table, conditioning, cache_dir)
+    memory.release_freed_memory()
+    runs.log_components(components)
+
+    # 4. What is learned: the changes of the scales, from zero or from a checkpoint.
+    learner = start_learner(args, changes, compute, accelerator.num_processes, accelerator.process_index)
+    sampling, average = choose_sampling(args, table), functools.partial(accelerator.reduce, reduction="mean")
+    run = Run(args, accelerator, base, subject, model, learner, sampling, average, of_images, settings)
+    if checkpoint is not None:
+        resume(run, checkpoint)
+    run.results = run_folder.open_results(run.output_dir, PUBLICATION, run.id, checkpoint is not None)
+    if args.report_to != "none":
+        runs.start_trackers(accelerator, "tuneqdm", args)
+    count = sum(change.numel() for change in changes.values())
+    logger.info(f"{len(pictures)} images, {len(conditioning)} prompts, {count} scales in {len(changes)} tensors")
+
+    # 5. The loop, and its results.
+    train(run)
+    if not any(bool(change.any()) for change in changes.values()):
+        logger.warning("Nothing was learned: the scales are those of the base to the last bit.")
+    config = None
+    if accelerator.is_main_process:
+        config = finish(run, pictures, components, repo_id)
+    runs.end(accelerator)
+    if repo_id is not None:
+        logger.info(f"Pushed to {hub.push_to_hub(args.output_dir, config, PUBLICATION, repo_id, args.hub_token)}")
+
+
+def check_class_folder(args):
+    """Makes sure that class images can be written, and are not mixed with the subject's.
+
+    Raises:
+        InputError: they cannot, or would be.
+    """
+    runs.check_writable("--class_data_dir", args.class_data_dir)
+    if args.instance_data_dir is not None and os.path.samefile(args.class_data_dir, args.instance_data_dir):
+        raise InputError("--class_data_dir is --instance_data_dir: give a folder of its own for class images.")
+
+
+def resume(run, checkpoint):
+    """Takes up a run where a `Checkpoint` has it."""
+    state = checkpoints.load_checkpoint(checkpoint, run.learner.generators(), run.accelerator.process_index)
+    run.learner.load_state_dict(state)
+    run.progress, run.history = runs.Progress(**state["progress"]), runs.History(**state["history"])
+    run.id = checkpoint.run or run.id
+    logger.info(f"Resumed from {checkpoint.path} at step {run.progress.step}")
+    if run.progress.step >= run.args.max_train_steps:
+        logger.warning(
+            f"{checkpoint.path} is at step {run.progress.step} of --max_train_steps {run.args.max_train_steps}:"
+            " nothing is left to train; its results are written again. Give more steps to go on."
+        )
+
+
+if __name__ == "__main__":
+    run_script(lambda: main(parse_args()), __file__)

@@ -1,0 +1,591 @@
+# Copyright 2026 The ZOODiP textual inversion authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
+# an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
+"""Stable Diffusion with a quantized UNet and scales that were tuned with TuneQDM (arXiv 2401.04339).
+
+    pipeline = DiffusionPipeline.from_pretrained(
+        "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        custom_pipeline="./tuneqdm_pipeline.py",  # or the repository of the scales: "user/scales"
+        trust_remote_code=True,
+        tuneqdm_scales="./my-dog-scales",  # a folder with tuneqdm_scales.safetensors, or a repository on the Hub
+    )
+    pipeline("a photo of sks dog on the beach").images[0].save("dog.png")
+    pipeline.use_scales(False)  # the quantized base with its original scales
+
+The UNet is quantized here exactly as it was for training: the trainer uses the quantizer and the layers of this file.
+At every timestep each layer takes the set of scales that was trained there.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from diffusers.schedulers import KarrasDiffusionSchedulers
+from huggingface_hub import hf_hub_download
+from safetensors.torch import load_file
+from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
+
+
+SCALES_FILE, CONFIG_FILE = "tuneqdm_scales.safetensors", "tuneqdm_config.json"
+
+
+# =====================================================================================================
+# The quantizer: integers per output channel, asymmetric, W ≈ (W_int − z) s (TuneQDM v2, arXiv 2401.04339).
+# =====================================================================================================
+
+# How much of a channel's range the search for the least squared error tries: all of it, 98 %, ... 40 %.
+SHARES = tuple(1 - i / 50 for i in range(31))
+
+
+def affine(low, high, levels):
+    """Scale and zero point that lay integers 0 ... levels − 1 over [low, high]; a constant channel stays exact."""
+    scale = (high - low) / (levels - 1)
+    scale = torch.where(scale > 0, scale, torch.where(low == 0, 1.0, low.abs()))
+    return scale, (-low / scale).round()
+
+
+def to_integers(weight, scale, zero, levels):
+    return (weight / scale).round_().add_(zero).clamp_(0, levels - 1)
+
+
+def quantize(weight, bits, calibration="minmax"):
+    """Quantizes a weight per output channel.
+
+    Args:
+        weight: `[out, ...]`, of any floating dtype.
+        bits: 8 or 4.
+        calibration: "minmax" lays the integers over the whole range of a channel; "mse" over the share of it
+            (`SHARES`, of both ends alike) with the least squared error, cutting off outliers.
+
+    Returns:
+        Integers, uint8 like `weight`; scale and zero point, float32 `[out, 1, ...]`.
+    """
+    weight, levels = weight.float(), 2**bits
+    inside = tuple(range(1, weight.dim()))
+    low, high = weight.amin(inside, keepdim=True), weight.amax(inside, keepdim=True)
+    scale, zero = affine(low, high, levels)
+    if calibration == "mse":
+        least = torch.full_like(scale, torch.inf)
+        for share in SHARES:
+            tried = affine(share * low, share * high, levels)
+            error = to_integers(weight, *tried, levels).sub_(tried[1]).mul_(tried[0]).sub_(weight)
+            error = error.square_().sum(inside, keepdim=True)
+            better = error < least
+            least = torch.where(better, error, least)
+            scale, zero = torch.where(better, tried[0], scale), torch.where(better, tried[1], zero)
+    return to_integers(weight, scale, zero, levels).to(torch.uint8), scale, zero
+
+
+def pack(integers):
+    """4-bit integers of any shape, two to a byte: the first half of them in the low bits, the second in the high."""
+    flat = F.pad(integers.flatten(), (0, integers.numel() % 2))
+    low, high = flat.chunk(2)
+    return low | (high << 4)
+
+
+def unpack(packed, out):
+    """Writes what `pack` has packed into the flat tensor `out`, of any dtype, and returns it."""
+    half = len(packed)
+    out[:half] = packed & 15
+    out[half:] = (packed >> 4)[: len(out) - half]
+    return out
+
+
+def encode(weight, bits, calibration):
+    """`quantize`, with the integers as a layer stores them: packed where they have 4 bits.
+
+    Raises:
+        ValueError: half a sentence; the weight holds NaN or infinity, which integers would hide.
+    """
+    integers, scale, zero = quantize(weight, bits, calibration)
+    if not (scale.isfinite().all() and zero.isfinite().all()):
+        raise ValueError("NaN or infinity")
+    return (pack(integers) if bits == 4 else integers), scale, zero
+
+
+# =====================================================================================================
+# Sets of scales: which one is used at which timestep
+# =====================================================================================================
+
+
+def set_of_timestep(num_timesteps, num_sets=1, intervals=None):
+    """The set that is trained and used at each timestep: LongTensor `[T]`, -1 where the original scales are.
+
+    Args:
+        num_timesteps: T of the model.
+        num_sets: N; set floor(t N / T) (strategy S2 of TuneQDM v1, the "experts" of v2). 1 is PEQA.
+        intervals: pairs [first, end) of timesteps; one set is used in all of them and nowhere else (S1).
+    """
+    timesteps = torch.arange(num_timesteps)
+    if intervals is None:
+        return timesteps * num_sets // num_timesteps
+    inside = torch.zeros(num_timesteps, dtype=torch.bool)
+    for first, end in intervals:
+        inside[first:end] = True
+    return inside.long() - 1
+
+
+class Selection:
+    """Which set of scales each example of a forward pass uses; the layers of one UNet share it, and working memory.
+
+    Attributes:
+        table: `set_of_timestep`; None while there are only the original scales.
+        enabled: False brings the original scales back.
+        rows: LongTensor, the set of each example `[b]` or of all `[1]`; None: the original scales.
+    """
+
+    def __init__(self):
+        self.table = self.rows = None
+        self.enabled, self.has_original = True, False
+        self.memory = {}  # (device, dtype) -> a flat tensor, as large as the largest layer met so far
+
+    def use(self, table):
+        self.table, self.has_original = table, bool((table < 0).any())
+
+    def before_forward(self, unet, args, kwargs):
+        """The UNet's hook: chooses by its timestep, a number or a tensor `[]`, `[1]` or `[b]`; waits for no device."""
+        if self.table is None or not self.enabled:
+            self.rows = None
+            return
+        sample = args[0] if args else kwargs["sample"]
+        timestep = args[1] if len(args) > 1 else kwargs["timestep"]
+        if self.table.device != sample.device:
+            self.table = self.table.to(sample.device)
+        timestep = torch.as_tensor(timestep, device=sample.device).reshape(-1).long()
+        self.rows = self.table[timestep.clamp(0, len(self.table) - 1)]
+
+    def choose(self, changes):
+        """Of a layer's changes `[N, c]` those of each example: `[b, c]` or `[1, c]`, 0 at original scales; or None."""
+        if changes is None or self.rows is None:
+            return None
+        if not self.has_original:
+            return changes[self.rows]
+        chosen = changes[self.rows.clamp(min=0)]
+        return torch.where((self.rows < 0)[:, None], 0.0, chosen)
+
+    def space(self, numel, dtype, device):
+        """Memory that the layers dequantize into, one after the other: fresh memory would cost more than the work."""
+        key = device, dtype
+        if key not in self.memory or self.memory[key].numel() < numel:
+            with torch.inference_mode(False):  # such a tensor may be overwritten inside and outside inference mode
+                self.memory[key] = torch.empty(numel, dtype=dtype, device=device)
+        return self.memory[key][:numel]
+
+
+# =====================================================================================================
+# Quantized layers with scales that can be trained
+# =====================================================================================================
+
+
+def scaled(activations, change, channel):
+    """Activations times 1 + change `[b or 1, c]` along dimension `channel`: as a + a·change, so that a change that
+    half precision could not add to 1 counts all the same, and 0 leaves every bit as it is."""
+    if change is None:
+        return activations
+    return torch.addcmul(activations, activations, along(change, activations, channel))
+
+
+def along(values, activations, channel):
+    """`[b or 1, c]` as it broadcasts over activations whose channels are dimension `channel`, in their dtype."""
+    shape = [1] * activations.dim()
+    shape[0], shape[channel] = values.shape
+    return values.to(activations.dtype).view(shape)
+
+
+def sum_products(a, b, channel, like):
+    """Sums of a·b in float32 over everything but channels, and examples where `like` has one row for all."""
+    a, b = a.float().movedim(channel, 1), b.float().movedim(channel, 1)
+    sums = torch.einsum("bc...,bc...->bc", a, b)
+    return sums if len(like) == len(sums) else sums.sum(dim=0, keepdim=True)
+
+
+class ScaledProduct(torch.autograd.Function):
+    """y = (1 + δ_out) · W₀((1 + δ_in) · x) + bias, for a quantized layer W₀ = (W_int − z) s, a Linear or a Conv2d.
+
+    That is the layer with weight (W_int − z) s_out s_in (TuneQDM v2, multi-channel-wise scale update) and scales
+    relative to their start, s_out = s (1 + δ_out), s_in = 1 + δ_in. Because the scales act on activations, each
+    example has its own; and of the weight autograd keeps nothing, `backward` dequantizes it again:
+
+        ∂L/∂x = (1 + δ_in) · W₀ᵀ((1 + δ_out) · g),   ∂L/∂δ_in = Σ x · W₀ᵀ((1 + δ_out) · g),
+        ∂L/∂δ_out = Σ g · W₀((1 + δ_in) · x), which is computed anew, too: kept, it would be as large as y.
+    """
+
+    @staticmethod
+    def forward(ctx, input, out_change, in_change, layer):
+        """input `[b, ...]`; δ_out `[b or 1, out]`, δ_in `[b or 1, in]`, or None; `QuantizedLayer`."""
+        ctx.save_for_backward(input, out_change, in_change)
+        ctx.layer = layer
+        product = layer.product(scaled(input, in_change, layer.channel), layer.dequantize(input.dtype))
+        if out_change is not None:
+            product.addcmul_(product, along(out_change, product, layer.channel))
+        return product if layer.bias is None else product.add_(along(layer.bias[None], product, layer.channel))
+
+    @staticmethod
+    def backward(ctx, gradient):
+        input, out_change, in_change = ctx.saved_tensors
+        layer, channel = ctx.layer, ctx.layer.channel
+        for_input, for_out, for_in, _ = ctx.needs_input_grad
+        weight = layer.dequantize(input.dtype)
+        input_gradient = out_gradient = in_gradient = None
+        if for_out:
+            product = layer.product(scaled(input, in_change, channel), weight)
+            out_gradient = sum_products(gradient, product, channel, out_change)
+            del product
+        if for_input or for_in:
+            back = layer.product_back(scaled(gradient, out_change, channel), weight, input.shape)
+            if for_in:
+                in_gradient = sum_products(input, back, channel, in_change)
+            if for_input:
+                input_gradient = scaled(back, in_change, channel)
+        return input_gradient, out_gradient, in_gradient, None
+
+
+class QuantizedLayer(torch.nn.Module):
+    """A frozen layer with integer weights; how its scales are changed depends on the example's timestep.
+
+    Args:
+        layer: Linear or Conv2d; only its shape and its bias are used.
+        bits: 8 or 4.
+        selection: `Selection` of the model.
+
+    Attributes:
+        integers: uint8, like the weight, or packed two to a byte; scale, zero: float32 `[out, 1, ...]` (`encode`).
+        out_change, in_change: δ `[N, out]` and `[N, in]` of the N sets, or None: the scales stay as they are.
+    """
+
+    channel = None  # the dimension of activations that counts channels
+
+    def __init__(self, layer, bits, selection):
+        super().__init__()
+        weight = layer.weight
+        self.shape, self.bits, self.selection = weight.shape, bits, selection
+        make = {"device": weight.device}
+        stored = self.shape if bits == 8 else ((weight.numel() + 1) // 2,)
+        per_channel = (len(weight), *[1] * (weight.dim() - 1))
+        self.register_buffer("integers", torch.empty(stored, dtype=torch.uint8, **make))
+        self.register_buffer("scale", torch.empty(per_channel, **make, dtype=torch.float32))
+        self.register_buffer("zero", torch.empty(per_channel, **make, dtype=torch.float32))
+        self.register_buffer("out_change", None, persistent=False)
+        self.register_buffer("in_change", None, persistent=False)
+        self.bias = layer.bias
+
+    def _apply(self, function, recurse=True):
+        """What moves a model to another dtype leaves the scales in float32, which small ones need."""
+        precise = {name: getattr(self, name) for name in ("scale", "zero", "out_change", "in_change")}
+        super()._apply(function, recurse)
+        for name, value in precise.items():
+            if value is not None and getattr(self, name).dtype != value.dtype:
+                setattr(self, name, value.to(self.integers.device))
+        return self
+
+    def dequantize(self, dtype):
+        """W₀ = (W_int − z) s, in memory that the next layer overwrites."""
+        space = self.selection.space(self.shape.numel(), dtype, self.integers.device)
+        if self.bits == 4:
+            space = unpack(self.integers, space).view(self.shape)
+        else:  # as_strided rather than view keeps channels-last weights channels-last
+            space = space.as_strided(self.shape, self.integers.stride()).copy_(self.integers)
+        return space.sub_(self.zero).mul_(self.scale)
+
+    def forward(self, input):
+        changes = (self.selection.choose(change) for change in (self.out_change, self.in_change))
+        return ScaledProduct.apply(input, *changes, self)
+
+
+class QuantizedLinear(QuantizedLayer):
+    """A `QuantizedLayer` of an `nn.Linear`."""
+
+    channel = -1
+
+    def __init__(self, linear, bits, selection):
+        super().__init__(linear, bits, selection)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+
+    def product(self, input, weight):
+        return F.linear(input, weight)
+
+    def product_back(self, gradient, weight, input_shape):
+        return gradient @ weight
+
+
+class QuantizedConv2d(QuantizedLayer):
+    """A `QuantizedLayer` of an `nn.Conv2d` (zero padding)."""
+
+    channel = 1
+
+    def __init__(self, conv, bits, selection):
+        super().__init__(conv, bits, selection)
+        self.in_channels, self.out_channels = conv.in_channels, conv.out_channels
+        self.options = conv.stride, conv.padding, conv.dilation, conv.groups
+
+    def product(self, input, weight):
+        return F.conv2d(input, weight, None, *self.options)
+
+    def product_back(self, gradient, weight, input_shape):
+        return torch.nn.grad.conv2d_input(input_shape, weight, gradient, *self.options)
+
+
+def replace_layers(unet, bits):
+    """Puts quantized layers, still without content, in the place of every Linear and Conv2d; on meta, too.
+
+    Returns:
+        Their `Selection`, which the UNet tells its timesteps from now on.
+    """
+    selection = Selection()
+    for name, layer in list(unet.named_modules()):
+        if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)):
+            kind = QuantizedLinear if isinstance(layer, torch.nn.Linear) else QuantizedConv2d
+            unet.set_submodule(name, kind(layer, bits, selection))
+    unet.register_forward_pre_hook(selection.before_forward, with_kwargs=True)
+    return selection
+
+
+def quantized_layers(unet):
+    """Name -> `QuantizedLayer`."""
+    return {name: layer for name, layer in unet.named_modules() if isinstance(layer, QuantizedLayer)}
+
+
+def quantize_unet(unet, bits, calibration):
+    """Quantizes a UNet in place; returns its `Selection`.
+
+    Raises:
+        ValueError: half a sentence; a weight holds NaN or infinity.
+    """
+    weights = {
+        name: layer.weight
+        for name, layer in unet.named_modules()
+        if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d))
+    }
+    selection = replace_layers(unet, bits)
+    for name, layer in quantized_layers(unet).items():
+        layer.integers, layer.scale, layer.zero = encode(weights.pop(name).detach(), bits, calibration)
+    return selection
+
+
+def fingerprint(unet):
+    """What tells quantized bases apart: SHA-256 of all integers, scales and zero points."""
+    digest = hashlib.sha256()
+    for name, layer in sorted(quantized_layers(unet).items()):
+        digest.update(name.encode())
+        for tensor in (layer.integers, layer.scale, layer.zero):
+            digest.update(tensor.detach().cpu().contiguous().numpy())
+    return digest.hexdigest()
+
+
+def change_shapes(unet, num_sets, input_scales):
+    """Name -> shape of the tensors in a file of scales: `LAYER.out` δ_out `[N, out]`, and `LAYER.in` δ_in `[N, in]`.
+
+    Args:
+        unet: quantized or not.
+        num_sets: N.
+        input_scales: whether there are scales of input channels.
+    """
+    shapes, kinds = {}, (torch.nn.Linear, torch.nn.Conv2d, QuantizedLayer)
+    for name, layer in unet.named_modules():
+        if isinstance(layer, kinds):
+            linear = hasattr(layer, "in_features")
+            shapes[f"{name}.out"] = (num_sets, layer.out_features if linear else layer.out_channels)
+            if input_scales:
+                shapes[f"{name}.in"] = (num_sets, layer.in_features if linear else layer.in_channels)
+    return shapes
+
+
+def attach(unet, changes):
+    """Gives the layers of a quantized UNet their changes: tensors as `change_shapes` names them."""
+    for name, layer in quantized_layers(unet).items():
+        layer.out_change, layer.in_change = changes[f"{name}.out"], changes.get(f"{name}.in")
+
+
+# =====================================================================================================
+# The pipeline
+# =====================================================================================================
+
+
+class ScaleConfig(NamedTuple):
+    """What `tuneqdm_config.json` says of the scales, under "scales"."""
+
+    bits: int
+    calibration: str
+    scale_sets: int  # N
+    scale_intervals: list | None  # pairs [first, end), see `set_of_timestep`
+    train_input_scales: bool
+    num_train_timesteps: int  # T of the base
+    base_sha256: str  # `fingerprint` of the quantized base
+
+
+def read_scale_config(content):
+    """The `ScaleConfig` in the content of a config file.
+
+    Raises:
+        ValueError: half a sentence; there is none in it.
+    """
+    try:
+        config = ScaleConfig(**content["scales"])
+        counts = [config.bits, config.scale_sets, config.num_train_timesteps]
+        good = all(type(count) is int and 0 < count <= 10**6 for count in counts) and config.bits in (4, 8)
+        good = good and config.calibration in ("minmax", "mse") and isinstance(config.base_sha256, str)
+        good = good and type(config.train_input_scales) is bool
+        for first, end in config.scale_intervals or []:
+            good = good and type(first) is type(end) is int and 0 <= first < end <= config.num_train_timesteps
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f'its "scales" cannot be read: {error!r}'[:200]) from None
+    if not good or config.scale_intervals == []:
+        raise ValueError('its "scales" make no sense')
+    return config
+
+
+class TuneQDMPipeline(StableDiffusionPipeline):
+    """`StableDiffusionPipeline` with the keyword `tuneqdm_scales`; everything else is inherited.
+
+    Args:
+        tuneqdm_scales: a folder with `tuneqdm_scales.safetensors` and `tuneqdm_config.json`, that safetensors file, or
+            a repository on the Hub. The UNet is quantized in place to fit it.
+
+    Attributes:
+        scale_config: `ScaleConfig` of the scales in use; None while there are none.
+    """
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        unet: UNet2DConditionModel,
+        scheduler: KarrasDiffusionSchedulers,
+        safety_checker: StableDiffusionSafetyChecker,
+        feature_extractor: CLIPImageProcessor,
+        image_encoder: CLIPVisionModelWithProjection = None,
+        requires_safety_checker: bool = True,
+        tuneqdm_scales: str | Path = None,
+    ):
+        super().__init__(
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            unet=unet,
+            scheduler=scheduler,
+            safety_checker=safety_checker,
+            feature_extractor=feature_extractor,
+            image_encoder=image_encoder,
+            requires_safety_checker=requires_safety_checker,
+        )
+        self.scale_config = self._selection = None
+        if tuneqdm_scales is not None:
+            self.load_scales(tuneqdm_scales)
+
+    def load_scales(self, tuneqdm_scales):
+        """Loads scales, in the place of those in use; the UNet is quantized if it is not yet.
+
+        Raises:
+            OSError: there are no such files.
+            ValueError: they are damaged, or of another base, or of other bits than this UNet is quantized to.
+        """
+        source = f"tuneqdm_scales {str(tuneqdm_scales)!r}"
+        scales_path, config_path = _find(tuneqdm_scales, source)
+        try:
+            content = json.loads(Path(config_path).read_text(encoding="utf-8"))
+            config = read_scale_config(content)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{source}: {CONFIG_FILE} is damaged ({error}): get it again.") from None
+        try:
+            changes = {name: change.float() for name, change in load_file(scales_path).items()}
+        except Exception as error:  # safetensors and OS errors alike
+            raise ValueError(f"{source}: {Path(scales_path).name} cannot be read ({error}): get it again.") from None
+        self._check(source, config, changes, content.get("base_model"))
+        if self._selection is None:
+            try:
+                self._selection = quantize_unet(self.unet, config.bits, config.calibration)
+            except ValueError as error:
+                raise ValueError(f"{source}: the UNet holds {error}: get this base model again.") from None
+            self._quantized_as, self._fingerprint = (config.bits, config.calibration), fingerprint(self.unet)
+        if self._fingerprint != config.base_sha256:
+            raise ValueError(
+                f"{source} was trained on another base{_named(content.get('base_model'))} than this one, quantized to"
+                f" {config.bits} bits: load that base, in the precision of its files or with"
+                " torch_dtype=torch.float32."
+            )
+        attach(self.unet, {name: change.to(self.unet.device) for name, change in changes.items()})
+        intervals = config.scale_intervals
+        self._selection.use(set_of_timestep(config.num_train_timesteps, config.scale_sets, intervals))
+        self._selection.enabled, self.scale_config = True, config
+
+    def use_scales(self, enabled):
+        """Switches the scales on, or off: then this is the quantized base with its original scales.
+
+        Raises:
+            ValueError: there are none.
+        """
+        if self._selection is None:
+            raise ValueError("there are no scales to switch: give tuneqdm_scales, or call load_scales.")
+        self._selection.enabled = bool(enabled)
+
+    def save_pretrained(self, *_, **__):
+        """Refuses: diffusers could not load a quantized UNet again.
+
+        Raises:
+            ValueError: always, once the UNet is quantized.
+        """
+        if self._selection is not None:
+            raise ValueError("a UNet with tuned scales cannot be saved as a model: share the file of scales instead.")
+        return super().save_pretrained(*_, **__)
+
+    def _check(self, source, config, changes, base_model):
+        """What can be judged before the UNet is quantized."""
+        wanted = change_shapes(self.unet, config.scale_sets, config.train_input_scales)
+        found = {name: tuple(change.shape) for name, change in changes.items()}
+        if different := sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)):
+            first = different[0]
+            raise ValueError(
+                f"{source} does not fit this base model: it has {found.get(first, 'nothing')} for {first!r}, where"
+                f" {wanted.get(first, 'nothing')} belongs; load the base it was trained on{_named(base_model)}."
+            )
+        if not all(change.isfinite().all() for change in changes.values()):
+            raise ValueError(f"{source} holds NaN or infinity, the sign of a training that diverged: train it again.")
+        timesteps = self.scheduler.config.num_train_timesteps
+        if timesteps != config.num_train_timesteps:
+            raise ValueError(
+                f"{source} does not fit this base model: it was trained for {config.num_train_timesteps} timesteps and"
+                f" the scheduler has {timesteps}; load the base it was trained on{_named(base_model)}."
+            )
+        if self._selection is not None and self._quantized_as != (config.bits, config.calibration):
+            bits, calibration = self._quantized_as
+            raise ValueError(
+                f"{source} belongs to {config.bits} bits ({config.calibration}) and this UNet is quantized to {bits}"
+                f" ({calibration}): load the base model anew with these scales."
+            )
+
+
+def _named(base_model):
+    return f" ({base_model!r})" if isinstance(base_model, str) and base_model else ""
+
+
+def _find(source, shown):
+    """The paths of scales and config.
+
+    Raises:
+        OSError: they are not there.
+    """
+    path = Path(source)
+    if path.is_dir() or path.is_file():
+        folder, name = (path, SCALES_FILE) if path.is_dir() else (path.parent, path.name)
+        missing = [file for file in (name, CONFIG_FILE) if not (folder / file).is_file()]
+        if missing:
+            raise OSError(f"{shown} has no {missing[0]}: give the folder of a finished run.")
+        return folder / name, folder / CONFIG_FILE
+    try:
+        return hf_hub_download(str(source), SCALES_FILE), hf_hub_download(str(source), CONFIG_FILE)
+    except Exception as error:  # Hub and OS errors alike
+        reason = " ".join(str(error).split())[:300]
+        raise OSError(
+            f"{shown} is neither a folder nor a repository on the Hub with {SCALES_FILE} and {CONFIG_FILE} ({reason})."
+        ) from error
