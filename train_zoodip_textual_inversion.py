@@ -913,7 +913,7 @@ def train_step(learner, model, concept, sampling, average=lambda tensor: tensor)
 # the mean over both signs of the steps, which training takes.
 PERTURBATION_SCALES = {
     "zo_adam": {"no": (1e-3, 3e-7), "fp16": (1e-3, 3e-4), "bf16": (1e-2, 3e-3)},
-    "gauss_newton": {"no": (3e-4, 1e-6), "fp16": (1e-2, 1e-3), "bf16": (5e-2, 5e-3), "int8": (0.15, 5e-2)},
+    "gauss_newton": {"no": (3e-4, 1e-6), "fp16": (1e-2, 1e-3), "bf16": (5e-2, 5e-3), "int8": (0.1, 5e-2)},
 }
 
 
