@@ -64,7 +64,7 @@ from personalization import (
     weight_cache,
 )
 from personalization.base_model import Base
-from personalization.compute import Compute, choose_compute
+from personalization.compute import DTYPES, Compute, choose_compute
 from personalization.errors import DivergedError, InputError, run_script
 from personalization.examples import Batch, Concept
 from personalization.prompts import Placeholder
@@ -929,10 +929,11 @@ def train_step(learner, model, concept, sampling, average=lambda tensor: tensor)
 
 # The step of the finite difference (μ, or h of Gauss-Newton) by precision: the default, and the least at which what it
 # measures still agrees with autograd: loss differences correlate by 0.9 or more with the true directional derivatives,
-# K and y are right within a third (benchmarks/bench_signal.py, docs/results.md).
+# K and y are right within a third (benchmarks/bench_signal.py, docs/results.md). In INT8 that is so only of y, as
+# the mean over both signs of the steps, which training takes.
 PERTURBATION_SCALES = {
     "zo_adam": {"no": (1e-3, 3e-7), "fp16": (1e-3, 3e-4), "bf16": (1e-2, 3e-3)},
-    "gauss_newton": {"no": (3e-4, 1e-6), "fp16": (1e-2, 1e-3), "bf16": (5e-2, 5e-3)},
+    "gauss_newton": {"no": (3e-4, 1e-6), "fp16": (1e-2, 1e-3), "bf16": (5e-2, 5e-3), "int8": (0.1, 5e-2)},
 }
 
 
@@ -944,7 +945,8 @@ def complete_for_precision(args, precision):
     """
     default, least = PERTURBATION_SCALES[args.optimizer][precision]
     args.perturbation_scale = default if args.perturbation_scale is None else args.perturbation_scale
-    name, other = ("float32", "") if precision == "no" else (precision, ", or --mixed_precision no")
+    fix = ", or --openvino_precision float" if precision == "int8" else ", or --mixed_precision no"
+    name, other = ("float32", "") if precision == "no" else (precision, fix)
     if args.perturbation_scale < least and not args.allow_noisy_estimates:
         raise InputError(
             f"--perturbation_scale {args.perturbation_scale} is too small for {name} activations, whose rounding"
@@ -1016,16 +1018,19 @@ def resolve_settings(args, device):
     Raises:
         InputError: a setting cannot work.
     """
-    on_torch = args.unet_backend == "torch"
-    if args.optimizer == "gauss_newton" and not on_torch and args.mixed_precision is None:
+    on_torch, in_int8 = args.unet_backend == "torch", args.openvino_precision == "int8"
+    if args.optimizer == "gauss_newton" and not on_torch and not in_int8 and args.mixed_precision is None:
         args.mixed_precision = "bf16"  # which its evidence survives, and OpenVINO computes in half the time
     compute, precision = choose_compute(device, args.mixed_precision, on_torch)
-    args.activations = str(compute.dtype).removeprefix("torch.")
+    if in_int8:  # the UNet: text encoder and VAE are a small part of the time
+        compute, precision = compute._replace(dtype=torch.float32), "int8"
+    args.activations = "int8" if in_int8 else str(compute.dtype).removeprefix("torch.")
     complete_for_precision(args, precision)
     if args.optimizer == "gauss_newton" and args.max_candidates_per_forward is None:
         args.max_candidates_per_forward = GAUSS_NEWTON_PASS
     if not on_torch:
-        openvino_unet.check_openvino(args.openvino_device, candidates_per_pass(args) * args.train_batch_size)
+        examples_per_pass = candidates_per_pass(args) * args.train_batch_size
+        openvino_unet.check_openvino(args.openvino_device, examples_per_pass, in_int8)
     if args.torch_compile and device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
         raise InputError("--torch_compile needs a C++ compiler on a CPU: install g++ or leave the flag out.")
     source = base_model.ModelSource(args.pretrained_model_name_or_path, args.revision, args.variant)
@@ -1037,9 +1042,9 @@ def resolve_settings(args, device):
 
 # Settings that decide a run's trajectory: a checkpoint only resumes under the same ones.
 TRAJECTORY_SETTINGS = (
-    "pretrained_model_name_or_path revision variant tokenizer_name quantization unet_backend mixed_precision"
-    " activations placeholder_token initializer_token num_vectors learnable_property resolution center_crop"
-    " flip_probability train_batch_size gradient_accumulation_steps seed optimizer perturbation_scale"
+    "pretrained_model_name_or_path revision variant tokenizer_name quantization unet_backend openvino_precision"
+    " mixed_precision activations placeholder_token initializer_token num_vectors learnable_property resolution"
+    " center_crop flip_probability train_batch_size gradient_accumulation_steps seed optimizer perturbation_scale"
     " num_perturbations gradient_estimator sg_window sg_threshold subspace subspace_dimension subspace_growth"
     " subspace_words gn_ridge gn_memory gn_averaging gn_max_step puts_min_timestep puts_max_timestep learning_rate"
     " scale_lr lr_scheduler lr_warmup_steps lr_num_cycles adam_beta1 adam_beta2 adam_weight_decay adam_epsilon"
@@ -1173,6 +1178,14 @@ def add_engine_arguments(add):
     )
     add("--openvino_device", default="CPU", help="OpenVINO's device: CPU, GPU or NPU.")
     add(
+        "--openvino_precision",
+        choices=["float", "int8"],
+        default="float",
+        help="float: as --mixed_precision says; int8 (pip install nncf; with --optimizer gauss_newton): the UNet's"
+        " activations in INT8, too, calibrated once on the pictures. Held-out loss and validation images are then of"
+        " that UNet; the learned word is for the ordinary one.",
+    )
+    add(
         "--low_vram",
         action="store_true",
         help="Stream the UNet's weights layer by layer, from pinned host memory (CUDA) or from disk (CPU).",
@@ -1303,6 +1316,12 @@ def check_arguments(parser, args):
         )
     if args.unet_backend == "openvino" and not BACKENDS[args.quantization].flexible:
         parser.error(f"--unet_backend openvino takes --quantization int8 or none, not {args.quantization}.")
+    in_int8 = args.openvino_precision == "int8"
+    if in_int8 and (args.unet_backend != "openvino" or args.optimizer != "gauss_newton"):
+        parser.error(
+            "--openvino_precision int8 belongs to --unet_backend openvino --optimizer gauss_newton: give both, or drop"
+            " it; differences of losses drown in INT8 activations."
+        )
     if args.low_vram and not BACKENDS[args.quantization].flexible:
         parser.error(f"--low_vram streams --quantization int8 or none, not {args.quantization}: choose one of them.")
     if args.low_vram and (args.torch_compile or args.unet_backend == "openvino"):
@@ -1369,12 +1388,15 @@ def load_networks(args, base, compute, layers_dir=None):
         layers_dir: `TemporaryDirectory` of the layers that `--low_vram` streams from disk on a CPU.
 
     Returns:
-        The text encoder, the UNet, and the `StoredModel` of each.
+        The text encoder, the UNet, and the `StoredModel` of each. With `--openvino_precision int8` there is no UNet
+        yet, but None: see `load_calibrated_unet`.
     """
     backend = BACKENDS[args.quantization]
     cache_dir = None if args.quantized_cache_dir == "none" else args.quantized_cache_dir
     text_encoder, text_share = load_frozen(base, "text_encoder", backend, compute, cache_dir)
-    if args.unet_backend == "openvino":
+    if args.openvino_precision == "int8":
+        unet, stored_unet = None, None
+    elif args.unet_backend == "openvino":
         unet, stored_unet = load_openvino_unet(args, base, compute, cache_dir)
     else:
         staging = torch.device("cpu") if args.low_vram else None
@@ -1387,8 +1409,8 @@ def load_networks(args, base, compute, layers_dir=None):
     return text_encoder, unet, base_model.StoredModel(memory.tensor_bytes(text_encoder), text_share), stored_unet
 
 
-def load_openvino_unet(args, base, compute, cache_dir):
-    """The UNet in OpenVINO, its exported graph kept in `cache_dir` under a name of what it is made of.
+def load_openvino_unet(args, base, compute, cache_dir, calibration=None):
+    """The UNet in OpenVINO, its graph kept in `cache_dir` under a name of what it is made of.
 
     Returns:
         The `OpenVINOUNet`, and its `StoredModel`.
@@ -1405,7 +1427,7 @@ def load_openvino_unet(args, base, compute, cache_dir):
 
     engine = args.openvino_device, compute.dtype, compute.device
     shape = latent_size, base.prompt_length
-    unet, size = openvino_unet.compile_openvino_unet(path, load, config, *shape, *engine)
+    unet, size = openvino_unet.compile_openvino_unet(path, load, config, *shape, *engine, calibration)
     share = quantized_share(base_model.empty_model(base, "unet"), backend)
     return unet, base_model.StoredModel(size, share)
 
@@ -1429,6 +1451,58 @@ def assemble_model(args, base, placeholder, prompt_ids, text_encoder, unet, comp
     limit = args.max_candidates_per_forward
     model = FrozenModel(text_encoder, unet, base.scheduler, placeholder.first_id, limit, compute)
     return model, table[placeholder.initializer_id].float().to(compute.device)
+
+
+CALIBRATION_PASSES = 24
+
+# Settings that decide what the calibration is drawn from, beside the pictures, their prompts and the base.
+CALIBRATION_SETTINGS = (
+    "initializer_token num_vectors seed flip_probability perturbation_scale subspace subspace_dimension subspace_words"
+    " train_batch_size max_candidates_per_forward puts_min_timestep puts_max_timestep"
+).split()
+
+
+def load_calibrated_unet(args, base, compute, model, learner, concept, pictures_digest):
+    """The UNet of `--openvino_precision int8`: calibrated on what training asks of it, kept as `load_openvino_unet`'s.
+
+    Args:
+        args: resolved settings.
+        base, compute: `Base`, `Compute`.
+        model: `FrozenModel` that has no UNet yet.
+        learner: `Learner` before its first step.
+        concept: `Concept`.
+        pictures_digest: tells the pictures apart.
+
+    Returns:
+        The `OpenVINOUNet`, and its `StoredModel`.
+    """
+    settings = [getattr(args, name) for name in CALIBRATION_SETTINGS]
+    source = settings, pictures_digest, concept.prompt_ids.tolist(), concept.prompts_of_image
+    files = [path for part in ("text_encoder", "vae") for path in base_model.find_weight_files(base, part)]
+    draw = functools.partial(draw_calibration, args, model, learner, concept)
+    cache_dir = None if args.quantized_cache_dir == "none" else args.quantized_cache_dir
+    calibration = openvino_unet.Calibration(source, files, draw)
+    in_float = compute._replace(dtype=DTYPES[args.mixed_precision or "no"])  # of what is not INT8
+    return load_openvino_unet(args, base, in_float, cache_dir, calibration)
+
+
+@torch.inference_mode()
+def draw_calibration(args, model, learner, concept):
+    """Inputs of the UNet as in the first step of training: passes of θ and candidates, each on examples of its own."""
+    generator, inputs = torch.Generator().manual_seed(args.seed), []
+
+    def record(*given, return_dict):
+        inputs.append(given)
+        return (torch.zeros_like(given[0]),)
+
+    directions = learner.rule.solver.directions
+    directions = torch.cat([directions, -directions])
+    for _ in range(CALIBRATION_PASSES):
+        batch = draw_batch(concept, choose_sampling(args), model.scheduler, generator).to(learner.theta.device)
+        picks = torch.randint(len(directions), (candidates_per_pass(args) - 1,), generator=generator)
+        steps = args.perturbation_scale * F.normalize(directions[picks].flatten(1)).view(-1, *learner.theta.shape)
+        replace(model, unet=record).errors(torch.cat([learner.theta[None], learner.theta + steps]), batch)
+    return inputs
 
 
 def choose_directions(args, base, placeholder, prompt_ids):
@@ -1738,14 +1812,19 @@ def learn_concept(args, accelerator, base, placeholder, compute):
     model, initial = assemble_model(args, base, placeholder, concept.prompt_ids, text_encoder, unet, compute)
     del text_encoder, unet
     memory.release_freed_memory()
-    components = {"vae": stored_vae, **dict(zip(("text_encoder", "unet"), stored))}
-    runs.log_components(components)
 
     # 3. What is learned: θ, from its start or from a checkpoint.
     directions = None
     if args.optimizer == "gauss_newton":
         directions = choose_directions(args, base, placeholder, concept.prompt_ids)
     learner = start_learner(args, initial, directions, accelerator.num_processes, accelerator.process_index)
+    if args.openvino_precision == "int8":
+        what = args, base, compute, model, learner, concept, settings["training data"]
+        with accelerator.local_main_process_first():
+            model.unet, stored[1] = load_calibrated_unet(*what)
+        memory.release_freed_memory()
+    components = {"vae": stored_vae, **dict(zip(("text_encoder", "unet"), stored))}
+    runs.log_components(components)
     sampling = choose_sampling(args)
     held_out = draw_held_out(args, concept, sampling, base.scheduler)
     run = Run(args, accelerator, base, placeholder, concept, model, learner, sampling, held_out, settings)

@@ -79,6 +79,7 @@ def list_rows(cuda):
     for activations, dtype in {"float32": f32, "bfloat16": bf16}.items():
         load = functools.partial(build, "int8", dtype, f32, engine="openvino")
         rows.append(Row("openvino int8", activations, load, "int8"))
+    rows.append(Row("openvino int8", "int8", build_int8, "int8"))
     return rows
 
 
@@ -104,6 +105,24 @@ def build(quantization, dtype, text_dtype, device, engine="torch"):
         )
     words = torch.arange(placeholder.first_id)
     return zoodip.assemble_model(args, base, placeholder, words, text_encoder, unet, compute)[0]
+
+
+def build_int8(device):
+    """The same with activations in INT8, calibrated on the pictures of one subject."""
+    args = script_args("striped_star", "int8", "openvino")
+    args.optimizer, args.openvino_precision = "gauss_newton", "int8"
+    args.max_candidates_per_forward = zoodip.GAUSS_NEWTON_PASS
+    base, placeholder, compute = zoodip.resolve_settings(args, device)
+    pictures = zoodip.read_pictures(args)
+    captions = prompts.build_prompts(pictures, placeholder, base.tokenizer)
+    concept, _ = examples.load_concept(pictures, captions, base, args.flip_probability, compute)
+    text_encoder, *_ = zoodip.load_networks(args, base, compute)
+    words = torch.arange(placeholder.first_id)
+    model, initial = zoodip.assemble_model(args, base, placeholder, words, text_encoder, None, compute)
+    directions = zoodip.choose_directions(args, base, placeholder, concept.prompt_ids)
+    learner = zoodip.start_learner(args, initial, directions)
+    model.unet, _ = zoodip.load_calibrated_unet(args, base, compute, model, learner, concept, "striped_star")
+    return model
 
 
 def draw_cells(args, device):
