@@ -582,7 +582,7 @@ TABLES = {
     "methods_pilots": (methods, "benchmarks/results/methods_pilots.json"),
     **{
         f"ablation_{name}": (ablation, f"benchmarks/results/ablation_{name}.json")
-        for name in ("sg_puts", "tau_nu", "sampling", "rge_spsa", "mu", "n", "precision", "timesteps")
+        for name in ("sg_puts", "tau_nu", "sampling", "rge_spsa", "mu", "n", "precision", "timesteps", "gauss_newton")
     },
     "quality": (quality, "benchmarks/results/quality.json"),
     "step": (step, "benchmarks/results/step_cpu.json"),
