@@ -4,8 +4,8 @@
     make ablations                                           # all of them, projected: 3 hours on 2 free cores
 
 Every cell is the paper's setting (of "gauss_newton": ours) but for what its table is about, with the same budget:
-4,500 example-forwards (1,500 steps of n = 2). A cell that stands in several tables has one name, one set of flags and one run for each subject and
-seed. What the tables show is made by `ablation_rows`, from the finished runs alone.
+4,500 example-forwards (1,500 steps of n = 2). A cell that stands in several tables has one name, one set of flags and
+one run for each subject and seed. What the tables show is made by `ablation_rows`, from the finished runs alone.
 """
 
 import statistics
