@@ -31,18 +31,19 @@ def test_channels_last_trains_the_same_token(train, cuda_layout, quantization):
     torch.testing.assert_close(load_file(out / "learned_embeds.safetensors")["<my-toy>"], plain, rtol=1e-3, atol=1e-4)
 
 
-def test_predictions_and_their_errors_are_channels_last(train, cuda_layout, monkeypatch):
+@pytest.mark.parametrize("flags", [{}, {"optimizer": "gauss_newton", "subspace_dimension": 2}], ids=str)
+def test_predictions_and_their_errors_are_channels_last(train, cuda_layout, monkeypatch, flags):
     """Layout decides what a `view` allows: here losses are computed from channels-last memory, as on a GPU."""
-    seen, original = [], zoodip.F.mse_loss
+    seen, original = [], zoodip.prediction_errors
 
-    def watched(prediction, target, **options):
-        errors = original(prediction, target, **options)
-        seen.append(errors.is_contiguous(memory_format=torch.channels_last) and not errors.is_contiguous())
-        return errors
+    def watched(*model, **options):
+        for errors in original(*model, **options):
+            seen.append(errors[0].is_contiguous(memory_format=torch.channels_last) and not errors[0].is_contiguous())
+            yield errors
 
-    monkeypatch.setattr(zoodip.F, "mse_loss", watched)
+    monkeypatch.setattr(zoodip, "prediction_errors", watched)
     cuda_layout("no")
-    train(max_train_steps=1)
+    train(max_train_steps=1, **flags)
     assert seen and all(seen)
 
 
