@@ -1220,8 +1220,8 @@ def add_zeroth_order_arguments(add):
         "--optimizer",
         choices=list(FLAGS_OF_OPTIMIZER),
         default="zo_adam",
-        help="zo_adam: the paper's, from differences of losses; gauss_newton: from whole predictions, in far fewer"
-        " forward passes, in bfloat16 too (docs/results.md).",
+        help="zo_adam: the paper's, from differences of losses; gauss_newton: from whole predictions, in fewer forward"
+        " passes, in bfloat16 too (docs/results.md).",
     )
     add("--num_perturbations", type=int, default=2, help="n: random directions per estimate.")
     add(
