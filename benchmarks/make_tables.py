@@ -145,9 +145,7 @@ def quality(result):
 
 
 def evidence(result):
-    """The part of benchmarks/results/signal.json on Gauss-Newton's K and y."""
-    if "evidence" not in result:
-        return "Not measured yet."
+    """benchmarks/results/signal_evidence.json: what `benchmarks/bench_signal.py` says of Gauss-Newton's K and y."""
     steps = sorted({row["step"] for row in result["evidence"]})
     cells = {}
     for row in result["evidence"]:
@@ -571,7 +569,7 @@ def targets(steps, memories, signals, scores):
 
 
 TABLES = {
-    "evidence": (evidence, "benchmarks/results/signal.json"),
+    "evidence": (evidence, "benchmarks/results/signal_evidence.json"),
     "demo_scores": (demo_scores, "docs/demo_scores.json"),
     "demo_quality": (demo_quality, "demo/quality.json"),
     "real_photos": (real_photos, "benchmarks/results/real_photos.json"),
