@@ -263,7 +263,7 @@ def gauss_newton_evidence(error_fn, theta, directions, step_size):
         error_fn: takes candidates `[m, *theta.shape]`, returns their errors `[m, M]`, all on the same examples.
         theta: the point θ, any shape.
         directions: e `[n, *theta.shape]`; not zero.
-        step_size: h, the length of the finite difference, in units of θ.
+        step_size: h, the length of the finite difference, in units of θ; or one for each direction `[n]`, of any sign.
 
     Returns:
         K `[n, n]`, y `[n]` and the loss, float32.
@@ -804,9 +804,8 @@ class GaussNewtonUpdate:
             directions = torch.cat([inside, outside_direction(inside, generator)[None]])
         # A random sign for each: what curvature adds to a difference over h has either sign, and averages out.
         signs = torch.randint(2, (len(directions),), generator=generator).to(theta) * 2 - 1
-        error_fn, signed = functools.partial(model.errors, batch=batch), directions * signs.view(-1, 1, 1)
-        matrix, gradient, loss = gauss_newton_evidence(error_fn, theta, signed, self.step_size)
-        matrix, gradient = matrix * signs * signs[:, None], gradient * signs
+        error_fn = functools.partial(model.errors, batch=batch)
+        matrix, gradient, loss = gauss_newton_evidence(error_fn, theta, directions, self.step_size * signs)
         squares = (gradient / directions.flatten(1).norm(dim=1)) ** 2
         squares = torch.stack([squares[:n].sum(), squares[n:].sum() * (dimension - n)])
         return (matrix[:n, :n], gradient[:n], squares), loss
@@ -853,7 +852,7 @@ class Learner:
     """What is learned, and all that changes with it."""
 
     theta: torch.Tensor  # the placeholder's vectors, float32 [k, d]: the master copy, which candidates are built from
-    rule: ZerothOrderAdam | GaussNewton
+    rule: ZerothOrderAdam | GaussNewtonUpdate
     data: torch.Generator  # this process's sources of randomness; the global one is never touched
     perturbations: torch.Generator
     tail: float = 0.0  # a of `average_tail`; 0: θ itself is the result
@@ -908,7 +907,8 @@ def train_step(learner, model, concept, sampling, average=lambda tensor: tensor)
         average: takes the mean of a tensor over processes.
 
     Returns:
-        The mean loss of this process, a scalar on the device: nothing here waits for it.
+        The mean loss of this process, a scalar on the device. Nothing here waits for the device but Gauss-Newton's
+        solve, once a step.
     """
     total, mean_loss = None, torch.zeros((), device=learner.theta.device)
     for _ in range(sampling.accumulation_steps):
@@ -1511,6 +1511,9 @@ def choose_directions(args, base, placeholder, prompt_ids):
         args: resolved settings.
         base, placeholder: `Base`, `Placeholder`.
         prompt_ids: of the concept's prompts, any shape.
+
+    Raises:
+        InputError: the prompts have too few words to tell directions.
     """
     table, dimension = base_model.load_token_table(base), base.text_config.hidden_size
     if args.subspace == "none":
@@ -1520,6 +1523,11 @@ def choose_directions(args, base, placeholder, prompt_ids):
     ids = prompt_ids.unique()
     special = torch.tensor(base.tokenizer.all_special_ids)
     ids = ids[(ids < placeholder.first_id) & ~torch.isin(ids, special)]
+    if len(ids) < 2:
+        raise InputError(
+            f"--subspace prompt_words needs two different words beside {placeholder.token} in the captions: write"
+            " longer ones, or give --subspace vocabulary."
+        )
     return vocabulary_directions(table[ids], dimension, len(ids))
 
 
@@ -1798,6 +1806,10 @@ def learn_concept(args, accelerator, base, placeholder, compute):
     settings = checkpoints.trajectory_settings(args, TRAJECTORY_SETTINGS, accelerator.num_processes, pictures)
     checkpoint = checkpoints.find_checkpoint(args.resume_from_checkpoint, args.output_dir, settings)
     base_model.check_weights(base)  # last of the checks: of a model on the Hub it downloads the weights
+    directions = None
+    if args.optimizer == "gauss_newton":
+        prompt_ids, _ = captions
+        directions = choose_directions(args, base, placeholder, prompt_ids)
     repo_id = None
     if args.push_to_hub and accelerator.is_main_process:
         wanted = args.hub_model_id or Path(args.output_dir).resolve().name
@@ -1813,9 +1825,6 @@ def learn_concept(args, accelerator, base, placeholder, compute):
     memory.release_freed_memory()
 
     # 3. What is learned: θ, from its start or from a checkpoint.
-    directions = None
-    if args.optimizer == "gauss_newton":
-        directions = choose_directions(args, base, placeholder, concept.prompt_ids)
     learner = start_learner(args, initial, directions, accelerator.num_processes, accelerator.process_index)
     if args.openvino_precision == "int8":
         what = args, base, compute, model, learner, concept, settings["training data"]

@@ -190,7 +190,7 @@ def methods(result):
         " between milestones by interpolation in log forwards."
     )
     note = (
-        f"Means over {len(result['subjects'])} subjects and {' or '.join(map(str, seeds))} seeds (±: one standard"
+        f"Means over {len(result['subjects'])} subjects and {' or '.join(map(str, seeds))} seed(s) (±: one standard"
         " deviation of the mean over subjects, over seeds). Forwards: examples through the UNet, a backward pass as"
         f" two.{reached_where if targets else ''} Loss:"
         f" {judging['held_out']} fixed examples, t in [{low}, {high}), float32, unquantized, as are the pictures"
@@ -575,6 +575,7 @@ TABLES = {
     "real_photos": (real_photos, "benchmarks/results/real_photos.json"),
     "signal": (signal, "benchmarks/results/signal.json"),
     "hardening": (hardening, "docs/hardening.json"),
+    "signal_new_base": (signal, "benchmarks/results/signal_evidence.json"),
     "signal_float32": (signal, "benchmarks/results/signal_float32.json"),
     "methods": (methods, "benchmarks/results/methods.json"),
     "methods_pilots": (methods, "benchmarks/results/methods_pilots.json"),

@@ -20,7 +20,7 @@ from .errors import InputError
 
 # torch.export finds that diffusers' upsampling branches at 64 examples; one graph serves every batch below.
 OPENVINO_MAX_BATCH = 63
-# Scales of activations move into the weights before them (SmoothQuant): on the demo base a seventh of the error.
+# Scales of activations move into the weights before them (SmoothQuant), which leaves much less error.
 NNCF_MODEL_TYPE = "transformer"
 
 

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -247,6 +248,15 @@ def test_flags_that_cannot_work(basics, capsys, flags, sentence):
         zoodip.parse_args(as_arguments(basics | flags))
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and sentence in error and error.count("\n") == 1
+
+
+def test_captions_without_words_make_no_subspace(train, subject, tmp_path):
+    pictures = shutil.copytree(subject, tmp_path / "pictures")
+    names = [path.name for path in Path(pictures).glob("*.png")]
+    lines = "".join(json.dumps({"file_name": name, "text": "{}"}) + "\n" for name in names)
+    (Path(pictures) / "metadata.jsonl").write_text(lines)
+    with pytest.raises(InputError, match="--subspace prompt_words needs two different words beside <my-toy>"):
+        train(train_data_dir=pictures, **SHORT | {"subspace": "prompt_words"})
 
 
 @pytest.mark.parametrize(
