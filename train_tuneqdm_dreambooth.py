@@ -844,6 +844,7 @@ def describe_scales(args, base, unet):
         train_input_scales=args.train_input_scales,
         num_train_timesteps=base.scheduler.config.num_train_timesteps,
         base_sha256=tuneqdm.fingerprint(unet),
+        base_sketch=tuneqdm.sketch(unet),
     )
 
 

@@ -120,6 +120,7 @@ def test_launch_writes_everything(basics):
         "train_input_scales": True,
         "num_train_timesteps": 1000,
         "base_sha256": tuneqdm.fingerprint(unet),
+        "base_sketch": tuneqdm.sketch(unet),
     }
     card = (out / "README.md").read_text()
     assert "tuneqdm_scales" in card and "quantized to 4 bits" in card and '"a photo of star on the beach"' in card
@@ -375,10 +376,33 @@ def refused(base, scales, expected, error=ValueError):
 def test_scales_of_another_base_are_refused(tiny, scales, tmp_path):
     other = shutil.copytree(tiny / "base", tmp_path / "other")
     path = other / "unet" / "diffusion_pytorch_model.safetensors"
-    weights = load_file(path)
-    weights["conv_out.weight"] = weights["conv_out.weight"] + 0.01
+    weights, g = load_file(path), torch.Generator().manual_seed(0)
+    weights = {name: w * (1 + 0.05 * torch.randn(w.shape, generator=g)) for name, w in weights.items()}
     save_file(weights, path, metadata={"format": "pt"})
     refused(other, scales, r"was trained on another base \('base'\) than this one, quantized to 8 bits")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_scales_fit_their_base_in_half_precision(tiny, scales, dtype):
+    """On a GPU a base is loaded in float16: a few integers differ from those of training, the pictures hardly."""
+    pipeline = from_pretrained(tiny / "base", scales, dtype=dtype)
+    assert pipeline.unet.dtype == dtype
+    difference = np.abs(draw(pipeline) - draw(from_pretrained(tiny / "base", scales)))
+    assert difference.mean() < 0.02
+
+
+@pytest.mark.parametrize(("noise", "same"), [(0.001, True), (0.03, False)])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_near_bases_are_one_and_others_are_not(tiny, bits, noise, same):
+    sketches = []
+    for share in (0, noise):
+        unet, g = UNet2DConditionModel.from_pretrained(tiny / "base", subfolder="unet"), torch.Generator()
+        with torch.no_grad():
+            for p in unet.parameters():
+                p += share * p.square().mean().sqrt() * torch.randn(p.shape, generator=g.manual_seed(p.numel()))
+        tuneqdm.quantize_unet(unet, bits, "minmax")
+        sketches.append(tuneqdm.sketch(unet))
+    assert tuneqdm.same_base(*sketches, bits) == same and not tuneqdm.same_base(sketches[0], sketches[1][1:], bits)
 
 
 def test_scales_of_a_base_of_another_shape_are_refused(demo_base, scales):
