@@ -27,11 +27,12 @@ def save_embeds(path, placeholder_token, theta, widths=()):
 
 def as_bytes(placeholder_token, theta, widths=()):
     """The content of a file by `save_embeds`."""
-    theta, metadata = theta.detach().cpu(), {"format": "pt"}
+    theta = theta.detach().cpu()
     if len(widths) < 2:
-        return save({placeholder_token: theta.clone()}, metadata=metadata)
+        return save({placeholder_token: theta.clone()}, metadata={"format": "pt"})
     halves = {key: half.contiguous() for key, half in zip(PAIR_KEYS, theta.split(widths, dim=-1))}
-    return save(halves, metadata=metadata | {"placeholder_token": placeholder_token})
+    # One entry only: safetensors writes several in an order that changes from process to process.
+    return save(halves, metadata={"placeholder_token": placeholder_token})
 
 
 def save_halves(results, placeholder_token, theta, widths):

@@ -1,7 +1,7 @@
 """SDXL: words as pairs, trained, saved and drawn with; on a tiny random base that has SDXL's peculiarities."""
 
 import json
-import sys
+import shutil
 
 import numpy as np
 import pytest
@@ -110,7 +110,7 @@ def test_mean_estimate_points_along_autograds_gradient_for_both_halves(flags, pl
     model.max_candidates, generator, total = 101, torch.Generator().manual_seed(1), torch.zeros_like(theta)
     with torch.inference_mode():
         assert model.losses(theta[None], batch).item() == pytest.approx(loss, rel=1e-5)
-        for _ in range(10 * num_vectors):
+        for _ in range(20):
             total += zoodip.estimate_gradient(lambda c: model.losses(c, batch), theta, 200, 1e-2, generator)[0]
     for half, wanted in zip(total.split(base.word_widths, 1), gradient.split(base.word_widths, 1)):
         assert wanted.norm() > 1e-6
@@ -222,19 +222,21 @@ def test_the_model_is_told_sizes_and_the_crops_true_offset(tmp_path, flags):
     assert concept.size_ids.tolist()[0] == [[30, 72, 0, 11, 16, 16], [72, 30, 11, 0, 16, 16]]
 
 
+RESUME = {"--resume_from_checkpoint": "latest"}
+
+
 def test_launch_resume_and_the_same_picture_everywhere(launch, flags, place, repo, tmp_path):
     more = {"max_train_steps": 6, "checkpointing_steps": 2, "num_vectors": 2, "sg_window": 3, "save_steps": 3}
     more |= {"validation_prompt": "a {} on the beach!", "num_inference_steps": 2, "num_validation_images": 1}
     more["resolution"] = 32
-    whole, parts = flags(**more), flags(**more, output_dir=tmp_path / "parts")
-    assert launch(*as_arguments(whole)).stderr.count("Traceback") == 0
-    launch(*as_arguments(parts))
-    out = whole["--output_dir"]
-    (tmp_path / "parts" / "checkpoint-6").rename(tmp_path / "parts" / ".tmp-checkpoint-6")  # killed while writing it
-    launch(*as_arguments(parts | {"--resume_from_checkpoint": "latest"}))
-    names = [f"learned_embeds{end}.safetensors" for end in ("", "_1", "_2", "-best", "-steps-3")]
+    chosen, parts = flags(**more), tmp_path / "parts"
+    assert launch(*as_arguments(chosen)).stderr.count("Traceback") == 0
+    out = chosen["--output_dir"]
+    shutil.copytree(out / "checkpoint-4", parts / "checkpoint-4")  # as if killed after it
+    assert "Resumed from" in launch(*as_arguments(flags(**more, output_dir=parts) | RESUME)).stderr
+    names = [f"learned_embeds{end}.safetensors" for end in ("", "_1", "_2")]
     for name in names:
-        assert (out / name).read_bytes() == (tmp_path / "parts" / name).read_bytes(), name
+        assert (out / name).read_bytes() == (parts / name).read_bytes(), name
 
     plain = plain_pipeline(place / "xl", out)
     code = {"custom_pipeline": f"{repo}/zoodip_xl_pipeline.py", "trust_remote_code": True}
@@ -408,5 +410,5 @@ def test_drawing_for_an_evaluation(train, place):
 
 def test_memory_is_predicted(flags, capsys):
     zoodip.main(zoodip.parse_args(as_arguments(flags(estimate_memory=True))))
-    assert "peak" in capsys.readouterr().out
-    assert "backward" not in sys.modules
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("  peak") and line.endswith("MB") for line in lines)

@@ -33,7 +33,8 @@ def build_tiny_base(folder):
 def build_tiny_xl_base(folder):
     """The same of SDXL: words of 16 and 24 entries, and what SDXL has that trips: `eos_token_id` 2, padding with "!".
 
-    Its random text encoders are amplified, so that what a prompt says matters to the prediction.
+    Random words and cross-attention are amplified, so that what a prompt says matters to the prediction, by whichever
+    of the text encoders.
     """
     folder, widths, pooled = Path(folder), (16, 24), 24
     shutil.copytree(TOKENIZER, folder / "tokenizer")
@@ -49,14 +50,15 @@ def build_tiny_xl_base(folder):
         for name, encoder in zip(("text_encoder", "text_encoder_2"), encoders):
             encoder.get_input_embeddings().weight.data.mul_(10)
             encoder.save_pretrained(folder / name)
-        encoders[1].text_projection.weight.data.mul_(10)
-        encoders[1].save_pretrained(folder / "text_encoder_2")
         unet = tiny_unet(
             cross_attention_dim=sum(widths),
             addition_embed_type="text_time",
             addition_time_embed_dim=8,
             projection_class_embeddings_input_dim=pooled + 6 * 8,
         )
+        for name, parameter in unet.named_parameters():
+            if ".attn2." in name and "norm" not in name:
+                parameter.data.mul_(6)
         unet.save_pretrained(folder / "unet")
         tiny_vae().save_pretrained(folder / "vae")
     write_schedule_and_index(
