@@ -117,6 +117,27 @@ def test_mean_estimate_points_along_autograds_gradient_for_both_halves(flags, pl
         assert torch.cosine_similarity(half.flatten(), wanted.flatten(), dim=0) > 0.95
 
 
+def test_the_official_loop_extended_to_sdxl_estimates_the_same(flags, place, repo, monkeypatch):
+    """What step times are compared with computes what the script computes, of the same batch and directions."""
+    monkeypatch.syspath_prepend(str(repo / "benchmarks"))
+    import baselines
+
+    _, base, placeholder, model, theta, _ = assembled(flags, quantization="none")
+    loop = baselines.OfficialLoop(baselines.load_models(place / "xl"), 16, initializer_id=placeholder.initializer_id)
+    batch = loop.draw_batch(700, 900)
+    assert loop.placeholder_id == placeholder.first_id and torch.equal(loop.theta, theta)
+    for number, encoder in enumerate((model.text_encoder.first, model.text_encoder.second)):
+        encoder.set_input_embeddings(room(encoder, placeholder, base, number, batch))
+    directions = torch.randn(2, *theta.shape, generator=torch.Generator().manual_seed(3))
+    found, loss = loop.estimate(batch, directions)
+    with torch.inference_mode():
+        steps = torch.cat([theta[None], theta + loop.mu * directions])
+        losses = model.losses(steps, batch)
+        wanted = torch.tensordot((losses[1:] - losses[0]) / loop.mu, directions, dims=1) / 2
+    assert loss.item() == pytest.approx(losses[0].item(), rel=1e-5)
+    torch.testing.assert_close(found, wanted, rtol=0.05, atol=1e-3)
+
+
 def room(encoder, placeholder, base, number, batch):
     """The encoder's token rows with room for 101 candidates."""
     table = zoodip.base_model.load_token_tables(base)[number]
