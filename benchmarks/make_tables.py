@@ -472,6 +472,51 @@ def tuneqdm_quality(result):
     return table(["weights", "trained", "steps", *names, "runs"], rows) + "\n\n" + note
 
 
+FAMILIES = {"sdxl": "SDXL", "sd21": "SD 2.1"}
+FAMILY_ROWS = {"int8": "**ours, INT8, later runs (mapped file)**", "official": "official loop, quanto-INT8"}
+
+
+def families_memory(result):
+    """The entries of other architectures than Stable Diffusion 1.5's in benchmarks/results/memory_cpu.json."""
+    chosen = [e for e in result["entries"] if e["architecture"] in FAMILIES and e["row"] in FAMILY_ROWS]
+    rows = []
+    for entry in sorted(chosen, key=lambda e: (list(FAMILIES).index(e["architecture"]), e["resolution"], e["row"])):
+        anonymous, peak = (entry["measured"][f"peak_{n}_mb"] for n in ("anonymous_above_imports", "rss"))
+        cells = [FAMILIES[entry["architecture"]], f"{entry['resolution']} px", FAMILY_ROWS[entry["row"]]]
+        predicted = entry.get("predicted_mb", {}).get("peak")
+        shown = f"{predicted:.0f} MB ({entry['deviation_percent']:+.1f} %)" if predicted else ""
+        rows.append([*cells, f"{anonymous:.0f} MB", f"{peak:.0f} MB", shown])
+    header = ["", "", "process", "anonymous, above imports", "peak of the whole process"]
+    note = (
+        "Random weights, float32 activations, n = 2, batch 1, two steps; fresh processes from start to end on"
+        f" {chosen[0]['hardware']['name']}. The peak counts mapped pages of the weight file, which the system can drop."
+        " MB = 2^20. By `benchmarks/bench_memory.py --architecture`."
+    )
+    return table([*header, "predicted by `--estimate_memory`"], rows) + "\n\n" + note
+
+
+def families_step(result):
+    """The rows of other architectures than Stable Diffusion 1.5's in benchmarks/results/step_cpu.json."""
+    chosen = [row for row in result["rows"] if row["architecture"] in FAMILIES]
+    rows = []
+    for row in sorted(
+        chosen, key=lambda r: (list(FAMILIES).index(r["architecture"]), r["resolution"], -len(r["row"]))
+    ):
+        times, ratios = row["seconds_per_step"], row["ratio_to"]
+        cells = [FAMILIES[row["architecture"]], f"{row['resolution']} px", STEP_NAMES[row["row"]]]
+        cells.append(f"{times['median']:.0f} s ({times['min']:.0f}–{times['max']:.0f})")
+        cells.append(f"{1 / ratios['official']:.2f}x" if "official" in ratios else "")
+        rows.append([*cells, f"{1 / row['arithmetic_floor']['ratio']:.0%}"])
+    header = ["", "", "step", "CPU seconds, median (range)", "speed-up over the official loop", "of matmul peak"]
+    note = (
+        "Random weights, n = 2, batch 1, float32 activations, one thread, CPU time of the process: the machine had"
+        f" other work. {chosen[0]['hardware']['cpu']}, torch {chosen[0]['versions']['torch']}. SDXL's official loop is"
+        " the published one for Stable Diffusion 1.5 extended to two text encoders and sizes (the repository has no"
+        " SDXL code). By `benchmarks/bench_step.py --architecture ... --cpu_seconds`."
+    )
+    return table(header, rows) + "\n\n" + note
+
+
 def loading(result):
     """What loading the UNet costs, from the "load-" rows of memory_cpu.json."""
     names = {
@@ -515,7 +560,7 @@ def targets(steps, memories, signals, scores):
                     what = f"CPU, {resolution} px, INT8 from the cache: anonymous memory above imports"
                     judge(what, f"at most {most} MB", peak, f"{peak:.0f} MB", at_most=most)
     deviations = {
-        (e["row"], e["resolution"], e["num_perturbations"], e["batch_size"]): e["deviation_percent"]
+        (e["row"], e["resolution"], e["num_perturbations"], e["batch_size"], e["architecture"]): e["deviation_percent"]
         for e in memories["entries"]
         if e.get("deviation_percent") is not None
     }
@@ -588,6 +633,8 @@ TABLES = {
     "scaling": (scaling, "benchmarks/results/step_cpu.json", "benchmarks/results/memory_cpu.json"),
     "processes": (processes, "benchmarks/results/step_cpu.json"),
     "memory": (memory, "benchmarks/results/memory_cpu.json"),
+    "families_memory": (families_memory, "benchmarks/results/memory_cpu.json"),
+    "families_step": (families_step, "benchmarks/results/step_cpu.json"),
     "tuneqdm_memory": (tuneqdm_memory, "benchmarks/results/tuneqdm_memory.json"),
     "tuneqdm_rates": (tuneqdm_quality, "benchmarks/results/tuneqdm_learning_rate.json"),
     "tuneqdm_quality": (tuneqdm_quality, "benchmarks/results/tuneqdm_quality.json"),

@@ -1,4 +1,4 @@
-"""The kinds of Stable Diffusion that can be trained, and all in which they differ.
+"""The kinds of Stable Diffusion that can be trained, and everything that sets them apart.
 
 A family is recognised from `model_index.json` and the width of its words. Where a text encoder has a partner, a word
 is a pair of vectors that lie side by side, `[k, d1 + d2]`, and the ids of a prompt lie side by side, too, `[b, 2L]`:
