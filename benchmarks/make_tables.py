@@ -479,6 +479,8 @@ FAMILY_ROWS = {"int8": "**ours, INT8, later runs (mapped file)**", "official": "
 def families_memory(result):
     """The entries of other architectures than Stable Diffusion 1.5's in benchmarks/results/memory_cpu.json."""
     chosen = [e for e in result["entries"] if e["architecture"] in FAMILIES and e["row"] in FAMILY_ROWS]
+    if not chosen:
+        return "Not measured yet."
     rows = []
     for entry in sorted(chosen, key=lambda e: (list(FAMILIES).index(e["architecture"]), e["resolution"], e["row"])):
         anonymous, peak = (entry["measured"][f"peak_{n}_mb"] for n in ("anonymous_above_imports", "rss"))
@@ -489,8 +491,8 @@ def families_memory(result):
     header = ["", "", "process", "anonymous, above imports", "peak of the whole process"]
     note = (
         "Random weights, float32 activations, n = 2, batch 1, two steps; fresh processes from start to end on"
-        f" {chosen[0]['hardware']['name']}. The peak counts mapped pages of the weight file, which the system can drop."
-        " MB = 2^20. By `benchmarks/bench_memory.py --architecture`."
+        f" {chosen[0]['hardware']['name']}. The peak counts mapped pages of the weight file, which the system can"
+        " drop. MB = 2^20. By `benchmarks/bench_memory.py --architecture`."
     )
     return table([*header, "predicted by `--estimate_memory`"], rows) + "\n\n" + note
 
@@ -498,6 +500,8 @@ def families_memory(result):
 def families_step(result):
     """The rows of other architectures than Stable Diffusion 1.5's in benchmarks/results/step_cpu.json."""
     chosen = [row for row in result["rows"] if row["architecture"] in FAMILIES]
+    if not chosen:
+        return "Not measured yet."
     rows = []
     for row in sorted(
         chosen, key=lambda r: (list(FAMILIES).index(r["architecture"]), r["resolution"], -len(r["row"]))
