@@ -21,6 +21,7 @@ class StableDiffusion:
     pipeline = StableDiffusionPipeline
     pipeline_options = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     pipeline_file = "zoodip_pipeline.py"  # travels with a concept
+    tag = "stable-diffusion"  # of its model card
     vae_in_float32 = False  # while it encodes
     crops = False  # pictures are cropped, never squeezed, and the UNet is told where
     # The settings of ZOODiP's paper where they depend on the family.
@@ -61,6 +62,7 @@ class StableDiffusionXL(StableDiffusion):
     pipeline = StableDiffusionXLPipeline
     pipeline_options = {"add_watermarker": False}
     pipeline_file = "zoodip_xl_pipeline.py"
+    tag = "stable-diffusion-xl"
     vae_in_float32 = True  # the original one overflows in float16
     crops = True
     paper = {"learning_rate": 5e-3, "perturbation_scale": 1e-2, "puts_min_timestep": 700, "puts_max_timestep": 900}

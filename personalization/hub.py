@@ -227,17 +227,17 @@ def write_model_card(output_dir, config, publication, repo_id=None):
     own = run_folder.own_files(output_dir, publication.files, recorded)
     samples = [name for name in own if name.startswith("samples/")]
     references = run_folder.own_files(output_dir, [REFERENCE_IMAGES] * settings["push_reference_images"], recorded)
+    family = FAMILIES.get(config.get("family"), SD1)
     data = ModelCardData(
         base_model=None if local else base,
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        tags=list(publication.tags),
+        tags=list(dict.fromkeys([*publication.tags, family.tag])),
         instance_prompt=token,
         widget=[{"text": prompt, "output": {"url": url}} for url in samples] or None,
         **config["base_license"],
     )
     name = repo_id.split("/")[-1] if repo_id else output_dir.resolve().name
-    family = FAMILIES.get(config.get("family"), SD1)
     values = {
         **{key: config[key] for key in ("placeholder_token", "settings", "components", "figures", "hardware")},
         "scales": config.get("scales"),

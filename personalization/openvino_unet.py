@@ -9,6 +9,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -62,7 +63,7 @@ def export_openvino(unet, latent_size, prompt_length):
 
 
 class OpenVINOUNet(torch.nn.Module):
-    """A UNet that OpenVINO computes, called like the torch one by training and by `StableDiffusionPipeline`.
+    """A UNet that OpenVINO computes, called like the torch one by training and by diffusers' pipelines.
 
     Args:
         model: an `openvino.Model`, or the path of its `.xml`.
@@ -77,6 +78,9 @@ class OpenVINOUNet(torch.nn.Module):
         import openvino
 
         self.config, self.dtype, self.device = config, dtype, device
+        if config.addition_embed_type == "text_time":  # `StableDiffusionXLPipeline` reads the width of this layer
+            layer = SimpleNamespace(in_features=config.projection_class_embeddings_input_dim)
+            self.add_embedding = SimpleNamespace(linear_1=layer)
         core = openvino.Core()
         settings = {"INFERENCE_PRECISION_HINT": "bf16" if dtype == torch.bfloat16 else "f32"}
         optional = {

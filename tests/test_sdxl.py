@@ -185,7 +185,7 @@ def test_both_text_encoders_are_quantized(flags, quantization):
         assert not any(type(module) is torch.nn.Linear for module in encoder.modules())
 
 
-def test_openvino_predicts_what_pytorch_predicts(flags):
+def test_openvino_predicts_what_pytorch_predicts(flags, train):
     pytest.importorskip("openvino")
     losses = []
     for backend in ("torch", "openvino"):
@@ -196,6 +196,8 @@ def test_openvino_predicts_what_pytorch_predicts(flags):
         with torch.inference_mode():
             losses.append(model.losses(torch.stack([theta, 2 * theta]), batch))
     torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-5)
+    drawn = train(unet_backend="openvino", validation_prompt="a {}", num_validation_images=1, num_inference_steps=1)
+    assert (drawn / "samples" / "image_0.png").is_file()
 
 
 def test_the_vae_encodes_in_float32_whatever_computes(flags, monkeypatch):
@@ -274,7 +276,12 @@ def test_launch_resume_and_the_same_picture_everywhere(launch, flags, place, rep
     card = (out / "README.md").read_text()
     calls = [line for line in card.splitlines() if line.startswith("pipeline.load_textual_inversion")]
     assert len(calls) == 2 and "learned_embeds_1.safetensors" in calls[0] and "**second" in calls[1]
-    assert "StableDiffusionXLPipeline" in card and "zoodip_xl_pipeline.py" in card and "clip_g" in card
+    assert (
+        "- stable-diffusion-xl\n" in card
+        and "StableDiffusionXLPipeline" in card
+        and "zoodip_xl_pipeline.py" in card
+        and "clip_g" in card
+    )
 
 
 def plain_pipeline(base, out):
