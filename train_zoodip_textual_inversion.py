@@ -67,7 +67,7 @@ from personalization import (
 from personalization.base_model import Base
 from personalization.compute import DTYPES, Compute, choose_compute
 from personalization.errors import DivergedError, InputError, run_script
-from personalization.examples import Concept
+from personalization.examples import Batch, Concept
 from personalization.prompts import Placeholder
 from personalization.results import Result, write_result
 
@@ -656,8 +656,7 @@ def prediction_errors(candidates, batch, text_encoder, unet, first_id, max_candi
         ids = batch.prompt_ids.expand(m, -1, -1)
         ids = torch.where(ids >= first_id, ids + shift, ids).flatten(0, 1)
         encoded = text_encoder(ids)
-        sizes = None if batch.size_ids is None else batch.size_ids.repeat(m, 1)
-        conditioning, added = encoded[0], families.added_conditions(encoded, sizes)
+        conditioning, added = encoded[0], families.added_conditions(encoded, batch.size_ids.repeat(m, 1))
         noisy = batch.noisy_latents.repeat(m, 1, 1, 1).to(conditioning)
         noisy = noisy.contiguous(memory_format=memory_format or torch.preserve_format)
         prediction = unet(noisy, batch.timesteps.repeat(m), conditioning, **added, return_dict=False)[0]
@@ -1621,7 +1620,7 @@ def draw_held_out(args, concept, sampling, scheduler):
         count = min(whole, args.num_validation_samples - first)
         batch = draw_batch(concept, replace(sampling, batch_size=count), scheduler, generator)
         repeated = torch.arange(whole) % count
-        batches.append((batch.map(functools.partial(torch.index_select, dim=0, index=repeated)), count))
+        batches.append((Batch(*(tensor[repeated] for tensor in batch)), count))
     return batches
 
 

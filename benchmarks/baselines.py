@@ -106,7 +106,7 @@ class _TextualInversion:
         length = encoders[0].config.max_position_embeddings
         self.prompt_ids = torch.randint(placeholder_id, (batch_size, len(encoders) * length), **random)
         self.prompt_ids[:, min(5, length - 1) :: length] = placeholder_id
-        self.size_ids = None
+        self.size_ids = torch.empty(batch_size, 0, device=self.device)
         if len(encoders) == 2:
             sizes = torch.tensor([resolution, resolution, 0, 0, resolution, resolution], device=self.device)
             self.size_ids = sizes.float().repeat(batch_size, 1)

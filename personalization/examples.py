@@ -39,14 +39,10 @@ class Batch(NamedTuple):
     target: torch.Tensor  # [b, C, h, w], noise or velocity
     timesteps: torch.Tensor  # [b]
     prompt_ids: torch.Tensor  # [b, length] or [b], see `Concept`
-    size_ids: torch.Tensor | None = None  # [b, 6], see `Concept`
-
-    def map(self, function):
-        """A `Batch` of what `function` makes of each tensor."""
-        return Batch(*(None if tensor is None else function(tensor) for tensor in self))
+    size_ids: torch.Tensor = torch.empty(0)  # [b, 6], see `Concept`; [b, 0] where there are none
 
     def to(self, device):
-        return self.map(lambda tensor: to_device(tensor, device))
+        return Batch(*(to_device(tensor, device) for tensor in self))
 
 
 def describe_sizes(framing: Framing, flipped=False):
@@ -122,6 +118,7 @@ def noise_batch(latents, prompt_ids, timesteps, generator, scheduler, size_ids=N
     noisy = scheduler.add_noise(latents, noise, timesteps)
     predicts_noise = scheduler.config.prediction_type == "epsilon"
     target = noise if predicts_noise else scheduler.get_velocity(latents, noise, timesteps)
+    size_ids = torch.empty(len(latents), 0) if size_ids is None else size_ids
     return Batch(noisy, target, timesteps, prompt_ids, size_ids)
 
 

@@ -100,9 +100,11 @@ def added_conditions(encoded, size_ids):
 
     Args:
         encoded: what a `PairedTextEncoder` returned.
-        size_ids: `[b, 6]`, see `examples.describe_sizes`; None for the other families.
+        size_ids: `[b, 6]`, see `examples.describe_sizes`; `[b, 0]` for the other families.
     """
-    return {} if size_ids is None else {"added_cond_kwargs": {"text_embeds": encoded[1], "time_ids": size_ids}}
+    if not size_ids.numel():
+        return {}
+    return {"added_cond_kwargs": {"text_embeds": encoded[1], "time_ids": size_ids}}
 
 
 def complete_settings(args, family):

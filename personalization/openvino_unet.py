@@ -52,8 +52,9 @@ def export_openvino(unet, latent_size, prompt_length):
         example += (torch.zeros(2, pooled), torch.zeros(2, 6))
     with torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # torch's, about itself
-        open_batch = tuple({0: batch} for _ in example)
-        open_batch = (*open_batch[:3], open_batch[3:])  # what *added takes is one argument
+        open_batch = ({0: batch},) * 3
+        if len(example) > 3:  # what *added takes is one argument
+            open_batch += (({0: batch},) * (len(example) - 3),)
         program = torch.export.export(Positional().eval(), example, dynamic_shapes=open_batch)
         model = openvino.convert_model(program)
     for node, tensor in zip(model.inputs, example):  # the graph keeps only the batch open, its inputs should say so
