@@ -44,14 +44,27 @@ def quantize_with_quanto(model):
     return model
 
 
+def quantize_layer_by_layer(model, dtype):
+    """The same of a model in another dtype, which becomes `dtype` layer by layer: it is never whole in it."""
+    from optimum.quanto import qint8, quantize
+
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)):
+            layer.to(dtype)
+            quantize(model, weights=qint8, include=[name])
+            model.get_submodule(name).freeze()
+        elif not list(layer.children()):
+            layer.to(dtype)
+    return model
+
+
 def load_models(base, device="cpu", dtype=torch.float32, text_dtype=None, quanto=False):
     """Loads the frozen models of `base` in `dtype` (text encoder: `text_dtype`), quantized with quanto on request.
 
     SDXL's two text encoders come joined, as `families.PairedTextEncoder`.
     """
     paired = (Path(base) / "text_encoder_2").is_dir()
-    # SDXL's UNet has 10 GB in float32: it is read in float16, and only what quantization leaves becomes float32.
-    stored = torch.float16 if quanto and paired else dtype
+    stored = torch.float16 if quanto and paired else dtype  # SDXL's UNet has 10 GB in float32
     unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet", torch_dtype=stored)
     vae = AutoencoderKL.from_pretrained(base, subfolder="vae", torch_dtype=dtype)
     text_encoder = CLIPTextModel.from_pretrained(base, subfolder="text_encoder", dtype=text_dtype or dtype)
@@ -60,10 +73,13 @@ def load_models(base, device="cpu", dtype=torch.float32, text_dtype=None, quanto
         second = CLIPTextModelWithProjection.from_pretrained(base, **options)
         text_encoder = families.PairedTextEncoder(text_encoder, second)
     # Quantized on the host, so that the device never sees the large weights and its peak memory is the step's.
-    models = [(quantize_with_quanto(m) if quanto else m).to(device) for m in (unet, vae, text_encoder)]
     if stored != dtype:
-        models[0].to(dtype)
-    models = [model.requires_grad_(False).eval() for model in models]
+        quantize_layer_by_layer(unet, dtype)
+    elif quanto:
+        quantize_with_quanto(unet)
+    for model in (vae, text_encoder) if quanto else ():
+        quantize_with_quanto(model)
+    models = [model.to(device).requires_grad_(False).eval() for model in (unet, vae, text_encoder)]
     release_freed_memory()
     return Models(*models, DDPMScheduler.from_pretrained(base, subfolder="scheduler"))
 

@@ -35,8 +35,11 @@ def demo_scores(result):
     }
     rows.append(["**mean**", *(f"**{means['before'][n]:.3f} → {means['after'][n]:.3f}**" for n in names), ""])
     settings = ", ".join(f"`{flag} {value}`" for flag, value in result["settings"].items())
+    command = (
+        "make demo" if result.get("base", "base") == "base" else f"python demo/run_demo.py --base {result['base']}"
+    )
     note = (
-        f"`make demo` on {result['hardware']['cpus']} CPU cores: {result['training_seconds']:.0f} s of training for"
+        f"`{command}` on {result['hardware']['cpus']} CPU cores: {result['training_seconds']:.0f} s of training for"
         f" all subjects ({result['hardware']['jobs']} at a time, one thread each), {result['total_seconds']:.0f} s"
         f" in all; torch {result['versions']['torch']}. INT8 UNet and text encoder. Flags: {settings}. CLIP-I and"
         " identity: mean cosine of (reference, generated) pairs; CLIP-T: prompt against image; all by `demo/scorer`."
@@ -619,7 +622,9 @@ def targets(steps, memories, signals, scores):
 TABLES = {
     "evidence": (evidence, "benchmarks/results/signal_evidence.json"),
     "demo_scores": (demo_scores, "docs/demo_scores.json"),
+    "demo_scores_xl": (demo_scores, "docs/demo_scores_xl.json"),
     "demo_quality": (demo_quality, "demo/quality.json"),
+    "demo_quality_xl": (demo_quality, "demo/quality_xl.json"),
     "real_photos": (real_photos, "benchmarks/results/real_photos.json"),
     "signal": (signal, "benchmarks/results/signal.json"),
     "hardening": (hardening, "docs/hardening.json"),

@@ -181,6 +181,7 @@ def main():
         "command": " ".join([Path(sys.executable).name, *sys.argv]),
         "settings": {**SETTINGS, "--max_train_steps": args.max_train_steps},
         "seed": args.seed,
+        "base": args.base,
         "unet_backend": args.unet_backend,
         "training_seconds": round(training_seconds, 1),
         "total_seconds": round(time.perf_counter() - started, 1),
