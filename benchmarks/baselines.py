@@ -24,7 +24,7 @@ sys.path.append(str(HERE.parent))  # the training script lies beside this folder
 
 from personalization import families  # noqa: E402
 from personalization.examples import Batch  # noqa: E402
-from personalization.memory import release_freed_memory  # noqa: E402
+from personalization.memory import keep_freed_blocks, release_freed_memory  # noqa: E402
 from train_zoodip_textual_inversion import SubspaceGradient, normalize_estimate, sample_puts_timesteps  # noqa: E402
 
 
@@ -48,7 +48,8 @@ def quantize_layer_by_layer(model, dtype):
     """The same of a model in another dtype, which becomes `dtype` layer by layer: it is never whole in it."""
     from optimum.quanto import qint8, quantize
 
-    for name, layer in list(model.named_modules()):
+    for name in [name for name, _ in model.named_modules()]:  # names only, so that the layers themselves can leave
+        layer = model.get_submodule(name)
         if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)):
             layer.to(dtype)
             quantize(model, weights=qint8, include=[name])
@@ -66,17 +67,19 @@ def load_models(base, device="cpu", dtype=torch.float32, text_dtype=None, quanto
     paired = (Path(base) / "text_encoder_2").is_dir()
     stored = torch.float16 if quanto and paired else dtype  # SDXL's UNet has 10 GB in float32
     unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet", torch_dtype=stored)
+    # Quantized on the host, so that the device never sees the large weights and its peak memory is the step's.
+    if stored != dtype:
+        keep_freed_blocks(1)  # or glibc's heap would grow to three times what is left
+        quantize_layer_by_layer(unet, dtype)
+        keep_freed_blocks(32)  # as the script trains
+    elif quanto:
+        quantize_with_quanto(unet)
     vae = AutoencoderKL.from_pretrained(base, subfolder="vae", torch_dtype=dtype)
     text_encoder = CLIPTextModel.from_pretrained(base, subfolder="text_encoder", dtype=text_dtype or dtype)
     if paired:
         options = {"subfolder": "text_encoder_2", "dtype": text_dtype or dtype}
         second = CLIPTextModelWithProjection.from_pretrained(base, **options)
         text_encoder = families.PairedTextEncoder(text_encoder, second)
-    # Quantized on the host, so that the device never sees the large weights and its peak memory is the step's.
-    if stored != dtype:
-        quantize_layer_by_layer(unet, dtype)
-    elif quanto:
-        quantize_with_quanto(unet)
     for model in (vae, text_encoder) if quanto else ():
         quantize_with_quanto(model)
     models = [model.to(device).requires_grad_(False).eval() for model in (unet, vae, text_encoder)]
