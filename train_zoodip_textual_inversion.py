@@ -1458,12 +1458,12 @@ def assemble_model(args, base, placeholder, prompt_ids, text_encoder, unet, comp
     """
     tables = base_model.load_token_tables(base)
     texts = [placeholder.expand(args.validation_prompt or ""), ""]
-    in_use = torch.cat([prompt_ids, prompts.tokenize(base.tokenizer, texts, base.tokenizers[1:])])
+    of_images = prompts.tokenize(base.tokenizer, texts, base.tokenizers[1:])
+    in_use = torch.cat([prompt_ids.flatten(), of_images.flatten()])
     num_rows = candidates_per_pass(args) * placeholder.num_vectors
-    place = placeholder.first_id, num_rows, compute.device, compute.dtype
-    ids_of_encoders = in_use.split(base.prompt_length, dim=1)
-    for encoder, table, ids in zip(base.family.parts(text_encoder), tables, ids_of_encoders):
-        encoder.set_input_embeddings(PromptRows(table, ids, *place))
+    for encoder, table in zip(base.family.parts(text_encoder), tables):
+        rows = PromptRows(table, in_use, placeholder.first_id, num_rows, compute.device, compute.dtype)
+        encoder.set_input_embeddings(rows)
     limit = args.max_candidates_per_forward
     model = FrozenModel(text_encoder, unet, base.scheduler, placeholder.first_id, limit, compute)
     initial = torch.cat([table[placeholder.initializer_id].float() for table in tables])
@@ -1778,8 +1778,8 @@ def finish(run, pictures, components, repo_id):
     family, widths = run.base.family, run.base.word_widths
     config["family"] = family.name
     result = Result(args.placeholder_token, theta, run.best, run.history, samples, pictures, config, widths)
-    full_pipeline = run.base.source, compute.dtype, args.placeholder_token, family
-    full_pipeline = full_pipeline if args.save_as_full_pipeline else None
+    what = run.base.source, compute.dtype, args.placeholder_token, family
+    full_pipeline = what if args.save_as_full_pipeline else None
     write_result(result, run.results, PUBLICATION, repo_id, args.save_a1111, full_pipeline)
     return config
 
@@ -1822,8 +1822,8 @@ def learn_concept(args, accelerator, base, placeholder, compute):
     words = base.tokenizer, args.learnable_property, base.tokenizers[1:]
     captions = prompts.build_prompts(pictures, placeholder, *words)
     if args.max_train_steps is None:  # the last of the defaults, known once the pictures are
-        of = RECIPES["fast"] if args.optimizer == "gauss_newton" else base.family.paper
-        steps, per_epoch = of["max_train_steps"], len(pictures) * args.repeats
+        defaults = RECIPES["fast"] if args.optimizer == "gauss_newton" else base.family.paper
+        steps, per_epoch = defaults["max_train_steps"], len(pictures) * args.repeats
         args.max_train_steps = runs.training_length(args, per_epoch, accelerator.num_processes, steps)
     if args.recipe:
         chosen = ", ".join(f"{name} {getattr(args, name)}" for name in RECIPES[args.recipe])

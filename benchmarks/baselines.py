@@ -65,24 +65,23 @@ def load_models(base, device="cpu", dtype=torch.float32, text_dtype=None, quanto
     SDXL's two text encoders come joined, as `families.PairedTextEncoder`.
     """
     paired = (Path(base) / "text_encoder_2").is_dir()
-    stored = torch.float16 if quanto and paired else dtype  # SDXL's UNet has 10 GB in float32
+    # SDXL's UNet alone has 10 GB in float32.
+    by_layer = quanto and paired and dtype == torch.float32
+    stored, text_dtype = (torch.float16,) * 2 if by_layer else (dtype, text_dtype or dtype)
     unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet", torch_dtype=stored)
-    # Quantized on the host, so that the device never sees the large weights and its peak memory is the step's.
-    if stored != dtype:
-        keep_freed_blocks(1)  # or glibc's heap would grow to three times what is left
-        quantize_layer_by_layer(unet, dtype)
-        keep_freed_blocks(32)  # as the script trains
-    elif quanto:
-        quantize_with_quanto(unet)
-    vae = AutoencoderKL.from_pretrained(base, subfolder="vae", torch_dtype=dtype)
-    text_encoder = CLIPTextModel.from_pretrained(base, subfolder="text_encoder", dtype=text_dtype or dtype)
+    vae = AutoencoderKL.from_pretrained(base, subfolder="vae", torch_dtype=stored)
+    text_encoder = CLIPTextModel.from_pretrained(base, subfolder="text_encoder", dtype=text_dtype)
     if paired:
-        options = {"subfolder": "text_encoder_2", "dtype": text_dtype or dtype}
-        second = CLIPTextModelWithProjection.from_pretrained(base, **options)
+        second = CLIPTextModelWithProjection.from_pretrained(base, subfolder="text_encoder_2", dtype=text_dtype)
         text_encoder = families.PairedTextEncoder(text_encoder, second)
-    for model in (vae, text_encoder) if quanto else ():
-        quantize_with_quanto(model)
-    models = [model.to(device).requires_grad_(False).eval() for model in (unet, vae, text_encoder)]
+    # Quantized on the host, so that the device never sees the large weights and its peak memory is the step's.
+    if by_layer:
+        keep_freed_blocks(1)  # or glibc's heap would grow to three times what is left
+        models = [quantize_layer_by_layer(model, dtype) for model in (unet, vae, text_encoder)]
+        keep_freed_blocks(32)  # as the script trains
+    else:
+        models = [quantize_with_quanto(m) if quanto else m for m in (unet, vae, text_encoder)]
+    models = [model.to(device).requires_grad_(False).eval() for model in models]
     release_freed_memory()
     return Models(*models, DDPMScheduler.from_pretrained(base, subfolder="scheduler"))
 

@@ -3,7 +3,7 @@
 ::
 
     python demo/build_demo_base.py --stages data,clip,vae,latents --keep demo/base --num_renders 20000
-    python demo/build_demo_base_xl.py                   # about an hour on one core; resumable (run it again)
+    python demo/build_demo_base_xl.py                   # under an hour on one core; resumable (run it again)
 
 `demo/base` is the teacher, and nearly all weights start as its own. The first text encoder is the teacher's with one
 layer more, so that its penultimate states are those that the teacher normalizes; the UNet's projections of text take
