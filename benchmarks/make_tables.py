@@ -576,7 +576,8 @@ def targets(steps, memories, signals, scores):
         if e.get("deviation_percent") is not None
     }
     worst = max(deviations, key=lambda key: abs(deviations[key]))
-    shown = f"worst {deviations[worst]:+.1f} % ({worst[4]}, {worst[0]}, {worst[1]} px, n = {worst[2]}) of {len(deviations)} runs"
+    where = f"{worst[4]}, {worst[0]}, {worst[1]} px, n = {worst[2]}"
+    shown = f"worst {deviations[worst]:+.1f} % ({where}) of {len(deviations)} runs"
     judge("`--estimate_memory` against the measured peak", "within 10 %", abs(deviations[worst]), shown, at_most=10)
     of = {
         (r["row"], r["resolution"]): r
