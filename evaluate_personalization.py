@@ -35,14 +35,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageDraw
 from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, CLIPModel
 
 import tuneqdm_pipeline as tuneqdm
-from personalization import arguments, base_model, images, runs, weight_cache
+from personalization import arguments, base_model, embeddings, families, images, runs, weight_cache
 from personalization.errors import InputError, run_script
 
 
@@ -187,19 +186,23 @@ def read_column(given, base):
     file = folder / RESULT_FILE
     try:
         with safe_open(file, framework="pt") as tensors:
-            ((token, shape),) = [(name, tensors.get_slice(name).get_shape()) for name in tensors.keys()]
+            widths = {name: tensors.get_slice(name).get_shape()[-1] for name in tensors.keys()}
+            token = (tensors.metadata() or {}).get("placeholder_token") or next(iter(widths), None)
+        if len(widths) != 1 and list(widths) != sorted(embeddings.PAIR_KEYS):
+            raise ValueError(f"it holds {list(widths)}")
         config = (
             json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")) if (folder / CONFIG_FILE).exists() else {}
         )
         fingerprint = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"--results {given!r} holds no {RESULT_FILE} that can be read ({error}).") from None
-    width = base.text_config.hidden_size
+    found = tuple(widths[key] for key in embeddings.PAIR_KEYS) if len(widths) == 2 else tuple(widths.values())
     trained_on = config.get("base_model")
-    if shape[-1] != width:
+    if found != base.word_widths:
+        numbers = [" and ".join(map(str, each)) for each in (found, base.word_widths)]
         raise InputError(
             f"--results {given!r} was learned on another base{f' ({trained_on})' if trained_on else ''}: its vectors"
-            f" have {shape[-1]} entries and those of {base.source.name!r} {width}."
+            f" have {numbers[0]} entries and those of {base.source.name!r} {numbers[1]}."
         )
     check_base(given, trained_on, base)
     return Column(label, token, folder, fingerprint)
@@ -316,6 +319,19 @@ def draw_missing(output_dir, columns, drawing, pipeline, batch_size):
 
 
 @contextlib.contextmanager
+def pooled_as_trained(column, pipeline):
+    """Pools SDXL's text at the end of the prompt where a result was trained with `--pool_at_eos`."""
+    config = json.loads(column.config_path.read_text(encoding="utf-8")) if column.config_path.is_file() else {}
+    if not config.get("settings", {}).get("pool_at_eos"):
+        yield
+        return
+    encoder = pipeline.text_encoder_2.text_model
+    before, encoder.eos_token_id = encoder.eos_token_id, pipeline.tokenizer_2.eos_token_id
+    yield
+    encoder.eos_token_id = before
+
+
+@contextlib.contextmanager
 def showing(column, pipeline):
     """Yields a pipeline that draws with a column's result; `pipeline` itself is afterwards as it was.
 
@@ -335,9 +351,10 @@ def showing(column, pipeline):
         tuned.set_progress_bar_config(disable=True)
         yield tuned
     elif column.folder is not None:
-        pipeline.load_textual_inversion(str(column.folder), weight_name=RESULT_FILE)
-        yield pipeline
-        pipeline.unload_textual_inversion()
+        embeddings.load_concept(pipeline, column.folder, column.word, RESULT_FILE)
+        with pooled_as_trained(column, pipeline):
+            yield pipeline
+        embeddings.unload_concepts(pipeline)
     else:
         yield pipeline
 
@@ -538,7 +555,8 @@ def parse_args(input_args=None):
 
 def main(args):
     prompts = read_prompts(args.prompts)
-    base = base_model.open_base(base_model.ModelSource(args.pretrained_model_name_or_path, args.revision))
+    source = base_model.ModelSource(args.pretrained_model_name_or_path, args.revision)
+    base = base_model.open_base(source, accepted=families.FAMILIES.values())
     columns = read_columns(args.results, args.class_word, base)
     resolution = base_model.check_resolution(base, args.resolution)
     pictures = images.read_folder(args.reference_images, resolution, True, "--reference_images")
@@ -558,12 +576,11 @@ def main(args):
     )
     claim_images(output_dir, columns, drawing)
 
-    pipeline = StableDiffusionPipeline.from_pretrained(
+    pipeline = base.family.pipeline.from_pretrained(
         base.source.name,
         revision=args.revision,
         dtype=torch.float16 if device.type == "cuda" else torch.float32,
-        safety_checker=None,
-        requires_safety_checker=False,
+        **base.family.pipeline_options,
     ).to(device)
     pipeline.set_progress_bar_config(disable=True)
     draw_missing(output_dir, columns, drawing, pipeline, args.batch_size)

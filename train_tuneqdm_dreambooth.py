@@ -287,7 +287,7 @@ class Learner:
 def draw_batch(subject, sampling, scheduler, generator):
     """A `Batch` on the host: examples of the subject, then of its class, each noised to a timestep of its own."""
     concepts = [concept for concept in (subject.instance, subject.prior) if concept is not None]
-    drawn = [examples.draw_examples(concept, sampling.batch_size, generator) for concept in concepts]
+    drawn = [examples.draw_examples(concept, sampling.batch_size, generator)[:2] for concept in concepts]
     latents, rows = (torch.cat(parts) for parts in zip(*drawn))
     timesteps = draw_timesteps(len(latents), sampling.trained, generator)
     return examples.noise_batch(latents, rows, timesteps, generator, scheduler)

@@ -53,6 +53,7 @@ from personalization import (
     checkpoints,
     embeddings,
     examples,
+    families,
     hub,
     images,
     memory,
@@ -523,14 +524,14 @@ def quantized_share(model, backend):
 
 
 def load_frozen(base, component, backend, compute, cache_dir=None, device=None):
-    """Loads "unet" or "text_encoder" tensor by tensor, quantized on its way: no full-precision copy is ever whole.
+    """Loads a component tensor by tensor, quantized on its way: no full-precision copy is ever whole.
 
-    With "int8" on the CPU the weights are memory-mapped pages of files in `cache_dir`. The text encoder comes without
+    With "int8" on the CPU the weights are memory-mapped pages of files in `cache_dir`. A text encoder comes without
     its token table, see `PromptRows`.
 
     Args:
         base: `Base`.
-        component: which.
+        component: "unet", "text_encoder" or "text_encoder_2".
         backend: of `BACKENDS`.
         compute: `Compute`.
         cache_dir: folder of quantized copies, made on first use; None keeps none.
@@ -546,7 +547,7 @@ def load_frozen(base, component, backend, compute, cache_dir=None, device=None):
     files = base_model.find_weight_files(base, component)
     model = base_model.empty_model(base, component)
     share = quantized_share(model, backend)
-    if component == "text_encoder":
+    if component in base.family.text_encoders:
         model.set_input_embeddings(torch.nn.Identity())
     backend.replace_layers(model, dtype)
     expected = weight_cache.expected_tensors(model, dtype)
@@ -636,7 +637,7 @@ def prediction_errors(candidates, batch, text_encoder, unet, first_id, max_candi
     `first_id + j·k` and its prompts use those ids, so m candidates are just a larger batch.
 
     Args:
-        candidates: `[m, k, d]`.
+        candidates: `[m, k, d]`; of two text encoders with the halves of a word side by side, see `families`.
         batch: `Batch` of b examples.
         text_encoder, unet: frozen modules; the table has room for `max_candidates` (or m) candidates.
         first_id: id of the placeholder's first vector; its k ids are consecutive.
@@ -654,10 +655,11 @@ def prediction_errors(candidates, batch, text_encoder, unet, first_id, max_candi
         shift = num_vectors * torch.arange(m, device=chunk.device).view(m, 1, 1)
         ids = batch.prompt_ids.expand(m, -1, -1)
         ids = torch.where(ids >= first_id, ids + shift, ids).flatten(0, 1)
-        conditioning = text_encoder(ids)[0]
+        encoded = text_encoder(ids)
+        conditioning, added = encoded[0], families.added_conditions(encoded, batch.size_ids.repeat(m, 1))
         noisy = batch.noisy_latents.repeat(m, 1, 1, 1).to(conditioning)
         noisy = noisy.contiguous(memory_format=memory_format or torch.preserve_format)
-        prediction = unet(noisy, batch.timesteps.repeat(m), conditioning, return_dict=False)[0]
+        prediction = unet(noisy, batch.timesteps.repeat(m), conditioning, **added, return_dict=False)[0]
         yield prediction.float().unflatten(0, (m, -1)) - batch.target
 
 
@@ -890,9 +892,9 @@ class Learner:
 
 def draw_batch(concept, sampling, scheduler, generator):
     """A `Batch` on the host: examples of the concept, noised to timesteps by PUTS."""
-    latents, prompt_ids = examples.draw_examples(concept, sampling.batch_size, generator)
+    latents, prompt_ids, size_ids = examples.draw_examples(concept, sampling.batch_size, generator)
     timesteps = sample_puts_timesteps(sampling.batch_size, sampling.min_timestep, sampling.max_timestep, generator)
-    return examples.noise_batch(latents, prompt_ids, timesteps, generator, scheduler)
+    return examples.noise_batch(latents, prompt_ids, timesteps, generator, scheduler, size_ids)
 
 
 @torch.inference_mode()
@@ -982,7 +984,7 @@ def complete_for_base(args, base):
                 f" most {timesteps}."
             )
     args.resolution = base_model.check_resolution(base, args.resolution)
-    dimension = base.text_config.hidden_size
+    dimension = base.word_width
     if args.optimizer == "gauss_newton":
         complete_subspace(args, dimension)
     args.sg_window = min(128, dimension // 6) if args.sg_window is None else args.sg_window
@@ -1024,7 +1026,6 @@ def resolve_settings(args, device):
     if in_int8:  # the UNet: text encoder and VAE are a small part of the time
         compute, precision = compute._replace(dtype=torch.float32), "int8"
     args.activations = "int8" if in_int8 else str(compute.dtype).removeprefix("torch.")
-    complete_for_precision(args, precision)
     if args.optimizer == "gauss_newton" and args.max_candidates_per_forward is None:
         args.max_candidates_per_forward = GAUSS_NEWTON_PASS
     if not on_torch:
@@ -1033,10 +1034,12 @@ def resolve_settings(args, device):
     if args.torch_compile and device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
         raise InputError("--torch_compile needs a C++ compiler on a CPU: install g++ or leave the flag out.")
     source = base_model.ModelSource(args.pretrained_model_name_or_path, args.revision, args.variant)
-    base = base_model.open_base(source, args.tokenizer_name)
+    base = base_model.open_base(source, args.tokenizer_name, families.FAMILIES.values())
+    families.complete_settings(args, base.family)
+    complete_for_precision(args, precision)
     complete_for_base(args, base)
     word = args.placeholder_token, args.num_vectors, args.initializer_token
-    return base, prompts.add_placeholder(base.tokenizer, *word), compute
+    return base, prompts.add_placeholder(base.tokenizer, *word, base.tokenizers[1:]), compute
 
 
 # Settings that decide a run's trajectory: a checkpoint only resumes under the same ones.
@@ -1047,12 +1050,13 @@ TRAJECTORY_SETTINGS = (
     " num_perturbations gradient_estimator sg_window sg_threshold subspace subspace_dimension subspace_growth"
     " subspace_words gn_ridge gn_memory gn_averaging gn_max_step puts_min_timestep puts_max_timestep learning_rate"
     " scale_lr lr_scheduler lr_warmup_steps lr_num_cycles adam_beta1 adam_beta2 adam_weight_decay adam_epsilon"
+    " pool_at_eos"
 ).split()
 
 
 def estimate_memory(args, base, compute):
     """The `MemoryPrediction` of a run, from the configs alone."""
-    networks = (base_model.empty_model(base, name) for name in ("text_encoder", "unet", "vae"))
+    networks = base_model.empty_text_encoder(base), *(base_model.empty_model(base, name) for name in ("unet", "vae"))
     plan = memory.MemoryPlan(
         examples=candidates_per_pass(args) * args.train_batch_size,
         resolution=args.resolution,
@@ -1060,7 +1064,7 @@ def estimate_memory(args, base, compute):
         streamed=args.low_vram,
         openvino=args.unet_backend == "openvino",
         images=bool(args.validation_prompt),
-        coordinates=candidates_per_step(args) * args.num_vectors * base.text_config.hidden_size,
+        coordinates=candidates_per_step(args) * args.num_vectors * base.word_width,
     )
     return memory.predict_memory(*networks, BACKENDS[args.quantization], plan, base, compute)
 
@@ -1077,27 +1081,22 @@ PUBLICATION = hub.Publication(
     script=Path(__file__),
     config_name="zoodip_config.json",
     result_name="learned_embeds.safetensors",
-    files=("learned_embeds-best.safetensors", "learned_embeds.pt", "loss_curve.png", "samples/*.png"),
-    pipeline_name="zoodip_pipeline.py",
+    files=("learned_embeds-best.safetensors", "learned_embeds.pt", "loss_curve.png", "samples/*.png")
+    + embeddings.PAIR_FILES,
+    pipeline_name=families.SD1.pipeline_file,
+    pipeline_of_family={name: family.pipeline_file for name, family in families.FAMILIES.items()},
     tags=("zoodip", "textual_inversion", "diffusers-training", "stable-diffusion", "diffusers"),
 )
 
-# Sets of defaults, which flags overrule. "paper": ZOODiP on Stable Diffusion 1.5. "fast": what docs/results.md found.
+# Sets of defaults, which flags overrule. "paper": ZOODiP's. "fast": what docs/results.md found. What is None follows
+# from the family of the base.
+WINDOW = {"puts_min_timestep": None, "puts_max_timestep": None}
 RECIPES = {
-    "paper": {
-        "optimizer": "zo_adam",
-        "num_perturbations": 2,
-        "learning_rate": 5e-3,
-        "sg_threshold": 1e-3,
-        "puts_min_timestep": 500,
-        "puts_max_timestep": 900,
-        "train_batch_size": 1,
-        "max_train_steps": 30_000,
-    },
+    "paper": {"optimizer": "zo_adam", "num_perturbations": 2, "learning_rate": None, "sg_threshold": 1e-3}
+    | {**WINDOW, "train_batch_size": 1, "max_train_steps": None},
     "fast": {
+        **WINDOW,
         "optimizer": "gauss_newton",
-        "puts_min_timestep": 500,
-        "puts_max_timestep": 900,
         "train_batch_size": 1,
         "max_train_steps": 250,
         "logging_steps": 5,
@@ -1137,6 +1136,8 @@ def parse_args(input_args=None):
     add_concept_arguments(arguments.add_data_arguments(parser).add_argument)
     add_zeroth_order_arguments(parser.add_argument_group("zeroth-order optimization").add_argument)
     arguments.add_training_arguments(parser)
+    rate = "Learning rate of ZO-Adam. Default: the paper's, 5e-3 (Stable Diffusion 2.x: 1e-2)."
+    arguments.adapt(parser, "learning_rate", None, rate)
     add_held_out_arguments(arguments.add_validation_arguments(parser).add_argument)
     add_result_arguments(arguments.add_saving_arguments(parser).add_argument)
     arguments.add_hub_arguments(parser)
@@ -1207,6 +1208,12 @@ def add_concept_arguments(add):
         help="Which Textual Inversion templates caption the images that have no caption.",
     )
     add("--repeats", type=int, default=100, help="Times an epoch shows every image.")
+    add(
+        "--pool_at_eos",
+        action="store_true",
+        help="SDXL: pool the second text encoder at the end of the prompt, as ComfyUI and kohya do, and not at the new"
+        " word, as diffusers does. The same word draws differently there and here.",
+    )
     add("--flip_probability", type=float, default=0.5, help="How often images are mirrored; 0 if sides matter.")
 
 
@@ -1281,8 +1288,8 @@ def add_zeroth_order_arguments(add):
         " is; 0: the last one.",
     )
     add("--gn_max_step", type=float, default=1.0, help="Longest step of the embedding, in its own units.")
-    add("--puts_min_timestep", type=int, default=500, help="T_L of PUTS, inclusive.")
-    add("--puts_max_timestep", type=int, default=900, help="T_U of PUTS, exclusive; 0/1000 is uniform.")
+    add("--puts_min_timestep", type=int, help="T_L of PUTS, inclusive. Default: 500, for SDXL 700.")
+    add("--puts_max_timestep", type=int, help="T_U of PUTS, exclusive; 0/1000 is uniform. Default: 900.")
 
 
 def add_held_out_arguments(add):
@@ -1308,11 +1315,6 @@ def check_arguments(parser, args):
     arguments.check_shared_arguments(parser, args)
     if args.sg_window == 1:
         parser.error("--sg_window 1 holds no trajectory: give at least 2, or 0 to switch Subspace Gradient off.")
-    if args.puts_min_timestep >= args.puts_max_timestep:
-        parser.error(
-            f"--puts_min_timestep {args.puts_min_timestep} must be below --puts_max_timestep"
-            f" {args.puts_max_timestep}; the paper uses 500 and 900."
-        )
     if args.unet_backend == "openvino" and not BACKENDS[args.quantization].flexible:
         parser.error(f"--unet_backend openvino takes --quantization int8 or none, not {args.quantization}.")
     in_int8 = args.openvino_precision == "int8"
@@ -1361,6 +1363,10 @@ class Run:
     def output_dir(self):
         return Path(self.args.output_dir)
 
+    def save(self, name, theta, save=embeddings.save_result):
+        """Saves an embedding `[k, d]` in the run's folder."""
+        save(self.results, name, self.args.placeholder_token, theta, self.base.word_widths)
+
     def state(self):
         """The `CheckpointState`."""
         shared = {"progress": asdict(self.progress), "history": asdict(self.history), "best": self.best}
@@ -1378,7 +1384,7 @@ def read_pictures(args):
 
 
 def load_networks(args, base, compute, layers_dir=None):
-    """Loads text encoder and UNet, frozen and quantized, the UNet ready for its engine.
+    """Loads text encoders and UNet, frozen and quantized, the UNet ready for its engine.
 
     Args:
         args: resolved settings.
@@ -1387,12 +1393,12 @@ def load_networks(args, base, compute, layers_dir=None):
         layers_dir: `TemporaryDirectory` of the layers that `--low_vram` streams from disk on a CPU.
 
     Returns:
-        The text encoder, the UNet, and the `StoredModel` of each. With `--openvino_precision int8` there is no UNet
-        yet, but None: see `load_calibrated_unet`.
+        The text encoder (a pair is joined), the UNet, and the `StoredModel` of each. With `--openvino_precision int8`
+        there is no UNet yet, but None: see `load_calibrated_unet`.
     """
     backend = BACKENDS[args.quantization]
     cache_dir = None if args.quantized_cache_dir == "none" else args.quantized_cache_dir
-    text_encoder, text_share = load_frozen(base, "text_encoder", backend, compute, cache_dir)
+    text_encoder, stored_text = load_text_encoder(base, backend, compute, cache_dir, args.pool_at_eos)
     if args.openvino_precision == "int8":
         unet, stored_unet = None, None
     elif args.unet_backend == "openvino":
@@ -1405,7 +1411,16 @@ def load_networks(args, base, compute, layers_dir=None):
         stream_weights(unet, compute.device, layers_dir and layers_dir.name)
     if args.torch_compile:
         unet.compile(mode="reduce-overhead", dynamic=False)
-    return text_encoder, unet, base_model.StoredModel(memory.tensor_bytes(text_encoder), text_share), stored_unet
+    return text_encoder, unet, stored_text, stored_unet
+
+
+def load_text_encoder(base, backend, compute, cache_dir=None, pool_at_eos=False):
+    """All text encoders of a base as one frozen, quantized module; and its `StoredModel`. Arguments: `load_frozen`."""
+    names, share = base.family.text_encoders, quantized_share(base_model.empty_text_encoder(base), backend)
+    text_encoder = base.family.join([load_frozen(base, name, backend, compute, cache_dir)[0] for name in names])
+    if pool_at_eos:
+        text_encoder.pool_at(base.tokenizer.eos_token_id)
+    return text_encoder, base_model.StoredModel(memory.tensor_bytes(text_encoder), share)
 
 
 def load_openvino_unet(args, base, compute, cache_dir, calibration=None):
@@ -1439,17 +1454,20 @@ def assemble_model(args, base, placeholder, prompt_ids, text_encoder, unet, comp
         prompt_ids: of the concept's prompts `[P, length]`.
 
     Returns:
-        `FrozenModel`, and where θ starts, float32 `[d]`.
+        `FrozenModel`, and where θ starts, float32 `[d]`: at the initializer, of two text encoders the word of each.
     """
-    table = base_model.load_token_table(base)
-    of_images = prompts.tokenize(base.tokenizer, [placeholder.expand(args.validation_prompt or ""), ""])
+    tables = base_model.load_token_tables(base)
+    texts = [placeholder.expand(args.validation_prompt or ""), ""]
+    of_images = prompts.tokenize(base.tokenizer, texts, base.tokenizers[1:])
     in_use = torch.cat([prompt_ids.flatten(), of_images.flatten()])
     num_rows = candidates_per_pass(args) * placeholder.num_vectors
-    rows = PromptRows(table, in_use, placeholder.first_id, num_rows, compute.device, compute.dtype)
-    text_encoder.set_input_embeddings(rows)
+    for encoder, table in zip(base.family.parts(text_encoder), tables):
+        rows = PromptRows(table, in_use, placeholder.first_id, num_rows, compute.device, compute.dtype)
+        encoder.set_input_embeddings(rows)
     limit = args.max_candidates_per_forward
     model = FrozenModel(text_encoder, unet, base.scheduler, placeholder.first_id, limit, compute)
-    return model, table[placeholder.initializer_id].float().to(compute.device)
+    initial = torch.cat([table[placeholder.initializer_id].float() for table in tables])
+    return model, initial.to(compute.device)
 
 
 CALIBRATION_PASSES = 24
@@ -1477,7 +1495,8 @@ def load_calibrated_unet(args, base, compute, model, learner, concept, pictures_
     """
     settings = [getattr(args, name) for name in CALIBRATION_SETTINGS]
     source = settings, pictures_digest, concept.prompt_ids.tolist(), concept.prompts_of_image
-    files = [path for part in ("text_encoder", "vae") for path in base_model.find_weight_files(base, part)]
+    parts = base.family.components[1:]
+    files = [path for part in parts for path in base_model.find_weight_files(base, part)]
     draw = functools.partial(draw_calibration, args, model, learner, concept)
     cache_dir = None if args.quantized_cache_dir == "none" else args.quantized_cache_dir
     calibration = openvino_unet.Calibration(source, files, draw)
@@ -1490,8 +1509,8 @@ def draw_calibration(args, model, learner, concept):
     """Inputs of the UNet as in the first step of training: passes of θ and candidates, each on examples of its own."""
     generator, inputs = torch.Generator().manual_seed(args.seed), []
 
-    def record(*given, return_dict):
-        inputs.append(given)
+    def record(*given, return_dict, added_cond_kwargs=None):
+        inputs.append((*given, *(added_cond_kwargs or {}).values()))
         return (torch.zeros_like(given[0]),)
 
     directions = learner.rule.solver.directions
@@ -1515,13 +1534,14 @@ def choose_directions(args, base, placeholder, prompt_ids):
     Raises:
         InputError: the prompts have too few words to tell directions.
     """
-    table, dimension = base_model.load_token_table(base), base.text_config.hidden_size
+    tables, dimension = base_model.load_token_tables(base), base.word_width
+    table = tables[0] if len(tables) == 1 else torch.cat(tables, dim=1)  # of two, a word is a row of both
     if args.subspace == "none":
         return torch.eye(dimension)
     if args.subspace == "vocabulary":
         return vocabulary_directions(table, dimension, args.subspace_words)
     ids = prompt_ids.unique()
-    special = torch.tensor(base.tokenizer.all_special_ids)
+    special = torch.tensor([i for tokenizer in base.tokenizers for i in tokenizer.all_special_ids])
     ids = ids[(ids < placeholder.first_id) & ~torch.isin(ids, special)]
     if len(ids) < 2:
         raise InputError(
@@ -1654,7 +1674,7 @@ def train(run):
                 validate(run)
             if step % args.save_steps == 0 and accelerator.is_main_process:
                 name = f"learned_embeds-steps-{step}.safetensors"
-                embeddings.try_to_save_embeds(run.results, name, args.placeholder_token, learner.result)
+                run.save(name, learner.result, embeddings.try_to_save_embeds)
             progress.seconds = seconds_before + time.perf_counter() - started
             if step % args.checkpointing_steps == 0:
                 checkpoints.save_checkpoint(accelerator, run.output_dir, run.state(), args.checkpoints_total_limit)
@@ -1675,7 +1695,7 @@ def check_finite(run, loss, last_good):
     if math.isfinite(loss) and bool(run.learner.theta.isfinite().all()):
         return
     if run.accelerator.is_main_process:
-        embeddings.save_result(run.results, PUBLICATION.result_name, run.args.placeholder_token, last_good)
+        run.save(PUBLICATION.result_name, last_good)
     raise DivergedError(
         f"the loss became {loss} at step {run.progress.step}: training stopped and the last good embedding is in"
         f" {run.args.output_dir}/learned_embeds.safetensors; try a smaller --learning_rate than"
@@ -1698,7 +1718,7 @@ def validate(run):
         progress.best_loss, progress.best_step, progress.validations_without_gain = loss, step, 0
         run.best = theta.clone()
         if run.accelerator.is_main_process:
-            embeddings.try_to_save_embeds(run.results, PUBLICATION.best_name, run.args.placeholder_token, theta)
+            run.save(PUBLICATION.best_name, theta, embeddings.try_to_save_embeds)
 
 
 @torch.inference_mode()
@@ -1719,7 +1739,8 @@ def draw_samples(run):
     """Images of `--validation_prompt` with θ in place."""
     args, model = run.args, run.model
     rows, prompt = model.text_encoder.get_input_embeddings(), run.placeholder.fill(args.validation_prompt)
-    rows.check(prompts.tokenize(run.base.tokenizer, [run.placeholder.expand(prompt), ""]))
+    texts = [run.placeholder.expand(prompt), ""]
+    rows.check(prompts.tokenize(run.base.tokenizer, texts, run.base.tokenizers[1:]))
     rows.write(run.learner.result[None])
     what = prompt, args.num_validation_images, args.seed
     options = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
@@ -1745,7 +1766,7 @@ def finish(run, pictures, components, repo_id):
         RunError: something could not be written; what could is there.
     """
     args, theta, compute = run.args, run.learner.result, run.model.compute
-    embeddings.save_result(run.results, PUBLICATION.result_name, args.placeholder_token, theta)
+    run.save(PUBLICATION.result_name, theta)
     samples = draw_validation_images(run) or []
     figures = runs.describe_figures(run.progress, run.history, compute.device)
     if args.optimizer == "gauss_newton":
@@ -1754,8 +1775,11 @@ def finish(run, pictures, components, repo_id):
     base_license = hub.base_license(args.pretrained_model_name_or_path)
     config = runs.describe_result(args, "ZOODiP (arXiv 2503.14868)", base_license, compute, components, figures)
     config["run"], run.model = run.id, None  # the full pipeline takes its place in memory
-    result = Result(args.placeholder_token, theta, run.best, run.history, samples, pictures, config)
-    full_pipeline = (run.base.source, compute.dtype) if args.save_as_full_pipeline else None
+    family, widths = run.base.family, run.base.word_widths
+    config["family"] = family.name
+    result = Result(args.placeholder_token, theta, run.best, run.history, samples, pictures, config, widths)
+    what = run.base.source, compute.dtype, args.placeholder_token, family
+    full_pipeline = what if args.save_as_full_pipeline else None
     write_result(result, run.results, PUBLICATION, repo_id, args.save_a1111, full_pipeline)
     return config
 
@@ -1790,19 +1814,20 @@ def main(args):
 
 def learn_concept(args, accelerator, base, placeholder, compute):
     """A run in `--output_dir`, which is its own, from the pictures to the push."""
-    if args.recipe:
-        chosen = ", ".join(f"{name} {getattr(args, name)}" for name in RECIPES[args.recipe])
-        logger.info(f"Recipe {args.recipe}: {chosen}")
     # 1. Everything that can be wrong is checked before anything slow starts.
     memory.warn_if_too_large(args, SMALLER, lambda settings: estimate_memory(settings, base, compute), compute.device)
     if args.validation_prompt and placeholder.token not in placeholder.fill(args.validation_prompt):
         logger.warning(f"--validation_prompt {args.validation_prompt!r} does not contain {placeholder.token}.")
     pictures = read_pictures(args)
-    captions = prompts.build_prompts(pictures, placeholder, base.tokenizer, args.learnable_property)
+    words = base.tokenizer, args.learnable_property, base.tokenizers[1:]
+    captions = prompts.build_prompts(pictures, placeholder, *words)
     if args.max_train_steps is None:  # the last of the defaults, known once the pictures are
-        steps = RECIPES["fast" if args.optimizer == "gauss_newton" else "paper"]["max_train_steps"]
-        per_epoch = len(pictures) * args.repeats
+        defaults = RECIPES["fast"] if args.optimizer == "gauss_newton" else base.family.paper
+        steps, per_epoch = defaults["max_train_steps"], len(pictures) * args.repeats
         args.max_train_steps = runs.training_length(args, per_epoch, accelerator.num_processes, steps)
+    if args.recipe:
+        chosen = ", ".join(f"{name} {getattr(args, name)}" for name in RECIPES[args.recipe])
+        logger.info(f"Recipe {args.recipe}: {chosen}")
     settings = checkpoints.trajectory_settings(args, TRAJECTORY_SETTINGS, accelerator.num_processes, pictures)
     checkpoint = checkpoints.find_checkpoint(args.resume_from_checkpoint, args.output_dir, settings)
     base_model.check_weights(base)  # last of the checks: of a model on the Hub it downloads the weights

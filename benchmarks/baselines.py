@@ -16,14 +16,15 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import CLIPTextModel
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent))  # the training script lies beside this folder
 
+from personalization import families  # noqa: E402
 from personalization.examples import Batch  # noqa: E402
-from personalization.memory import release_freed_memory  # noqa: E402
+from personalization.memory import keep_freed_blocks, release_freed_memory  # noqa: E402
 from train_zoodip_textual_inversion import SubspaceGradient, normalize_estimate, sample_puts_timesteps  # noqa: E402
 
 
@@ -43,16 +44,63 @@ def quantize_with_quanto(model):
     return model
 
 
+def quantize_layer_by_layer(model, dtype):
+    """The same of a model in another dtype, which becomes `dtype` layer by layer: it is never whole in it."""
+    from optimum.quanto import qint8, quantize
+
+    for name in [name for name, _ in model.named_modules()]:  # names only, so that the layers themselves can leave
+        layer = model.get_submodule(name)
+        if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)):
+            layer.to(dtype)
+            quantize(model, weights=qint8, include=[name])
+            model.get_submodule(name).freeze()
+        elif not list(layer.children()):
+            layer.to(dtype)
+    return model
+
+
 def load_models(base, device="cpu", dtype=torch.float32, text_dtype=None, quanto=False):
-    """Loads the frozen models of `base` in `dtype` (text encoder: `text_dtype`), quantized with quanto on request."""
-    unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet", torch_dtype=dtype)
-    vae = AutoencoderKL.from_pretrained(base, subfolder="vae", torch_dtype=dtype)
-    text_encoder = CLIPTextModel.from_pretrained(base, subfolder="text_encoder", dtype=text_dtype or dtype)
+    """Loads the frozen models of `base` in `dtype` (text encoder: `text_dtype`), quantized with quanto on request.
+
+    SDXL's two text encoders come joined, as `families.PairedTextEncoder`.
+    """
+    paired = (Path(base) / "text_encoder_2").is_dir()
+    # SDXL's UNet alone has 10 GB in float32.
+    by_layer = quanto and paired and dtype == torch.float32
+    stored, text_dtype = (torch.float16,) * 2 if by_layer else (dtype, text_dtype or dtype)
+    unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet", torch_dtype=stored)
+    vae = AutoencoderKL.from_pretrained(base, subfolder="vae", torch_dtype=stored)
+    text_encoder = CLIPTextModel.from_pretrained(base, subfolder="text_encoder", dtype=text_dtype)
+    if paired:
+        second = CLIPTextModelWithProjection.from_pretrained(base, subfolder="text_encoder_2", dtype=text_dtype)
+        text_encoder = families.PairedTextEncoder(text_encoder, second)
     # Quantized on the host, so that the device never sees the large weights and its peak memory is the step's.
-    models = [(quantize_with_quanto(m) if quanto else m).to(device) for m in (unet, vae, text_encoder)]
-    models = [model.requires_grad_(False).eval() for model in models]
+    if by_layer:
+        keep_freed_blocks(1)  # or glibc's heap would grow to three times what is left
+        models = [quantize_layer_by_layer(model, dtype) for model in (unet, vae, text_encoder)]
+        keep_freed_blocks(32)  # as the script trains
+    else:
+        models = [quantize_with_quanto(m) if quanto else m for m in (unet, vae, text_encoder)]
+    models = [model.to(device).requires_grad_(False).eval() for model in models]
     release_freed_memory()
     return Models(*models, DDPMScheduler.from_pretrained(base, subfolder="scheduler"))
+
+
+def text_encoders(models):
+    """Its text encoders: one, or SDXL's two."""
+    text_encoder = models.text_encoder
+    return (
+        families.SDXL.parts(text_encoder) if isinstance(text_encoder, families.PairedTextEncoder) else (text_encoder,)
+    )
+
+
+def add_row(models):
+    """Adds one row, a new word, to the token table of each text encoder; returns its id."""
+    encoders = text_encoders(models)
+    placeholder_id = encoders[0].get_input_embeddings().num_embeddings
+    for encoder in encoders:
+        encoder.resize_token_embeddings(placeholder_id + 1, mean_resizing=False)
+    return placeholder_id
 
 
 class _TextualInversion:
@@ -61,19 +109,25 @@ class _TextualInversion:
     def __init__(self, models, resolution, batch_size, device, dtype, seed, placeholder_id, initializer_id):
         self.unet, self.vae, self.text_encoder, self.scheduler = models
         self.device, self.dtype = torch.device(device), dtype
-        if placeholder_id is None:  # a new word: one row more
-            placeholder_id = self.text_encoder.get_input_embeddings().num_embeddings
-            self.text_encoder.resize_token_embeddings(placeholder_id + 1, mean_resizing=False)
+        if placeholder_id is None:
+            placeholder_id = add_row(models)
         self.placeholder_id = placeholder_id
-        self.table = self.text_encoder.get_input_embeddings().weight
+        encoders = text_encoders(models)
+        self.tables = [encoder.get_input_embeddings().weight for encoder in encoders]
+        self.table = self.tables[0]
         with torch.no_grad():
-            self.table[placeholder_id] = self.table[initializer_id]
+            for table in self.tables:
+                table[placeholder_id] = table[initializer_id]
         self.generator = torch.Generator(self.device).manual_seed(seed)
         random = {"generator": self.generator, "device": self.device}
         self.pixels = (torch.rand(batch_size, 3, resolution, resolution, **random) * 2 - 1).to(dtype)
-        length = self.text_encoder.config.max_position_embeddings
-        self.prompt_ids = torch.randint(placeholder_id, (batch_size, length), **random)
-        self.prompt_ids[:, min(5, length - 1)] = placeholder_id
+        length = encoders[0].config.max_position_embeddings
+        self.prompt_ids = torch.randint(placeholder_id, (batch_size, len(encoders) * length), **random)
+        self.prompt_ids[:, min(5, length - 1) :: length] = placeholder_id
+        self.size_ids = torch.empty(batch_size, 0, device=self.device)
+        if len(encoders) == 2:
+            sizes = torch.tensor([resolution, resolution, 0, 0, resolution, resolution], device=self.device)
+            self.size_ids = sizes.float().repeat(batch_size, 1)
 
     @torch.no_grad()
     def draw_batch(self, min_timestep, max_timestep):
@@ -85,16 +139,27 @@ class _TextualInversion:
         velocity = self.scheduler.config.prediction_type == "v_prediction"
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
         target = self.scheduler.get_velocity(latents, noise, timesteps) if velocity else noise
-        return Batch(noisy, target, timesteps, self.prompt_ids)
+        return Batch(noisy, target, timesteps, self.prompt_ids, self.size_ids)
+
+    @property
+    def word(self):
+        """The placeholder's row, of two text encoders both side by side, `[1, d]`."""
+        return torch.cat([table[self.placeholder_id] for table in self.tables]).detach()[None]
+
+    def write(self, theta):
+        """Puts θ `[1, d]` into the placeholder's rows."""
+        for table, part in zip(self.tables, theta[0].split([table.shape[1] for table in self.tables])):
+            table[self.placeholder_id] = part.to(table)
 
     def loss(self, batch):
         """The denoising loss (float32 scalar) of one forward pass of text encoder and UNet with the table as it is."""
         # Only where the text encoder is kept more precise than the UNet does autocast change anything.
         mixed = self.dtype != torch.float32 and self.table.dtype == torch.float32
         with torch.autocast(self.device.type, self.dtype, enabled=mixed):
-            conditioning = self.text_encoder(batch.prompt_ids)[0].to(self.dtype)
+            encoded = self.text_encoder(batch.prompt_ids)
+        conditioning, added = encoded[0].to(self.dtype), families.added_conditions(encoded, batch.size_ids)
         noisy = batch.noisy_latents.to(self.dtype)
-        prediction = self.unet(noisy, batch.timesteps, conditioning, return_dict=False)[0]
+        prediction = self.unet(noisy, batch.timesteps, conditioning, **added, return_dict=False)[0]
         return F.mse_loss(prediction.float(), batch.target.float())
 
 
@@ -125,14 +190,13 @@ class OfficialLoop(_TextualInversion):
         models = models if isinstance(models, Models) else load_models(models, device, dtype, quanto=True)
         super().__init__(models, resolution, batch_size, device, dtype, seed, placeholder_id, initializer_id)
         self.n, self.mu, self.timesteps = num_perturbations, perturbation_scale, timesteps
-        self.theta = self.table[self.placeholder_id].detach().float().clone()[None]  # [1, d]
+        self.theta = self.word.float().clone()  # [1, d]
         self.optimizer = torch.optim.Adam([self.theta], lr=learning_rate, eps=1e-3)
         self.subspace = SubspaceGradient(sg_window, sg_threshold)
 
     @torch.no_grad()
     def estimate(self, batch, directions=None):
         """Forward-difference estimate `[1, d]` (Eq. 3) and L(θ); `directions` `[n, 1, d]` are drawn unless given."""
-        row = self.table[self.placeholder_id : self.placeholder_id + 1]
         base_loss = self.loss(batch)
         gradient = torch.zeros_like(self.theta)
         for i in range(self.n):
@@ -140,9 +204,9 @@ class OfficialLoop(_TextualInversion):
                 direction = torch.randn(self.theta.shape, generator=self.generator, device=self.device)
             else:
                 direction = directions[i]
-            row.copy_(self.theta + self.mu * direction)
+            self.write(self.theta + self.mu * direction)
             gradient += (self.loss(batch) - base_loss) / self.mu * direction
-            row.copy_(self.theta)
+            self.write(self.theta)
         return gradient / self.n, base_loss
 
     @torch.no_grad()
@@ -152,7 +216,7 @@ class OfficialLoop(_TextualInversion):
         self.theta.grad = normalize_estimate(projected, self.n, self.subspace.num_removed)
         self.optimizer.step()
         self.subspace.update(self.theta)
-        self.table[self.placeholder_id] = self.theta[0].to(self.table)
+        self.write(self.theta)
         return loss
 
 

@@ -456,7 +456,12 @@ def parse_args():
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    add("--architecture", choices=["sd15", "sd21", "demo"], default="sd15", help="demo: the repository's small base.")
+    add(
+        "--architecture",
+        choices=["sd15", "sd21", "sdxl", "demo"],
+        default="sd15",
+        help="demo: the repository's small base.",
+    )
     add("--rows", nargs="+", choices=list(ROWS), help="Default: all that make sense on the device.")
     add("--resolutions", nargs="+", type=int, help="Default: 256 and 512 px, or 64 px for demo.")
     add("--num_perturbations", type=int, default=2, help="n, unless the row has its own.")

@@ -47,7 +47,7 @@ from bench_real_photos import cpu_name  # noqa: E402
 from bench_signal import installed  # noqa: E402
 
 import train_zoodip_textual_inversion as zoodip  # noqa: E402
-from personalization import examples, memory, prompts, runs  # noqa: E402
+from personalization import examples, families, memory, prompts, runs  # noqa: E402
 from personalization.base_model import ModelSource, empty_model, open_base  # noqa: E402
 
 
@@ -103,7 +103,8 @@ class OurStep:
             if args.torch_compile:
                 torch.compiler.reset()  # shapes are static, and after eight of them it would no longer compile
         pictures = zoodip.read_pictures(args)
-        captions = prompts.build_prompts(pictures, placeholder, base.tokenizer, args.learnable_property)
+        words = base.tokenizer, args.learnable_property, base.tokenizers[1:]
+        captions = prompts.build_prompts(pictures, placeholder, *words)
         self.concept = random_concept(args, base, captions)
         self.model, initial = zoodip.assemble_model(
             args, base, placeholder, self.concept.prompt_ids, text_encoder, unet, compute
@@ -137,7 +138,11 @@ def random_concept(args, base, captions):
     generator = torch.Generator().manual_seed(0)
     mean = torch.randn(2, len(prompts_of_image), channels, size, size, generator=generator) / scaling_factor
     moments = torch.cat([mean, torch.full_like(mean, -10.0)], dim=2)
-    return examples.Concept(moments, args.flip_probability, scaling_factor, prompt_ids, prompts_of_image)
+    size_ids = None
+    if base.family.crops:
+        side = args.resolution
+        size_ids = torch.tensor([side, side, 0, 0, side, side]).float().expand(2, len(prompts_of_image), 6)
+    return examples.Concept(moments, args.flip_probability, scaling_factor, prompt_ids, prompts_of_image, size_ids)
 
 
 class Baseline:
@@ -159,7 +164,7 @@ class Baseline:
     def configure(self, resolution, batch_size, num_perturbations):
         self.loop = None  # the old optimizer leaves before the new one comes
         where = {"device": self.device, "dtype": self.dtype, "batch_size": batch_size}
-        last = self.models.text_encoder.get_input_embeddings().num_embeddings - 1
+        last = baselines.text_encoders(self.models)[0].get_input_embeddings().num_embeddings - 1
         if self.kind == "official":
             where |= {"num_perturbations": num_perturbations, "placeholder_id": last}
             self.loop = baselines.OfficialLoop(self.models, resolution, **where)
@@ -248,7 +253,7 @@ class Bench:
         self.args, self.device = args, torch.device(args.device)
         demo = args.architecture == "demo"
         self.base = ROOT / "demo" / "base" if demo else random_base.build(args.architecture, CACHE / args.architecture)
-        base = open_base(ModelSource(str(self.base)))
+        base = open_base(ModelSource(str(self.base)), accepted=families.FAMILIES.values())
         self.factor = base.vae_factor
         self.parameters = sum(p.numel() for p in empty_model(base, "unet").parameters())
         self.measured = set()  # keys of this run: a reference row counts with its first group
@@ -307,8 +312,7 @@ class Bench:
         official = row.kind == "official"
         text_dtype = None if official else torch.float32  # as diffusers' textual inversion keeps it
         models = baselines.load_models(self.base, self.device, FLOAT[row.precision], text_dtype, quanto=official)
-        words = models.text_encoder.get_input_embeddings().num_embeddings
-        models.text_encoder.resize_token_embeddings(words + 1, mean_resizing=False)
+        baselines.add_row(models)
         if row.kind == "floor" and self.device.type == "cuda":
             models.unet.to(memory_format=torch.channels_last)
         return models
@@ -317,11 +321,12 @@ class Bench:
         """Seconds per step of `steps` steps, the device's work included."""
         step.prepare()
         self.wait()
-        started = time.perf_counter()
+        clock = time.process_time if self.args.cpu_seconds else time.perf_counter
+        started = clock()
         for _ in range(steps):
             step.step()
         self.wait()
-        return (time.perf_counter() - started) / steps
+        return (clock() - started) / steps
 
     def wait(self):
         if self.device.type == "cuda":
@@ -428,6 +433,7 @@ class Bench:
                         for other, value in medians.items()
                         if other != name and (other in REFERENCES or ROWS[other].kind == "floor")
                     },
+                    "cpu_seconds": self.args.cpu_seconds,
                     "arithmetic_floor": floor,
                     "loss_deviation_from_ours_int8": agreement.get(name),
                     "interleaved_with": [other for other in seconds if other != name],
@@ -580,7 +586,11 @@ def scale_processes(args):
 def parse_args(words=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="Rows: " + ", ".join(ROWS))
     add = parser.add_argument
-    add("--architecture", choices=["sd15", "sd21", "demo"], help="Default: sd15; demo is demo/base itself, quick.")
+    add(
+        "--architecture",
+        choices=["sd15", "sd21", "sdxl", "demo"],
+        help="Default: sd15; demo is demo/base itself, quick.",
+    )
     add("--rows", nargs="+", choices=ROWS, metavar="ROW", help="What to measure. Default: what suits the device.")
     add("--resolutions", nargs="+", type=int, help="Default: 256 on a CPU, 512 on CUDA, 64 for demo.")
     add("--num_perturbations", nargs="+", type=int, default=[2], help="n, each. Default: 2.")
@@ -589,6 +599,11 @@ def parse_args(words=None):
     add("--steps", type=int, help="Steps of one measurement. Default: 1 on a CPU, 10 on CUDA.")
     add("--warmup", type=int, help="Steps before. Default: 1 on a CPU, 3 on CUDA (compiled graphs are recorded late).")
     add("--device", choices=["cpu", "cuda"], help="Default: cuda where there is one.")
+    add(
+        "--cpu_seconds",
+        action="store_true",
+        help="Take the process's CPU time instead of the clock's, on a machine with other work; with one thread only.",
+    )
     add("--memory_gb", type=float, help="For models at one time. Default: 65%% of what is free now.")
     add("--reduced", action="store_true", help="The short comparison on a CPU: SD 1.5, 256 px, n = 2, 2 rounds.")
     add(
@@ -598,6 +613,8 @@ def parse_args(words=None):
     add("--cache_dir", type=Path, default=CACHE / "quantized", help="The script's --quantized_cache_dir.")
     add("--output", type=Path, help="The result. Default: benchmarks/results/step_<device>.json.")
     args = parser.parse_args(words)
+    if args.cpu_seconds and torch.get_num_threads() > 1:
+        parser.error("--cpu_seconds counts all threads together: set OMP_NUM_THREADS=1.")
     if args.processes:
         args.architecture, args.device = "demo", "cpu"
     if args.reduced:

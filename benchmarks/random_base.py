@@ -15,12 +15,12 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 
 HERE = Path(__file__).resolve().parent
-# SDXL has configs too, for its size and FLOPs, but two text encoders, which the training script refuses.
 ARCHITECTURES = sorted(path.parent.name for path in (HERE / "configs").glob("*/text_encoder.json"))
+TEXT_ENCODERS = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}  # SDXL has both
 TOKENIZER = HERE.parent / "demo" / "base" / "tokenizer"
 
 
@@ -40,11 +40,21 @@ def build(architecture, folder):
         gc.collect()
         tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
         special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-        CLIPTextModel(CLIPTextConfig(**configs["text_encoder"], **special)).save_pretrained(folder / "text_encoder")
+        for name in TEXT_ENCODERS.keys() & configs.keys():
+            old = {"eos_token_id": 2} if name == "text_encoder_2" else {}  # as SDXL's own config has it
+            TEXT_ENCODERS[name](CLIPTextConfig(**configs[name], **special | old)).save_pretrained(folder / name)
+            gc.collect()
     finally:
         torch.set_default_dtype(torch.float32)
     tokenizer.model_max_length = configs["text_encoder"]["max_position_embeddings"]
     tokenizer.save_pretrained(folder / "tokenizer")
+    paired = {}
+    if "text_encoder_2" in configs:
+        tokenizer.pad_token = "!"
+        tokenizer.save_pretrained(folder / "tokenizer_2")
+        paired["tokenizer_2"] = ["transformers", "CLIPTokenizer"]
+        paired["text_encoder_2"] = ["transformers", "CLIPTextModelWithProjection"]
+        paired |= {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True}
     DDPMScheduler.from_config(configs["scheduler"]).save_pretrained(folder / "scheduler")
     index = {
         "_class_name": "StableDiffusionPipeline",
@@ -57,7 +67,7 @@ def build(architecture, folder):
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2))
+    (folder / "model_index.json").write_text(json.dumps(index | paired, indent=2))
     return folder
 
 

@@ -305,7 +305,7 @@ def train(args, stage, model, loss_of, steps, lr, weight_decay=0.01, lr_decay=1.
             ema.to(args.device)
         print(f"{stage}: resumed at step {start} of {steps}", flush=True)
 
-    stage_id = STAGES.index(stage)
+    stage_id = (*STAGES, "pooled", "unet_xl").index(stage)  # the last two: build_demo_base_xl.py
     began = saved = printed = time.time()
     printed_step, metrics_sum, counts = start, {}, {}
 

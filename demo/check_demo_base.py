@@ -2,7 +2,8 @@
 
 ::
 
-    python demo/check_demo_base.py          # writes demo/quality.json and demo/samples.png, minutes on a CPU
+    python demo/check_demo_base.py                    # writes demo/quality.json and demo/samples.png
+    python demo/check_demo_base.py --base base_xl     # SDXL's kind: demo/quality_xl.json and demo/samples_xl.png
 
 Everything is measured on renders and captions drawn with seeds that training never used, with the committed fp16
 weights loaded as fp32. Exit status 0 also where a target is missed: the file says which (`targets`).
@@ -41,6 +42,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     here = Path(__file__).resolve().parent
     parser.add_argument("--demo_dir", type=Path, default=here, help="where base/ and scorer/ are")
+    parser.add_argument("--base", choices=("base", "base_xl"), default="base", help="which of the bases there")
     parser.add_argument("--out_dir", type=Path, default=None, help="for quality.json, samples.png; default: demo_dir")
     parser.add_argument("--num_renders", type=int, default=2048, help="fresh renders for the VAE and the scorer")
     parser.add_argument("--num_captions", type=int, default=512, help="fresh captions to generate for")
@@ -124,10 +126,10 @@ def main(argv=None):
     args = parse_args(argv)
     import diffusers
     import transformers
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DiffusionPipeline
 
     started = time.time()
-    pipeline = StableDiffusionPipeline.from_pretrained(args.demo_dir / "base", dtype=torch.float32)
+    pipeline = DiffusionPipeline.from_pretrained(args.demo_dir / args.base, dtype=torch.float32)
     pipeline.to(args.device).set_progress_bar_config(disable=True)
     scorer = Scorer(args.demo_dir / "scorer", args.device)
     figures = {}
@@ -168,7 +170,7 @@ def main(argv=None):
     for (section, name), least in TARGETS.items():
         value = figures[section][name]
         targets[f"{section}.{name}"] = {"at_least": least, "measured": value, "met": value >= least}
-    manifest = args.demo_dir / "base" / "demo_base.json"
+    manifest = args.demo_dir / args.base / "demo_base.json"
     hardware = f"{os.cpu_count()} CPU cores, {platform.machine()}" if args.device == "cpu" else args.device
     quality = {
         "command": shlex.join(["python", *sys.argv]) if argv is None else "main()",
@@ -186,9 +188,10 @@ def main(argv=None):
         "seconds": time.time() - started,
     }
     args.out_dir.mkdir(parents=True, exist_ok=True)
-    (args.out_dir / "quality.json").write_text(json.dumps(quality, indent=2) + "\n")
+    ending = args.base.removeprefix("base")
+    (args.out_dir / f"quality{ending}.json").write_text(json.dumps(quality, indent=2) + "\n")
     count = min(48, len(generated))
-    labelled_grid(generated[:count], captions[:count]).save(args.out_dir / "samples.png")
+    labelled_grid(generated[:count], captions[:count]).save(args.out_dir / f"samples{ending}.png")
     print(json.dumps({"targets": targets, "figures": figures}, indent=2))
 
 

@@ -30,11 +30,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import world
-from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageDraw
 from tqdm.auto import tqdm
 
 import evaluate_personalization as evaluation
+from personalization import families
 from personalization.base_model import ModelSource, open_base
 
 
@@ -71,6 +71,7 @@ def parse_args():
     )
     parser.add_argument("--output_dir", type=Path, default=DEMO / "output", help="Where results are written.")
     parser.add_argument("--seed", type=int, default=0, help="Of training.")
+    parser.add_argument("--base", choices=("base", "base_xl"), default="base", help="Which base; base_xl is an SDXL.")
     parser.add_argument(
         "--unet_backend",
         choices=("torch", "openvino"),
@@ -91,7 +92,7 @@ def train(subject, args):
         "--max_train_steps": args.max_train_steps,
         "--seed": args.seed,
         "--unet_backend": args.unet_backend,
-        "--pretrained_model_name_or_path": DEMO / "base",
+        "--pretrained_model_name_or_path": DEMO / args.base,
         "--train_data_dir": DEMO / "subjects" / subject,
         "--placeholder_token": PLACEHOLDER,
         "--initializer_token": world.SUBJECTS[subject].shape,
@@ -162,8 +163,8 @@ def main():
     print("Drawing and scoring before/after images ...")
     rows, scores = [], {}
     encoders = evaluation.Encoders(DEMO / "scorer", DEMO / "scorer" / "identity", True, torch.device("cpu"), 64)
-    base = open_base(ModelSource(str(DEMO / "base")))
-    pipeline = StableDiffusionPipeline.from_pretrained(DEMO / "base")
+    base = open_base(ModelSource(str(DEMO / args.base)), accepted=families.FAMILIES.values())
+    pipeline = base.family.pipeline.from_pretrained(DEMO / args.base)
     pipeline.set_progress_bar_config(disable=True)
     for subject in tqdm(args.subjects, desc="Subjects"):
         row, scores[subject] = evaluate(subject, args.output_dir / subject, pipeline, encoders, base)
@@ -180,6 +181,7 @@ def main():
         "command": " ".join([Path(sys.executable).name, *sys.argv]),
         "settings": {**SETTINGS, "--max_train_steps": args.max_train_steps},
         "seed": args.seed,
+        "base": args.base,
         "unet_backend": args.unet_backend,
         "training_seconds": round(training_seconds, 1),
         "total_seconds": round(time.perf_counter() - started, 1),

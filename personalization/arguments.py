@@ -132,7 +132,9 @@ def add_data_arguments(parser, folder="train_data_dir", concept="{} or the place
     add("--caption_column", default="text", help="Column of the dataset that holds captions, if any.")
     add("--resolution", type=int, help="Side of the training images. Default: the model's own.")
     add(
-        "--center_crop", action="store_true", help="Crop the centre square; otherwise images are squeezed to a square."
+        "--center_crop",
+        action="store_true",
+        help="Crop the centre square, as for SDXL always; otherwise images are squeezed to a square.",
     )
     return group
 

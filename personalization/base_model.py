@@ -19,14 +19,21 @@ from accelerate.utils import set_module_tensor_to_device
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from huggingface_hub import HfApi, snapshot_download
 from safetensors import SafetensorError, safe_open
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from . import weight_files
+from . import families, weight_files
 from .errors import InputError
 
 
-COMPONENTS = ("unet", "text_encoder", "vae")
-SMALL_FILES = ["model_index.json", "scheduler/*.json", "tokenizer/*", *(f"{name}/config.json" for name in COMPONENTS)]
+CLASSES = {
+    "unet": UNet2DConditionModel,
+    "text_encoder": CLIPTextModel,
+    "text_encoder_2": CLIPTextModelWithProjection,
+    "vae": AutoencoderKL,
+}
+COMPONENTS = families.SD1.components
+SMALL_FILES = ["model_index.json", "scheduler/*.json", "tokenizer/*", "tokenizer_2/*"]
+SMALL_FILES += [f"{name}/config.json" for name in CLASSES]
 
 
 class ModelSource(NamedTuple):
@@ -44,25 +51,48 @@ class ModelSource(NamedTuple):
 
 @dataclass(frozen=True)
 class Base:
-    """The small files of a Stable Diffusion 1.x or 2.x model.
+    """The small files of a Stable Diffusion model.
 
     Args:
+        family: of `families.FAMILIES`.
         source: where it comes from.
         root: the local folder, or the Hub's snapshot of it.
-        tokenizer, scheduler: `CLIPTokenizer`, `DDPMScheduler`.
+        tokenizers: a `CLIPTokenizer` for each text encoder.
+        scheduler: `DDPMScheduler`.
         unet_config, vae_config: of diffusers, defaults filled in.
-        text_config: `CLIPTextConfig`.
+        text_configs: a `CLIPTextConfig` for each text encoder.
         checked_files: component -> its weight files, once they have been checked.
     """
 
+    family: families.StableDiffusion
     source: ModelSource
     root: Path
-    tokenizer: CLIPTokenizer
+    tokenizers: tuple
     scheduler: DDPMScheduler
     unet_config: dict
     vae_config: dict
-    text_config: CLIPTextConfig
+    text_configs: tuple
     checked_files: dict = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def tokenizer(self):
+        """Of the first text encoder."""
+        return self.tokenizers[0]
+
+    @property
+    def text_config(self):
+        """Of the first text encoder."""
+        return self.text_configs[0]
+
+    @property
+    def word_widths(self):
+        """Entries of a word, for each text encoder."""
+        return tuple(config.hidden_size for config in self.text_configs)
+
+    @property
+    def word_width(self):
+        """Entries of a word: those of all text encoders, side by side."""
+        return sum(self.word_widths)
 
     @property
     def vae_factor(self):
@@ -93,46 +123,57 @@ class Base:
 # =====================================================================================================
 
 
-def open_base(source, tokenizer_name=None):
+def open_base(source, tokenizer_name=None, accepted=(families.SD1, families.SD2)):
     """Reads a base model's small files and makes sure that its parts fit each other.
 
     Args:
         source: `ModelSource`.
         tokenizer_name: folder or id of a tokenizer, if not the model's own.
+        accepted: families that the caller can serve.
 
     Raises:
         InputError: it is no such model, a file of it is missing or damaged, or it is of a kind that cannot be trained.
     """
     label, root = source.label, find_root(source)
     index = read_json(root, "model_index.json", label)
-    if "text_encoder_2" in index:
-        raise InputError(
-            f"{label} has two text encoders (SDXL); this script trains Stable Diffusion 1.x and 2.x: choose one of"
-            " those."
-        )
+    served = "Stable Diffusion 1.x and 2.x"
+    if families.SDXL in accepted:
+        served = "Stable Diffusion 1.x, 2.x and XL"
     for name in ("transformer", "prior"):
         if name in index and "unet" not in index:
-            raise InputError(
-                f"{label} has a {name} and no UNet; this script trains Stable Diffusion 1.x and 2.x: choose one of"
-                " those."
-            )
-    configs = {name: read_json(root, f"{name}/config.json", label) for name in COMPONENTS}
+            raise InputError(f"{label} has a {name} and no UNet; this script trains {served}: choose one of those.")
+    if "text_encoder_2" in index and families.SDXL not in accepted:
+        raise InputError(f"{label} has two text encoders (SDXL); this script trains {served}: choose one of those.")
+    if "text_encoder_2" in index and not all(index.get("text_encoder") or [None]):
+        raise InputError(
+            f"{label} has text_encoder_2 alone, as SDXL's refiner has; this script trains {served}: choose the base"
+            " model beside the refiner."
+        )
+    family = families.recognise(index, None)  # of how many text encoders; their width is not known yet
+    configs = {name: read_json(root, f"{name}/config.json", label) for name in family.components}
     for name, expected in (("unet", "UNet2DConditionModel"), ("vae", "AutoencoderKL")):
         found = configs[name].get("_class_name", expected)
         if found != expected:
             raise InputError(
                 f"{label}: {name}/config.json is of a {found!r} and must be of a {expected}: choose a Stable Diffusion"
-                " 1.x or 2.x model."
+                " model."
             )
-    text_config = read_text_config(root, configs["text_encoder"], label)
+    text_configs = [read_text_config(root, name, configs[name], label) for name in family.text_encoders]
+    family = families.recognise(index, text_configs[0].hidden_size)
     scheduler = read_scheduler(root, label)
-    if tokenizer_name is None:
-        tokenizer = read_tokenizer(root / "tokenizer", f"{label}: tokenizer/", "get the model again")
-    else:
-        tokenizer = read_tokenizer(*find_tokenizer(tokenizer_name), "give another one")
+    tokenizers = [
+        read_tokenizer(root / name, f"{label}: {name}/", "get the model again")
+        for name in family.tokenizers[tokenizer_name is not None :]
+    ]
+    if tokenizer_name is not None:
+        tokenizers.insert(0, read_tokenizer(*find_tokenizer(tokenizer_name), "give another one"))
     configs = {name: build_empty(name, configs[name], label).config for name in ("unet", "vae")}
-    base = Base(source, root, tokenizer, scheduler, dict(configs["unet"]), dict(configs["vae"]), text_config)
-    check_fit(base, f"--tokenizer_name {tokenizer_name!r}" if tokenizer_name else f"{label}: tokenizer/")
+    parts = tuple(tokenizers), scheduler, dict(configs["unet"]), dict(configs["vae"]), tuple(text_configs)
+    base = Base(family, source, root, *parts)
+    labels = [f"{label}: {name}/" for name in family.tokenizers]
+    if tokenizer_name:
+        labels[0] = f"--tokenizer_name {tokenizer_name!r}"
+    check_fit(base, labels)
     return base
 
 
@@ -192,8 +233,8 @@ def read_json(root, name, label):
     raise InputError(f"{label}: {name} cannot be read ({reason}): get it again.")
 
 
-def read_text_config(root, content, label):
-    """The `CLIPTextConfig`.
+def read_text_config(root, component, content, label):
+    """The `CLIPTextConfig` of a text encoder.
 
     Raises:
         InputError: it describes another kind of model.
@@ -201,14 +242,14 @@ def read_text_config(root, content, label):
     kinds = [str(content.get("model_type", "clip_text_model")), *map(str, content.get("architectures") or [])]
     if not all(kind.lower().startswith("clip") for kind in kinds):
         raise InputError(
-            f"{label}: text_encoder/config.json is of a {kinds[-1]} and must be of a CLIPTextModel: choose a Stable"
-            " Diffusion 1.x or 2.x model."
+            f"{label}: {component}/config.json is of a {kinds[-1]} and must be of a {CLASSES[component].__name__}:"
+            " choose a Stable Diffusion model."
         )
     try:
-        return CLIPTextConfig.from_pretrained(root / "text_encoder")
+        return CLIPTextConfig.from_pretrained(root / component)
     except Exception as error:  # transformers raises nearly anything on values of other types
         raise InputError(
-            f"{label}: text_encoder/config.json cannot be read ({first_line(error)}): get it again."
+            f"{label}: {component}/config.json cannot be read ({first_line(error)}): get it again."
         ) from None
 
 
@@ -293,18 +334,16 @@ def check_merges(folder):
 
 
 def build_empty(component, config, label):
-    """The "unet", "text_encoder" or "vae" that a config describes, frozen, on the meta device.
+    """The component (of `CLASSES`) that a config describes, frozen, on the meta device.
 
     Raises:
         InputError: it describes none.
     """
     try:
-        check_counts(config.to_dict() if component == "text_encoder" else config)
+        kind, of_text = CLASSES[component], component.startswith("text_encoder")
+        check_counts(config.to_dict() if of_text else config)
         with init_empty_weights():
-            if component == "text_encoder":
-                model = CLIPTextModel(config)
-            else:
-                model = (UNet2DConditionModel if component == "unet" else AutoencoderKL).from_config(config)
+            model = kind(config) if of_text else kind.from_config(config)
     except Exception as error:  # diffusers and transformers raise nearly anything on values that make no sense
         raise InputError(
             f"{label}: {component}/config.json describes no model that can be built ({first_line(error)}): get it"
@@ -324,62 +363,78 @@ def check_counts(config):
 
 
 def empty_model(base, component):
-    """The "unet", "text_encoder" or "vae" as its config describes it, frozen, on the meta device."""
-    configs = {"unet": base.unet_config, "vae": base.vae_config, "text_encoder": base.text_config}
+    """The component as its config describes it, frozen, on the meta device."""
+    configs = {"unet": base.unet_config, "vae": base.vae_config}
+    configs |= dict(zip(base.family.text_encoders, base.text_configs))
     return build_empty(component, configs[component], base.source.label)
 
 
-def check_fit(base, tokenizer_label):
-    """Makes sure that tokenizer, text encoder, UNet and VAE fit each other and need nothing that training lacks.
+def empty_text_encoder(base):
+    """All text encoders as one module (see `families`), frozen, on the meta device."""
+    return base.family.join([empty_model(base, name) for name in base.family.text_encoders])
+
+
+def check_fit(base, tokenizer_labels):
+    """Makes sure that tokenizers, text encoders, UNet and VAE fit each other and need nothing that training lacks.
 
     What has a sentence of its own comes first; then empty models compute once, with the shapes that training has.
 
     Args:
         base: `Base`.
-        tokenizer_label: the beginning of messages about the tokenizer.
+        tokenizer_labels: the beginnings of messages about the tokenizers.
 
     Raises:
         InputError: they do not.
     """
-    label, unet, vae, text = base.source.label, base.unet_config, base.vae_config, base.text_config
+    label, unet, vae = base.source.label, base.unet_config, base.vae_config
     faults = []
     if unet["in_channels"] == 9 and vae["latent_channels"] == 4:
         faults.append("is for inpainting (its UNet has 9 input channels): choose its text-to-image model")
     elif not unet["in_channels"] == unet["out_channels"] == vae["latent_channels"]:
         channels = f"takes {unet['in_channels']} channels and returns {unet['out_channels']}"
         faults.append(f"has a UNet that {channels}, and a VAE with {vae['latent_channels']}: choose another model")
-    if unet["addition_embed_type"] not in (None, "text"):
+    if unet["addition_embed_type"] not in base.family.addition_embed_types:
         faults.append(
             f"has a UNet with addition_embed_type {unet['addition_embed_type']!r}, whose input this script does not"
-            " have (SDXL, Kandinsky): choose a Stable Diffusion 1.x or 2.x model"
+            " have (SDXL, Kandinsky): choose a Stable Diffusion model whose UNet fits its text encoders"
         )
     for name in ("class_embed_type", "num_class_embeds"):
         if unet[name] is not None:
             faults.append(f"has a UNet with class labels ({name}: {unet[name]!r}): choose a text-to-image model")
     width = unet["encoder_hid_dim"] or unet["cross_attention_dim"]
     widths = set(width) if isinstance(width, (list, tuple)) else {width}
-    if widths != {text.hidden_size}:
+    if widths != {base.word_width}:
+        of_encoders = " and ".join(map(str, base.word_widths))
         faults.append(
-            f"has a UNet for text embeddings of width {width} and a text encoder of width {text.hidden_size}: unet/ or"
+            f"has a UNet for text embeddings of width {width} and a text encoder of width {of_encoders}: unet/ or"
             " text_encoder/ belongs to another model, get it again"
         )
+    if vae["latents_mean"] is not None:
+        faults.append("has a VAE with latents_mean (Playground v2.5), which this script cannot serve: choose another")
     scaling = vae["scaling_factor"]
     if type(scaling) not in (int, float) or not 0 < scaling < math.inf:
         faults.append(f"has a VAE with scaling_factor {scaling!r}: get vae/config.json again")
     if faults:
         raise InputError(f"{label} {faults[0]}.")
-    size = max(len(base.tokenizer), 1 + max(base.tokenizer.get_vocab().values()))
-    if size > text.vocab_size:
-        raise InputError(
-            f"{tokenizer_label} has {size} tokens and the text encoder of {base.source.name!r} has rows for"
-            f" {text.vocab_size}: it belongs to another model, give that model's own."
-        )
-    if base.prompt_length > text.max_position_embeddings:
-        raise InputError(
-            f"{tokenizer_label} makes prompts of {base.prompt_length} tokens and the text encoder of"
-            f" {base.source.name!r} takes {text.max_position_embeddings}: it belongs to another model, give that"
-            " model's own."
-        )
+    vocabulary = base.tokenizer.get_vocab()
+    for tokenizer, text, of_tokenizer in zip(base.tokenizers, base.text_configs, tokenizer_labels):
+        size = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))
+        if size > text.vocab_size:
+            raise InputError(
+                f"{of_tokenizer} has {size} tokens and the text encoder of {base.source.name!r} has rows for"
+                f" {text.vocab_size}: it belongs to another model, give that model's own."
+            )
+        if tokenizer.model_max_length > text.max_position_embeddings:
+            raise InputError(
+                f"{of_tokenizer} makes prompts of {tokenizer.model_max_length} tokens and the text encoder of"
+                f" {base.source.name!r} takes {text.max_position_embeddings}: it belongs to another model, give that"
+                " model's own."
+            )
+        if tokenizer.get_vocab() != vocabulary or tokenizer.model_max_length != base.prompt_length:
+            raise InputError(
+                f"{of_tokenizer} has another vocabulary than the first tokenizer of {base.source.name!r}, or prompts"
+                " of another length: one of them belongs to another model, get the model again."
+            )
     compute_empty(base)
 
 
@@ -389,15 +444,17 @@ def compute_empty(base):
     Raises:
         InputError: they cannot, or the UNet's prediction is not shaped like a latent.
     """
-    networks = {name: empty_model(base, name) for name in COMPONENTS}
+    networks, text_encoder = {name: empty_model(base, name) for name in ("unet", "vae")}, empty_text_encoder(base)
     side = base.resolution_multiple
     try:
         with torch.no_grad():
             pixels = torch.empty(1, 3, side, side, device="meta")
             moments = networks["vae"].encode(pixels).latent_dist.parameters
-            ids = torch.zeros(1, base.prompt_length, dtype=torch.long, device="meta")
-            latents, context = moments.chunk(2, dim=1)[0], networks["text_encoder"](ids)[0]
-            prediction = networks["unet"](latents, torch.empty(1, device="meta"), context, return_dict=False)[0]
+            ids = torch.zeros(1, len(base.tokenizers) * base.prompt_length, dtype=torch.long, device="meta")
+            latents, encoded = moments.chunk(2, dim=1)[0], text_encoder(ids)
+            added = base.family.added_conditions(encoded, torch.empty(1, 6, device="meta"))
+            inputs = latents, torch.empty(1, device="meta"), encoded[0]
+            prediction = networks["unet"](*inputs, **added, return_dict=False)[0]
             decoded = networks["vae"].decode(latents, return_dict=False)[0]
         fits = prediction.shape == latents.shape and decoded.shape == pixels.shape
         reason = f"a latent is {list(latents.shape)}, the UNet's prediction {list(prediction.shape)}"
@@ -407,7 +464,7 @@ def compute_empty(base):
     if not fits:
         raise InputError(
             f"{base.source.label} has a UNet, a text encoder and a VAE that cannot work together as in Stable"
-            f" Diffusion 1.x and 2.x ({reason}): choose such a model, or get its configs again."
+            f" Diffusion ({reason}): choose another model, or get its configs again."
         )
 
 
@@ -451,7 +508,7 @@ def check_weights(base):
     Raises:
         InputError: they are not.
     """
-    for component in COMPONENTS:
+    for component in base.family.components:
         find_weight_files(base, component)
 
 
@@ -464,7 +521,7 @@ def find_weight_files(base, component):
     if component in base.checked_files:
         return base.checked_files[component]
     source, label = base.source, base.source.label
-    stem = "model" if component == "text_encoder" else "diffusion_pytorch_model"
+    stem = "model" if component.startswith("text_encoder") else "diffusion_pytorch_model"
     folder = base.root / component
     if base.root != Path(source.name):
         download_weights(base, component, stem)
@@ -474,7 +531,7 @@ def find_weight_files(base, component):
     for path in files:
         where = f"{component}/{path.name}"
         for name, stored in weight_files.read_header(path, label).items():
-            name = current_name(name)
+            name = current_name(name, component)
             if name not in known:
                 if name.startswith(NO_WEIGHTS) or name.rpartition(".")[2] == "position_ids":
                     continue
@@ -531,9 +588,10 @@ def download_weights(base, component, stem):
     )
 
 
-def current_name(name):
+def current_name(name, component=None):
     """A tensor's name in a file as today's models spell it."""
-    name = name.removeprefix("text_model.")  # a prefix that transformers dropped in its version 5
+    if component != "text_encoder_2":
+        name = name.removeprefix("text_model.")  # a prefix that transformers dropped for the first in its version 5
     old = re.fullmatch(r"(.*\bmid_block\.attentions\.\d+)\.(query|key|value|proj_attn)\.(weight|bias)", name)
     if old:  # VAEs of 2022
         new = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}[old[2]]
@@ -554,15 +612,20 @@ def stored_tensors(files):
             for name in names:
                 with safe_open(path, framework="pt") as tensors:  # opened anew, so that pages read before leave
                     value = tensors.get_tensor(name)
-                yield current_name(name), value
+                yield current_name(name, Path(path).parent.name), value  # the folder is named by the component
         except (OSError, SafetensorError) as error:
             raise InputError(f"{path} cannot be read ({first_line(error)}): get the model again.") from None
 
 
-def load_token_table(base):
-    """The token table `[vocabulary, d]` of the text encoder, memory-mapped, as stored."""
-    files = find_weight_files(base, "text_encoder")
-    return next(value for name, value in stored_tensors(files) if name == "embeddings.token_embedding.weight")
+def load_token_table(base, component="text_encoder"):
+    """The token table `[vocabulary, d]` of a text encoder, memory-mapped, as stored."""
+    files = find_weight_files(base, component)
+    return next(value for name, value in stored_tensors(files) if name.endswith("embeddings.token_embedding.weight"))
+
+
+def load_token_tables(base):
+    """The token tables of all text encoders."""
+    return [load_token_table(base, component) for component in base.family.text_encoders]
 
 
 def load_vae(base, dtype=torch.float32):
@@ -571,7 +634,7 @@ def load_vae(base, dtype=torch.float32):
 
 
 def load_component(base, component, dtype=torch.float32):
-    """The frozen, unquantized "unet", "text_encoder" or "vae", on the CPU."""
+    """A frozen, unquantized component, on the CPU."""
     model = empty_model(base, component)
     known = model.state_dict()
     for name, value in stored_tensors(find_weight_files(base, component)):

@@ -3,43 +3,84 @@
 import tempfile
 from pathlib import Path
 
-from diffusers import StableDiffusionPipeline
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 
 from .errors import RunError, is_outside, reason
+from .families import SD1
 from .run_folder import PIPELINE
 from .runs import atomic_folder, atomic_path, save_tensors, tolerated
 
 
-def save_embeds(path, placeholder_token, theta):
-    """`{placeholder: [k, d]}`, float32: what `load_textual_inversion` of any diffusers reads."""
+PAIR_KEYS = "clip_l", "clip_g"  # the halves of an SDXL word, as kohya, OneTrainer and ComfyUI call them
+PAIR_FILES = "learned_embeds_1.safetensors", "learned_embeds_2.safetensors"  # each half by itself, for diffusers
+
+
+def save_embeds(path, placeholder_token, theta, widths=()):
+    """`{placeholder: [k, d]}`, float32: what `load_textual_inversion` of any diffusers reads.
+
+    Where a word has two halves (of these widths) it is `{"clip_l": [k, d1], "clip_g": [k, d2]}`, what the programs
+    around SDXL read.
+    """
     with atomic_path(path) as temporary:
-        temporary.write_bytes(as_bytes(placeholder_token, theta))
+        temporary.write_bytes(as_bytes(placeholder_token, theta, widths))
 
 
-def as_bytes(placeholder_token, theta):
+def as_bytes(placeholder_token, theta, widths=()):
     """The content of a file by `save_embeds`."""
-    return save({placeholder_token: theta.detach().cpu().clone()}, metadata={"format": "pt"})
+    theta = theta.detach().cpu()
+    if len(widths) < 2:
+        return save({placeholder_token: theta.clone()}, metadata={"format": "pt"})
+    halves = {key: half.contiguous() for key, half in zip(PAIR_KEYS, theta.split(widths, dim=-1))}
+    # One entry only: safetensors writes several in an order that changes from process to process.
+    return save(halves, metadata={"placeholder_token": placeholder_token})
 
 
-def try_to_save_embeds(results, name, placeholder_token, theta):
+def save_halves(results, placeholder_token, theta, widths):
+    """Each half of a pair as `{placeholder: [k, d]}`, for two calls of `load_textual_inversion`; others have none."""
+    halves = theta.split(widths, dim=-1) if len(widths) == 2 else ()
+    for name, half in zip(PAIR_FILES, halves):
+        with results.file(name) as path:
+            save_embeds(path, placeholder_token, half)
+
+
+def load_concept(pipeline, folder, placeholder_token, name="learned_embeds.safetensors"):
+    """Teaches a pipeline of plain diffusers the word in a run's folder."""
+    if getattr(pipeline, "text_encoder_2", None) is None:
+        pipeline.load_textual_inversion(str(folder), weight_name=name)
+        return
+    halves = load_file(Path(folder) / name)
+    parts = (pipeline.text_encoder, pipeline.tokenizer), (pipeline.text_encoder_2, pipeline.tokenizer_2)
+    for key, (text_encoder, tokenizer) in zip(PAIR_KEYS, parts):
+        word = {placeholder_token: halves[key]}
+        pipeline.load_textual_inversion(word, text_encoder=text_encoder, tokenizer=tokenizer)
+
+
+def unload_concepts(pipeline):
+    """Takes all learned words away from a pipeline again."""
+    pipeline.unload_textual_inversion()
+    if getattr(pipeline, "text_encoder_2", None) is not None:
+        parts = {"text_encoder": pipeline.text_encoder_2, "tokenizer": pipeline.tokenizer_2}
+        pipeline.unload_textual_inversion(**parts)
+
+
+def try_to_save_embeds(results, name, placeholder_token, theta, widths=()):
     """Saves an embedding that a run can do without: if the disk, say, fails it, a warning says so."""
     with tolerated(f"Writing {name}"), results.file(name) as path:
-        save_embeds(path, placeholder_token, theta)
+        save_embeds(path, placeholder_token, theta, widths)
 
 
-def save_result(results, name, placeholder_token, theta):
+def save_result(results, name, placeholder_token, theta, widths=()):
     """Saves what a run has learned: in its folder or, if that fails, in the system's folder for temporary files.
 
     Args:
         results: `run_folder.ResultFolder`.
         name: of the file.
-        placeholder_token, theta: as for `save_embeds`.
+        placeholder_token, theta, widths: as for `save_embeds`.
 
     Raises:
         RunError: it is not in the run's folder; the message says where it is instead.
     """
-    save_content(results, name, as_bytes(placeholder_token, theta))
+    save_content(results, name, as_bytes(placeholder_token, theta, widths))
 
 
 def save_content(results, name, content):
@@ -71,7 +112,7 @@ def save_a1111(path, placeholder_token, theta, step):
     save_tensors(path, {**content, "name": placeholder_token, "step": step})
 
 
-def save_full_pipeline(results, embeds, source, dtype):
+def save_full_pipeline(results, embeds, source, dtype, placeholder_token=None, family=SD1):
     """An unquantized pipeline that knows the new word, in `pipeline/`; an older one there stays until this is whole.
 
     Args:
@@ -79,16 +120,18 @@ def save_full_pipeline(results, embeds, source, dtype):
         embeds: name of the file by `save_embeds` in it.
         source: `ModelSource` of the base.
         dtype: to save in.
+        placeholder_token: the word, where that file does not say it.
+        family: of the base.
 
     Raises:
         OSError: a part of the base is missing, or the disk is full.
     """
     options = {"revision": source.revision, "variant": source.variant, "dtype": dtype}
     try:
-        pipeline = StableDiffusionPipeline.from_pretrained(source.name, **options)
+        pipeline = family.pipeline.from_pretrained(source.name, **options)
     except Exception as error:  # diffusers says that a part is missing in many ways
         raise OSError(f"no full pipeline can be made of {source.name} ({reason(error)})") from error
-    pipeline.load_textual_inversion(str(results.folder), weight_name=embeds)
+    load_concept(pipeline, results.folder, placeholder_token, embeds)
     with atomic_folder(results.folder / PIPELINE) as temporary:
         pipeline.save_pretrained(temporary)
         written = [path.relative_to(temporary).as_posix() for path in temporary.rglob("*") if path.is_file()]

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 
 from .base_model import StoredModel, load_vae
+from .images import Framing
 from .memory import release_freed_memory, tensor_bytes
 
 
@@ -20,6 +21,7 @@ class Concept:
         scaling_factor: of the VAE.
         prompt_ids: `[P, length]`, or `[P]`, rows of a table of prompts that are encoded already.
         prompts_of_image: for each picture, the rows of `prompt_ids` that fit it.
+        size_ids: `[1 or 2, N, 6]`, see `describe_sizes`; None for models that are not told.
     """
 
     moments: torch.Tensor
@@ -27,6 +29,7 @@ class Concept:
     scaling_factor: float
     prompt_ids: torch.Tensor
     prompts_of_image: list
+    size_ids: torch.Tensor | None = None
 
 
 class Batch(NamedTuple):
@@ -36,9 +39,21 @@ class Batch(NamedTuple):
     target: torch.Tensor  # [b, C, h, w], noise or velocity
     timesteps: torch.Tensor  # [b]
     prompt_ids: torch.Tensor  # [b, length] or [b], see `Concept`
+    size_ids: torch.Tensor = torch.empty(0)  # [b, 6], see `Concept`; [b, 0] where there are none
 
     def to(self, device):
         return Batch(*(to_device(tensor, device) for tensor in self))
+
+
+def describe_sizes(framing: Framing, flipped=False):
+    """SDXL's `time_ids` of a picture: original height and width, top and left of the crop, height and width.
+
+    The crop of a flipped picture is where it lies in the flipped original.
+    """
+    top, left = framing.crop
+    if flipped:
+        left = framing.scaled[1] - framing.side - left
+    return [*framing.original, top, left, framing.side, framing.side]
 
 
 def encode_images(vae, pictures, device):
@@ -63,15 +78,17 @@ def load_concept(pictures, prompts, base, flip_probability, compute):
     Returns:
         `Concept`, and the VAE's `StoredModel`.
     """
-    vae = load_vae(base, compute.dtype)
+    vae = load_vae(base, torch.float32 if base.family.vae_in_float32 else compute.dtype)
     stored = StoredModel(tensor_bytes(vae), 0.0)
     vae.decoder = None  # 60 % of it, and not needed here
     vae.to(compute.device)
     with torch.inference_mode():
         moments = encode_images(vae, pictures, compute.device)
-    concept = Concept(
-        moments if flip_probability > 0 else moments[:1], flip_probability, vae.config.scaling_factor, *prompts
-    )
+    sides, size_ids = (2 if flip_probability > 0 else 1), None
+    if base.family.crops:
+        rows = [[describe_sizes(picture.framing, flipped) for picture in pictures] for flipped in (False, True)]
+        size_ids = torch.tensor(rows[:sides], dtype=torch.float32)
+    concept = Concept(moments[:sides], flip_probability, vae.config.scaling_factor, *prompts, size_ids)
     del vae
     release_freed_memory()
     return concept, stored
@@ -81,25 +98,28 @@ def draw_examples(concept, batch_size, generator):
     """Draws b (latent, prompt) pairs with replacement: an image, maybe its flip, a sample of its latent, a caption.
 
     Returns:
-        Latents `[b, C, h, w]` and prompt ids, a row of `Concept.prompt_ids` for each.
+        Latents `[b, C, h, w]`; prompt ids, a row of `Concept.prompt_ids` for each; and their sizes, `[b, 6]` or None.
     """
     flips, images = concept.moments.shape[:2]
     chosen = torch.randint(images, (batch_size,), generator=generator)
     flipped = torch.rand(batch_size, generator=generator) < concept.flip_probability
-    mean, logvar = concept.moments[flipped.long().clamp(max=flips - 1), chosen].chunk(2, dim=1)
+    side = flipped.long().clamp(max=flips - 1)
+    mean, logvar = concept.moments[side, chosen].chunk(2, dim=1)
     latents = mean + (0.5 * logvar.clamp(-30, 20)).exp() * torch.randn(mean.shape, generator=generator)
     prompts = [concept.prompts_of_image[i] for i in chosen.tolist()]
     picks = [p[int(torch.randint(len(p), (1,), generator=generator))] for p in prompts]
-    return latents * concept.scaling_factor, concept.prompt_ids[picks]
+    size_ids = None if concept.size_ids is None else concept.size_ids[side, chosen]
+    return latents * concept.scaling_factor, concept.prompt_ids[picks], size_ids
 
 
-def noise_batch(latents, prompt_ids, timesteps, generator, scheduler):
+def noise_batch(latents, prompt_ids, timesteps, generator, scheduler, size_ids=None):
     """Noises latents to timesteps t and pairs them with the model's target (noise, or velocity for v-prediction)."""
     noise = torch.randn(latents.shape, generator=generator)
     noisy = scheduler.add_noise(latents, noise, timesteps)
     predicts_noise = scheduler.config.prediction_type == "epsilon"
     target = noise if predicts_noise else scheduler.get_velocity(latents, noise, timesteps)
-    return Batch(noisy, target, timesteps, prompt_ids)
+    size_ids = torch.empty(len(latents), 0) if size_ids is None else size_ids
+    return Batch(noisy, target, timesteps, prompt_ids, size_ids)
 
 
 def to_device(tensor, device):

@@ -8,7 +8,7 @@ import os
 import shlex
 import shutil
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import jinja2
@@ -28,6 +28,7 @@ from safetensors import safe_open
 from . import run_folder
 from .checkpoints import read_json
 from .errors import InputError, PushError, reason
+from .families import FAMILIES, SD1
 from .runs import atomic_path, check_writable, sha256, write_json
 
 
@@ -54,6 +55,7 @@ class Publication:
         tags: of the card.
         best_name: the file with the lowest held-out loss, one of `files`.
         card_name: template of the model card, beside the script.
+        pipeline_of_family: `pipeline_name` where it depends on the family of the base (its name -> file).
         reference_images: pattern of the training images, which are published on request only.
     """
 
@@ -65,7 +67,12 @@ class Publication:
     tags: tuple
     best_name: str = "learned_embeds-best.safetensors"
     card_name: str = "model_card_template.md"
+    pipeline_of_family: dict = field(default_factory=dict)
     reference_images: str = REFERENCE_IMAGES
+
+    def pipeline_file(self, config):
+        """What travels as `pipeline.py` with the result of a run, by its config."""
+        return self.script.with_name(self.pipeline_of_family.get(config.get("family"), self.pipeline_name))
 
     @property
     def card_template(self):
@@ -220,11 +227,12 @@ def write_model_card(output_dir, config, publication, repo_id=None):
     own = run_folder.own_files(output_dir, publication.files, recorded)
     samples = [name for name in own if name.startswith("samples/")]
     references = run_folder.own_files(output_dir, [REFERENCE_IMAGES] * settings["push_reference_images"], recorded)
+    family = FAMILIES.get(config.get("family"), SD1)
     data = ModelCardData(
         base_model=None if local else base,
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        tags=list(publication.tags),
+        tags=list(dict.fromkeys([*publication.tags, family.tag])),
         instance_prompt=token,
         widget=[{"text": prompt, "output": {"url": url}} for url in samples] or None,
         **config["base_license"],
@@ -233,10 +241,12 @@ def write_model_card(output_dir, config, publication, repo_id=None):
     values = {
         **{key: config[key] for key in ("placeholder_token", "settings", "components", "figures", "hardware")},
         "scales": config.get("scales"),
+        "paired": len(family.text_encoders) > 1,
+        "pipeline_class": family.pipeline.__name__,
         "repo_id": repo_id,
         "name": name,
         "concept": repo_id or f"./{name}",
-        "pipeline_source": repo_id or f"./{publication.pipeline_name}",
+        "pipeline_source": repo_id or f"./{publication.pipeline_file(config).name}",
         "base_model": f"path/to/{base}" if local else base,
         "base_link": f"the local model `{base}`" if local else f"[{base}](https://huggingface.co/{base})",
         "base_is_local": local,
@@ -305,7 +315,7 @@ def _names_to_push(output_dir, config, publication):
     renewed = [publication.config_name]
     if publication.card_template.is_file():
         renewed.append("README.md")
-    pipeline_file = publication.script.with_name(publication.pipeline_name)
+    pipeline_file = publication.pipeline_file(config)
     if pipeline_file.is_file():  # on the Hub, diffusers looks for custom code under this name only
         with atomic_path(output_dir / "pipeline.py") as temporary:
             shutil.copyfile(pipeline_file, temporary)

@@ -10,7 +10,7 @@ import datasets
 import numpy as np
 import torch
 from accelerate.logging import get_logger
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from .captions import METADATA_NAMES, check_text, check_unicode, file_key, read_captions
 from .errors import InputError, first_cause, plain, quoted, shorten
@@ -25,12 +25,22 @@ DEFAULT_CAPTION_COLUMN = "text"
 TEXT_TYPES = "string", "large_string", "string_view"
 
 
+class Framing(NamedTuple):
+    """How a picture became a square: scaled to `scaled`, of which the square at `crop` was kept."""
+
+    original: tuple  # height and width of the picture as it was
+    scaled: tuple  # height and width before the crop
+    crop: tuple  # top and left of the square in it
+    side: int  # of the square
+
+
 class Picture(NamedTuple):
     """A training picture."""
 
     name: str
     pixels: torch.Tensor  # uint8 [3, resolution, resolution]
     caption: str | None
+    framing: Framing | None = None
 
 
 # =====================================================================================================
@@ -47,6 +57,21 @@ def to_rgb(image):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def upright_size(image):
+    """Height and width of a PIL image, EXIF orientation applied."""
+    on_its_side = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    return image.size if on_its_side else image.size[::-1]
+
+
+def frame(height, width, resolution, center_crop):
+    """The `Framing` that `to_pixels` gives to a picture (upright) of this size."""
+    scaled = resolution, resolution
+    if center_crop:
+        scaled = tuple(round(side * resolution / min(height, width)) for side in (height, width))
+    crop = tuple((side - resolution) // 2 for side in scaled)
+    return Framing((height, width), scaled, crop, resolution)
 
 
 def to_pixels(image, resolution, center_crop):
@@ -198,8 +223,9 @@ def decode_pictures(listed, resolution, center_crop):
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large, and below PIL's limit
                 with open_image() as image:
                     pixels = to_pixels(image, resolution, center_crop)
+                    size = upright_size(image)
                     moving, side = getattr(image, "is_animated", False) and image.format != "MPO", min(image.size)
-            pictures.append(Picture(name, pixels, None))
+            pictures.append(Picture(name, pixels, None, frame(*size, resolution, center_crop)))
         except Exception as error:  # PIL raises nearly anything on a damaged file
             skipped.append(name)
             if len(skipped) <= MANY_WARNINGS:

@@ -212,7 +212,7 @@ def predict_memory(text_encoder, unet, vae, backend, plan, base, compute):
     """The memory that a run will need, from empty models alone.
 
     Args:
-        text_encoder, unet, vae: on the meta device, unquantized; they are changed.
+        text_encoder, unet, vae: on the meta device, unquantized, the first all of the family's; they are changed.
         backend: how weights are stored: `quantizes(layer)`, `weight_bytes(layer, dtype)`, `replace_layers(model,
             dtype)` and the properties cached, whole_model, hidden_copies.
         plan: `MemoryPlan`.
@@ -235,13 +235,14 @@ def predict_memory(text_encoder, unet, vae, backend, plan, base, compute):
     all_weights = sum(layer.weight.numel() for layer in layers)
     text_bytes, unet_bytes = stored_bytes(text_encoder, backend, dtype), stored_bytes(unet, backend, dtype)
     unquantized_bytes = sum(p.numel() for p in unet.parameters()) * dtype.itemsize
-    vae_bytes = sum(p.numel() for p in vae.parameters()) * dtype.itemsize
+    vae_dtype = torch.float32 if base.family.vae_in_float32 else dtype
+    vae_bytes = sum(p.numel() for p in vae.parameters()) * vae_dtype.itemsize
 
     if not backend.hidden_copies:
         backend.replace_layers(unet, dtype)
-    for model in (vae, unet):
+    for model, its_dtype in ((vae, vae_dtype), (unet, dtype)):
         for parameter in model.parameters():
-            parameter.data = parameter.data.to(dtype)
+            parameter.data = parameter.data.to(its_dtype)
     try:
         activations, encoding, decoding = count_activations(unet, vae, plan, base, compute)
     except (RuntimeError, OverflowError, TypeError) as error:  # PyTorch cannot count that far
@@ -287,11 +288,14 @@ def count_activations(unet, vae, plan, base, compute):
     device, dtype = compute.device, compute.dtype
     meta, size = {"device": "meta", "dtype": dtype}, plan.resolution // base.vae_factor
     sample = torch.empty(plan.examples, unet.config.in_channels, size, size, **meta)
-    context = torch.empty(plan.examples, base.prompt_length, base.text_config.hidden_size, **meta)
+    context = torch.empty(plan.examples, base.prompt_length, base.word_width, **meta)
+    pooled = torch.empty(plan.examples, base.text_configs[-1].projection_dim, **meta)
+    added = base.family.added_conditions((context, pooled), torch.empty(plan.examples, 6, device="meta"))
     timesteps = torch.empty(plan.examples, device="meta")
     slack = 0.0 if plan.streamed else HEAP_SLACK
-    activations = activation_bytes(lambda: unet(sample, timesteps, context), device, slack)
-    pixels, latent = torch.empty(1, 3, plan.resolution, plan.resolution, **meta), sample[:1]
+    activations = activation_bytes(lambda: unet(sample, timesteps, context, **added), device, slack)
+    pixels = torch.empty(1, 3, plan.resolution, plan.resolution, device="meta", dtype=vae.dtype)
+    latent = sample[:1].to(vae.dtype)
     encoding = activation_bytes(lambda: vae.encode(pixels).latent_dist.parameters, device, heap_slack=0.0)
     decoding = activation_bytes(lambda: vae.decode(latent), device) if plan.images else 0
     return activations, encoding, decoding

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from .errors import InputError
 
 # torch.export finds that diffusers' upsampling branches at 64 examples; one graph serves every batch below.
 OPENVINO_MAX_BATCH = 63
+ADDED_CONDITIONS = "text_embeds", "time_ids"  # of SDXL's UNet, in the order of the graph's inputs
 # Scales of activations move into the weights before them (SmoothQuant), which leaves much less error.
 NNCF_MODEL_TYPE = "transformer"
 
@@ -36,16 +38,24 @@ def export_openvino(unet, latent_size, prompt_length):
             super().__init__()
             self.unet = unet
 
-        def forward(self, sample, timestep, encoder_hidden_states):
-            return self.unet(sample, timestep, encoder_hidden_states, return_dict=False)[0]
+        def forward(self, sample, timestep, encoder_hidden_states, *added):
+            added = {"added_cond_kwargs": dict(zip(ADDED_CONDITIONS, added))} if added else {}
+            return self.unet(sample, timestep, encoder_hidden_states, **added, return_dict=False)[0]
 
-    sample = torch.zeros(2, unet.config.in_channels, latent_size, latent_size)
-    context = torch.zeros(2, prompt_length, unet.config.cross_attention_dim)
+    config = unet.config
+    sample = torch.zeros(2, config.in_channels, latent_size, latent_size)
+    context = torch.zeros(2, prompt_length, config.cross_attention_dim)
     batch = torch.export.Dim("batch", min=1, max=OPENVINO_MAX_BATCH)
     example = (sample, torch.zeros(2), context)
+    if config.addition_embed_type == "text_time":  # SDXL
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        example += (torch.zeros(2, pooled), torch.zeros(2, 6))
     with torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # torch's, about itself
-        program = torch.export.export(Positional().eval(), example, dynamic_shapes=({0: batch},) * 3)
+        open_batch = ({0: batch},) * 3
+        if len(example) > 3:  # what *added takes is one argument
+            open_batch += (({0: batch},) * (len(example) - 3),)
+        program = torch.export.export(Positional().eval(), example, dynamic_shapes=open_batch)
         model = openvino.convert_model(program)
     for node, tensor in zip(model.inputs, example):  # the graph keeps only the batch open, its inputs should say so
         node.get_node().set_partial_shape(openvino.PartialShape([-1, *tensor.shape[1:]]))
@@ -54,7 +64,7 @@ def export_openvino(unet, latent_size, prompt_length):
 
 
 class OpenVINOUNet(torch.nn.Module):
-    """A UNet that OpenVINO computes, called like the torch one by training and by `StableDiffusionPipeline`.
+    """A UNet that OpenVINO computes, called like the torch one by training and by diffusers' pipelines.
 
     Args:
         model: an `openvino.Model`, or the path of its `.xml`.
@@ -69,6 +79,9 @@ class OpenVINOUNet(torch.nn.Module):
         import openvino
 
         self.config, self.dtype, self.device = config, dtype, device
+        if config.addition_embed_type == "text_time":  # `StableDiffusionXLPipeline` reads the width of this layer
+            layer = SimpleNamespace(in_features=config.projection_class_embeddings_input_dim)
+            self.add_embedding = SimpleNamespace(linear_1=layer)
         core = openvino.Core()
         settings = {"INFERENCE_PRECISION_HINT": "bf16" if dtype == torch.bfloat16 else "f32"}
         optional = {
@@ -80,9 +93,10 @@ class OpenVINOUNet(torch.nn.Module):
         settings |= {name: value for name, value in optional.items() if name in supported}
         self.compiled = core.compile_model(model, engine, settings)
 
-    def forward(self, sample, timestep, encoder_hidden_states, return_dict=True, **unused):
+    def forward(self, sample, timestep, encoder_hidden_states, return_dict=True, added_cond_kwargs=None, **unused):
         timesteps = torch.as_tensor(timestep).float().expand(len(sample))
-        inputs = [x.float().cpu().numpy() for x in (sample, timesteps, encoder_hidden_states)]
+        added = [added_cond_kwargs[name] for name in ADDED_CONDITIONS] if added_cond_kwargs else []
+        inputs = [x.float().cpu().numpy() for x in (sample, timesteps, encoder_hidden_states, *added)]
         prediction = torch.from_numpy(self.compiled(inputs)[0]).to(sample)
         return UNet2DConditionOutput(sample=prediction) if return_dict else (prediction,)
 
@@ -92,7 +106,7 @@ class Calibration(NamedTuple):
 
     source: tuple  # what it is drawn from, with a faithful `repr`
     files: list  # the weight files that had a part in it
-    draw: Callable  # returns inputs of the UNet (sample, timesteps, encoder_hidden_states), pass by pass
+    draw: Callable  # returns inputs of the UNet (sample, timesteps, encoder_hidden_states, ...), pass by pass
 
 
 def quantize_activations(graph, calibration):

@@ -58,8 +58,8 @@ def placeholder_names(token, num_vectors):
     return [token] + [f"{token}_{i}" for i in range(1, num_vectors)]
 
 
-def add_placeholder(tokenizer, token, num_vectors, initializer_token):
-    """Adds the new word's k names to the tokenizer.
+def add_placeholder(tokenizer, token, num_vectors, initializer_token, partners=()):
+    """Adds the new word's k names to the tokenizer, and to its partners, which have the same vocabulary.
 
     Returns:
         `Placeholder`.
@@ -101,7 +101,8 @@ def add_placeholder(tokenizer, token, num_vectors, initializer_token):
         raise InputError(
             f"--initializer_token {initializer_token!r} is unknown to the tokenizer: choose another word."
         )
-    tokenizer.add_tokens(placeholder_names(token, num_vectors))
+    for each in (tokenizer, *partners):
+        each.add_tokens(placeholder_names(token, num_vectors))
     return Placeholder(token, num_vectors, tokenizer.convert_tokens_to_ids(token), initializer[0])
 
 
@@ -110,13 +111,18 @@ def words_in_prompt(tokenizer):
     return tokenizer.model_max_length - tokenizer.num_special_tokens_to_add()
 
 
-def tokenize(tokenizer, texts):
-    """Prompt ids `[len(texts), length]`, padded and cut as the text encoder wants them."""
+def tokenize(tokenizer, texts, partners=()):
+    """Prompt ids `[len(texts), length]`, padded and cut as the text encoder wants them.
+
+    Those of the tokenizer's partners lie beside them, `[len(texts), length times all tokenizers]`.
+    """
     limit = {"padding": "max_length", "truncation": True, "max_length": tokenizer.model_max_length}
-    return tokenizer(list(texts), return_tensors="pt", **limit).input_ids
+    texts = list(texts)
+    parts = [each(texts, return_tensors="pt", **limit).input_ids for each in (tokenizer, *partners)]
+    return torch.cat(parts, dim=1)
 
 
-def build_prompts(pictures, placeholder, tokenizer, learnable_property="object"):
+def build_prompts(pictures, placeholder, tokenizer, learnable_property="object", partners=()):
     """Tokenizes the captions (or the templates, for pictures without one) with the placeholder's vectors in place.
 
     Args:
@@ -124,9 +130,10 @@ def build_prompts(pictures, placeholder, tokenizer, learnable_property="object")
         placeholder: `Placeholder`, known to the tokenizer.
         tokenizer: `CLIPTokenizer`.
         learnable_property: "object" or "style", which templates.
+        partners: further tokenizers.
 
     Returns:
-        Prompt ids `[P, length]` and, for each picture, the list of its rows.
+        Prompt ids (see `tokenize`) and, for each picture, the list of its rows.
 
     Raises:
         InputError: a caption has no placeholder, or is so long, or the vectors so many, that it is cut off.
@@ -142,10 +149,10 @@ def build_prompts(pictures, placeholder, tokenizer, learnable_property="object")
             )
         texts = [placeholder.expand(text) for text in (templates if caption is None else [caption])]
         prompts_of_image.append([rows_of_text.setdefault(text, len(rows_of_text)) for text in texts])
-    prompt_ids = tokenize(tokenizer, rows_of_text)
+    prompt_ids = tokenize(tokenizer, rows_of_text, partners)
     vector_ids = torch.tensor(tokenizer.convert_tokens_to_ids(placeholder.names))
     for text, ids in zip(rows_of_text, prompt_ids):
-        if not torch.isin(vector_ids, ids).all():
+        if not all(torch.isin(vector_ids, part).all() for part in ids.split(tokenizer.model_max_length)):
             raise cut_off(text, of_templates, placeholder, tokenizer)
     return prompt_ids, prompts_of_image
 

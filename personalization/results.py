@@ -26,6 +26,7 @@ class Result:
     samples: list  # PIL images
     pictures: list  # `images.Picture`s it learned from
     config: dict  # `runs.describe_result`
+    widths: tuple = ()  # of the halves of the embedding, see `embeddings.save_embeds`
 
 
 def write_result(result, results, publication, repo_id, save_a1111=False, full_pipeline=None):
@@ -37,7 +38,7 @@ def write_result(result, results, publication, repo_id, save_a1111=False, full_p
         publication: `hub.Publication`.
         repo_id: where it will be pushed, or None.
         save_a1111: whether to save a `.pt` too.
-        full_pipeline: (`ModelSource`, dtype) of a full pipeline to save, or None.
+        full_pipeline: (`ModelSource`, dtype, token, family) of a full pipeline to save, or None.
 
     Raises:
         RunError: something could not be written; all that could is there.
@@ -46,9 +47,12 @@ def write_result(result, results, publication, repo_id, save_a1111=False, full_p
     attempt = functools.partial(noted, problems)
     with attempt():
         results.set_aside()
+    if result.theta is not None:
+        with attempt():
+            embeddings.save_halves(results, token, result.theta, result.widths)
     if result.best is not None:
         with attempt(), results.file(publication.best_name) as path:
-            embeddings.save_embeds(path, token, result.best)
+            embeddings.save_embeds(path, token, result.best, result.widths)
     if save_a1111:
         with attempt(), results.file("learned_embeds.pt") as path:
             embeddings.save_a1111(path, token, result.theta, config["figures"]["steps"])

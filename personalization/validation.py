@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers import DPMSolverMultistepScheduler
 
 from .base_model import load_vae
 from .runs import atomic_path
@@ -13,7 +13,7 @@ def draw_images(base, text_encoder, unet, compute, prompt, count, seed, **option
 
     Args:
         base: `Base`.
-        text_encoder, unet: as trained, in place.
+        text_encoder, unet: as trained, in place; the first all of the family's, joined.
         compute: `Compute`.
         prompt, count, seed: what and how often.
         options: of the pipeline's call.
@@ -21,15 +21,14 @@ def draw_images(base, text_encoder, unet, compute, prompt, count, seed, **option
     Returns:
         PIL images.
     """
-    pipeline = StableDiffusionPipeline(
+    family = base.family
+    pipeline = family.pipeline(
         vae=load_vae(base, compute.dtype).to(compute.device),
-        text_encoder=text_encoder,
-        tokenizer=base.tokenizer,
         unet=unet,
         scheduler=DPMSolverMultistepScheduler.from_config(base.scheduler.config),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
+        **dict(zip(family.text_encoders, family.parts(text_encoder))),
+        **dict(zip(family.tokenizers, base.tokenizers)),
+        **family.pipeline_options,
     )
     pipeline.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(seed + i) for i in range(count)]

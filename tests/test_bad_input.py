@@ -111,12 +111,15 @@ def test_multi_vector_names_must_be_free_too(fault, demo_base, tmp_path):
     assert "'<my-toy>_1' is already in the vocabulary" in message
 
 
-def test_sdxl_is_refused_by_name(fault, demo_base, tmp_path):
+def test_half_an_sdxl_is_refused(fault, demo_base, tmp_path):
     shutil.copytree(demo_base, tmp_path / "base")
     index = tmp_path / "base" / "model_index.json"
     content = json.loads(index.read_text()) | {"text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]}
     index.write_text(json.dumps(content))
-    assert "two text encoders (SDXL)" in fault(pretrained_model_name_or_path=str(tmp_path / "base"))
+    name = str(tmp_path / "base")
+    assert "text_encoder_2/config.json is missing" in fault(pretrained_model_name_or_path=name)
+    index.write_text(json.dumps(content | {"text_encoder": [None, None]}))
+    assert "as SDXL's refiner has" in fault(pretrained_model_name_or_path=name)
 
 
 def test_output_dir_that_cannot_be_written(fault, tmp_path):
@@ -157,7 +160,7 @@ def test_litter_and_truncated_images_are_skipped_with_one_warning_each(tmp_path,
         (folder / name).write_bytes(b"\0\1")
     Accelerator()  # its logger wants a state
     with caplog.at_level("WARNING"):
-        assert [name for name, _, _ in images.read_folder(folder, 64, False)] == ["good.png"]
+        assert [picture.name for picture in images.read_folder(folder, 64, False)] == ["good.png"]
     warnings = [record.message for record in caplog.records]
     assert len(warnings) == 2
     assert "Ignored 4 files" in warnings[0] and "Thumbs.db" in warnings[0]

@@ -249,11 +249,39 @@ def test_committed_base_generates():
     assert images.shape == (1, 64, 64, 3) and np.isfinite(images).all() and images.std() > 0.02
 
 
-@pytest.mark.skipif(not (DEMO / "quality.json").exists(), reason="check_demo_base.py has not been run here")
-def test_stored_quality_is_consistent():
+def test_smoke_run_of_the_sdxl_recipe(smoke):
+    import torch
+    from diffusers import StableDiffusionXLPipeline
+
+    command = [sys.executable, str(DEMO / "build_demo_base_xl.py"), "--smoke", "--device", "cpu", "--threads", "1"]
+    command += ["--out_dir", str(smoke / "out"), "--work_dir", str(smoke / "work")]
+    subprocess.run(command, check=True, env=ENVIRONMENT, capture_output=True, text=True)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(smoke / "out" / "base_xl", torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline.text_encoder_2.config.eos_token_id == 2 and pipeline.tokenizer_2.pad_token == "!"
+    assert pipeline("a photo of a red star", num_inference_steps=2).images[0].size == (64, 64)
+
+
+@pytest.mark.skipif(not (DEMO / "base_xl").exists(), reason="demo/base_xl is not in this checkout")
+def test_committed_sdxl_base_is_small_and_generates():
+    import torch
+    from diffusers import StableDiffusionXLPipeline
+
+    files = [path for path in (DEMO / "base_xl").rglob("*") if path.is_file() and "vae" not in path.parts]
+    assert sum(path.stat().st_size for path in files) <= 12e6  # the VAE is a link to that of demo/base
+    pipeline = StableDiffusionXLPipeline.from_pretrained(DEMO / "base_xl", torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(["a photo of a red star in the snow"], num_inference_steps=2, output_type="np").images
+    assert images.shape == (1, 64, 64, 3) and np.isfinite(images).all() and images.std() > 0.02
+
+
+@pytest.mark.parametrize("ending", ["", "_xl"])
+def test_stored_quality_is_consistent(ending):
     from check_demo_base import TARGETS
 
-    quality = json.loads((DEMO / "quality.json").read_text())
+    if not (DEMO / f"quality{ending}.json").exists():
+        pytest.skip("check_demo_base.py has not been run here")
+    quality = json.loads((DEMO / f"quality{ending}.json").read_text())
     assert set(quality) >= {"command", "config", "targets", "figures", "hardware", "versions", "definitions"}
     assert set(quality["targets"]) == {".".join(key) for key in TARGETS}
     for (section, name), least in TARGETS.items():
@@ -262,7 +290,7 @@ def test_stored_quality_is_consistent():
         assert target["measured"] == quality["figures"][section][name]
         assert target["met"] == (target["measured"] >= least)
     assert quality["figures"]["vae"]["renders"] >= 512 and quality["figures"]["generated"]["captions"] >= 256
-    assert (DEMO / "samples.png").exists()
+    assert (DEMO / f"samples{ending}.png").exists()
 
 
 @pytest.mark.skipif(not (DEMO / "subjects").exists(), reason="demo/subjects is not built here")
