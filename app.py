@@ -542,7 +542,7 @@ def build_page(book):
         step, seen = gr.State(PICTURES), gr.State({})
         with gr.Row(equal_height=True):
             gr.Markdown(
-                "# Teach a model your subject\nFrom a few photos to new pictures of it, on the computer that you have.",
+                "# Teach a model your subject\nFrom a few photos to new pictures of it, on the computer you have.",
                 elem_id="title",
             )
             run = gr.Dropdown(

@@ -359,11 +359,14 @@ class RunBook:
         if not METHODS[form.method].predicts_memory:
             return None
         command = ["python", *self.command(form)[len(launcher()) :], "--estimate_memory"]
-        log = self._scratch() / "memory.txt"
-        process, _ = spawn(command, log)
-        if process.wait():
-            raise InputError(refusal(log))
-        return log.read_text(encoding="utf-8").partition("Predicted")[2]
+        folder = self._scratch()
+        try:
+            process, _ = spawn(command, folder / "memory.txt")
+            if process.wait():
+                raise InputError(refusal(folder / "memory.txt"))
+            return (folder / "memory.txt").read_text(encoding="utf-8").partition("Predicted")[2]
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def time_steps(self, form):
         """Trains a few steps with the very settings, and measures them.

@@ -19,6 +19,7 @@ import threading
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from PIL import Image
 
 from . import images
@@ -29,7 +30,7 @@ from .runs import atomic_path, sha256
 
 THUMBNAIL_SIDE = 256
 FEW_PICTURES, MOST_NAME = 3, 48
-SAME_PICTURE_BITS = 5  # of 256 by which pictures may differ and be one for the eye
+SAME_PICTURE = 3.0  # mean difference of miniatures, of 255 levels, below which pictures are the same for the eye
 
 
 def safe_name(text, otherwise="unnamed"):
@@ -239,12 +240,12 @@ class Workspace:
         for name in sorted(entries.pictures + entries.foreign):
             thumbnail, problems = look_at(folder / name, resolution)
             if thumbnail is not None:
-                bits = fingerprint(thumbnail)
-                twin = next((n for n, b in seen.items() if (bits ^ b).bit_count() <= SAME_PICTURE_BITS), None)
+                mini = miniature(thumbnail)
+                twin = next((n for n, other in seen.items() if np.abs(mini - other).mean() < SAME_PICTURE), None)
                 if twin:
                     problems.append(f"looks the same as {plain(twin)}: one of them is enough")
                 else:
-                    seen[name] = bits
+                    seen[name] = mini
             rows.append(PictureFacts(name, captions.get(file_key(name)) or "", thumbnail, problems))
         readable = sum(row.thumbnail is not None for row in rows)
         if readable == 1:
@@ -289,12 +290,10 @@ def look_at(path, resolution):
     return thumbnail, problems
 
 
-def fingerprint(image):
-    """256 bits, which of neighbouring pixels is brighter: nearly the same for nearly the same pictures."""
-    small = image.convert("L").resize((17, 16), Image.Resampling.BILINEAR)
-    pixels = small.tobytes()
-    rows = [pixels[17 * y : 17 * y + 17] for y in range(16)]
-    return sum((a > b) << i for i, (a, b) in enumerate((row[x], row[x + 1]) for row in rows for x in range(16)))
+def miniature(image):
+    """A picture as 16 x 16 pixels, `[16, 16, 3]`, by which two that are the same for the eye are known."""
+    small = image.resize((16, 16), Image.Resampling.BOX)
+    return np.asarray(small, dtype=np.float32)
 
 
 def model_resolution(base, unknown=512):
