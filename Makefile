@@ -18,7 +18,7 @@ demo: $(VENV)/.installed
 APP ?=
 app: export HF_HUB_OFFLINE = 0
 app: $(VENV)/.installed-app
-	$(BIN)/python app.py $(APP)
+	$(BIN)/python app.py --open $(APP)
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest

@@ -19,20 +19,28 @@ import personalization.quiet  # noqa: F401, before the libraries whose false ala
 
 # isort: split
 import functools
-import html
-import re
 import shlex
-import shutil
+import sys
 import tempfile
 import time
 from pathlib import Path
-from urllib.parse import quote
 
 import gradio as gr
-import pandas as pd
-import psutil
 
 from personalization import app_runs, arguments
+from personalization.app_words import (
+    CSS,
+    GLYPHS,
+    card,
+    card_text,
+    curve,
+    empty,
+    pair,
+    prediction_card,
+    say,
+    status_card,
+    strip,
+)
 from personalization.command_lines import (
     DEMO_BASE,
     METHODS,
@@ -67,156 +75,6 @@ FIELDS = {
 }
 WHOLE = {"max_train_steps", "validation_steps", "train_batch_size", "num_inference_steps", "num_validation_images"}
 WHOLE |= {"seed"}
-GLYPHS = {app_runs.RUNNING: "●", app_runs.FINISHED: "✓", app_runs.STOPPED: "■", app_runs.FAILED: "✕"}
-
-CSS = """
-.gradio-container, .gradio-container > main { width: min(1180px, 100%) !important; margin: auto; }
-.gradio-container > main { padding-bottom: 170px !important; }
-#title h1 { margin: 0 0 2px; font-size: 26px; } #title p { margin: 0; opacity: .75; }
-#command { position: fixed; bottom: 0; left: 50%; transform: translateX(-50%); width: min(1132px, 100vw); z-index: 20;
-  box-shadow: 0 -6px 22px rgba(0, 0, 0, .13); border-radius: 12px 12px 0 0; }
-#command .cm-editor, #command .cm-scroller { max-height: 104px; overflow: auto; }
-#command .cm-content { font-size: 12px; padding-top: 0; }
-.card { border: 1px solid var(--border-color-primary); border-radius: 10px; padding: 12px 16px; line-height: 1.55;
-  background: var(--background-fill-secondary); }
-.card.good { border-left: 4px solid #16a34a; } .card.bad { border-left: 4px solid #dc2626; }
-.card.busy { border-left: 4px solid var(--color-accent); } .card.calm { border-left: 4px solid #d97706; }
-.card b.big { font-size: 19px; font-weight: 650; margin-right: 4px; } .card .facts { display: flex; gap: 34px; }
-.bar { height: 9px; border-radius: 6px; background: var(--border-color-primary); margin-top: 9px; overflow: hidden; }
-.bar div { height: 100%; background: var(--color-accent); transition: width .6s; }
-.empty { text-align: center; padding: 36px 12px; opacity: .7; }
-#samples { max-height: 330px; overflow-y: auto; } #samples small { opacity: .8; }
-#samples img { width: 100%; border-radius: 8px; display: block; margin: 2px 0 10px; }
-.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 18px; margin-bottom: 8px; } .pair figure { margin: 0; }
-.pair figcaption { padding: 2px 2px 6px; opacity: .8; } .pair a { flex: 1; } .pair .row { display: flex; gap: 6px; }
-.pair img { width: 100%; border-radius: 8px; display: block; }
-footer { display: none !important; }
-"""
-
-
-# =====================================================================================================
-# Words
-# =====================================================================================================
-
-
-def duration(seconds):
-    """Seconds in words, as exact as an estimate is: "45 s", "3 min 20 s", "2 h 10 min"."""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds} s"
-    minutes, seconds = divmod(round(seconds, -1) if seconds < 600 else seconds, 60)
-    if minutes < 10:
-        return f"{minutes} min {seconds} s" if seconds else f"{minutes} min"
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def card(text, kind=""):
-    return f'<div class="card {kind}">{text}</div>'
-
-
-def empty(text):
-    return f'<div class="empty">{text}</div>'
-
-
-def say(text):
-    """Text of a visitor or a script, as HTML."""
-    return html.escape(str(text))
-
-
-def status_card(state, sentence, step, steps, seconds_left):
-    """How a run is, as HTML."""
-    share = min(1.0, step / steps) if steps else 0.0
-    bar = f'<div class="bar" data-step="{step}"><div style="width: {100 * share:.1f}%"></div></div>'
-    count = f"step {step} of {steps}"
-    if state == app_runs.RUNNING:
-        left = f", about {duration(seconds_left)} left" if seconds_left is not None else ""
-        doing = f"<b>Training</b>: {count}{left}" if step else "<b>Starting</b>: loading the model and the pictures"
-        return card(f"{doing}. You may close this page, it goes on.{bar}", "busy")
-    if state == app_runs.FINISHED:
-        return card(f"<b>Finished</b> after {step} steps. ", "good")
-    if state == app_runs.STOPPED:
-        return card(f"<b>Stopped</b> at {count}, with a checkpoint. Resume goes on right there.{bar}", "calm")
-    if state == app_runs.FAILED:
-        return card(f"<b>It broke off</b> at {count}. {say(sentence)}{bar}", "bad")
-    return card("<b>Not started.</b>", "calm")
-
-
-def prediction_card(memory_table, timed, flags, workspace):
-    """What a run will take, as HTML.
-
-    Args:
-        memory_table: of `--estimate_memory`; None where the method has none.
-        timed: `app_runs.TimedSteps`; None while the trial is on.
-        flags: of the form.
-        workspace: its disk counts.
-    """
-    available, facts, rest = psutil.virtual_memory().available / 2**20, [], ""
-    peak = re.search(r"^\s*peak\s+(\d+) MB", memory_table, re.MULTILINE) if memory_table else None
-    if peak:
-        facts.append(f'<b class="big">{int(peak[1]) / 1024:.1f} GB</b> of memory, predicted')
-        rest = f"<details><summary>By component</summary><pre>{say(memory_table.strip())}</pre></details>"
-    if timed is None:
-        facts.append("timing a few steps …")
-    else:
-        if not peak:
-            facts.append(f'<b class="big">{timed.peak_mb / 1024:.1f} GB</b> of memory, measured')
-        facts.append(f'<b class="big">{duration(timed.total(flags))}</b> in all, {timed.step:.2g} s a step, timed')
-    facts.append(
-        f"free: {available / 1024:.1f} GB of memory, {shutil.disk_usage(workspace.root).free / 2**30:.0f} GB of disk"
-    )
-    needed = int(peak[1]) if peak else timed.peak_mb if timed else 0
-    warning = ""
-    if needed > available:
-        warning = "<p><b>That is more memory than is free:</b> close other programs, or choose fewer pixels.</p>"
-    facts = "".join(f"<span>{fact}</span>" for fact in facts)
-    return card(f'<div class="facts">{facts}</div>{warning}{rest}', "bad" if warning else "good" if timed else "busy")
-
-
-def curve(history, most=400):
-    """Losses as rows for the plot: the training loss as a running mean, and the held-out loss."""
-    rows, losses = [], [(step, value) for step, value, _ in history.loss]
-    width = max(1, len(losses) // 20)
-    every = max(1, len(losses) // most)
-    for i in range(0, len(losses), every):
-        near = [value for _, value in losses[max(0, i - width + 1) : i + 1]]
-        rows.append((losses[i][0], sum(near) / len(near), "training (running mean)"))
-    rows += [(step, value, "held-out") for step, value, _ in history.held_out]
-    return pd.DataFrame(rows, columns=["step", "loss", "series"])
-
-
-def picture(path):
-    """An image that a click opens, as HTML; the server shows what lies in concepts and runs."""
-    link = f"./gradio_api/file={quote(str(path))}"
-    return f'<a href="{link}" target="_blank"><img src="{link}" alt=""></a>'
-
-
-def strip(path, title):
-    """An image with a title above it, as HTML."""
-    return f"<small>{say(title)}</small>{picture(path)}"
-
-
-def pair(titles, columns):
-    """Two groups of images side by side, as HTML; a click opens one.
-
-    Args:
-        titles: of the two.
-        columns: two lists of paths, which the server may show.
-    """
-    figures = []
-    for title, paths in zip(titles, columns):
-        row = "".join(picture(path) for path in paths)
-        figures.append(f'<figure><figcaption>{say(title)}</figcaption><div class="row">{row}</div></figure>')
-    return f'<div class="pair">{"".join(figures)}</div>'
-
-
-def card_text(run):
-    """The model card of a run as it is shown before a push: without its metadata and what only the Hub can show."""
-    try:
-        text = (run.output / "README.md").read_text(encoding="utf-8")
-    except OSError:
-        return "*The card is written when the run is finished.*"
-    text = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL).replace("<Gallery />", "")
-    return re.sub(r"!\[([^\]]*)\]\([^)]*\)", r"*(picture: \1)*", text)
 
 
 # =====================================================================================================
@@ -377,7 +235,7 @@ class Handlers:
 
     def start(self, token, *form):
         run = self.book.start(read_form(*form), (token or "").strip() or None)
-        return gr.update(choices=self.choices(), value=run.name), gr.update(selected=TRAINING), {}
+        return gr.update(choices=self.choices(), value=run.name), gr.update(selected=TRAINING), TRAINING, {}
 
     # 3. Training ---------------------------------------------------------------------------------------
 
@@ -406,12 +264,7 @@ class Handlers:
             run = self.book.open(run_name) if run_name else None
         except InputError:
             run = None
-        parts = {
-            "runs": (
-                choices := self.choices(),
-                gr.update(choices=choices, value=run.name if run else None, visible=bool(choices)),
-            )
-        }
+        parts = {"runs": (choices := self.choices(), gr.update(choices=choices, visible=bool(choices)))}
         parts |= self._training(run) | self._result(run)
         seen = seen or {}
         fresh = {name: repr(signature) for name, (signature, _) in parts.items()}
@@ -441,7 +294,7 @@ class Handlers:
         return {
             "status": ((run.name, status), status),
             "plot": ((run.name, len(table)), gr.update(value=table, visible=len(table) > 0)),
-            "samples": (strips, strips),
+            "samples": (strips, f'<div class="strips">{strips}</div>'),
             "log": ((run.name, log), log),
             "stop": (alive, gr.update(visible=alive)),
             "resume": (can_resume, gr.update(visible=can_resume)),
@@ -582,7 +435,7 @@ def build_page(book):
             tab.select(lambda number=number: number, None, step, **quiet).then(do.command, inputs, command, **quiet)
         model["predict"].click(answering_generator(do.predict), form, model["prediction"], show_progress="hidden")
         started = model["start"].click(
-            answering(do.start), [model["token"], *form], [run, tabs, seen], show_progress="minimal"
+            answering(do.start), [model["token"], *form], [run, tabs, step, seen], show_progress="minimal"
         )
 
         # Training and result
@@ -838,6 +691,8 @@ def result_step():
             file = gr.DownloadButton("Download what was learned", elem_id="download")
             package = gr.DownloadButton("Download everything (ZIP)", interactive=False, elem_id="package")
         with gr.Accordion("Push to the Hub", open=False):
+            gr.Markdown("This card goes with it; your pictures stay here.")
+            card = gr.Markdown(elem_id="card", container=True, max_height=340)
             with gr.Row():
                 repo = gr.Textbox(label="Repository", placeholder="user/my-dog", elem_id="repo")
                 token = gr.Textbox(
@@ -853,9 +708,8 @@ def result_step():
                 show_line_numbers=False,
                 buttons=["copy"],
             )
-            push = gr.Button("Push with this card", variant="primary", elem_id="push")
+            push = gr.Button("Push", variant="primary", elem_id="push")
             pushed = gr.HTML(elem_id="pushed")
-            card = gr.Markdown(elem_id="card", container=True)
     parts = {"prompt": prompt, "count": count, "seed": seed, "steps": steps, "guidance": guidance, "draw": draw}
     parts |= {"progress": progress, "repo": repo, "token": token, "private": private, "line": line, "push": push}
     return parts | {"pushed": pushed, "out": [hint, comparison, drawing, drawn, file, package, card]}
@@ -870,7 +724,11 @@ def parse_args(words=None):
     """Parses the command line."""
     parser = arguments.new_parser(__file__, "A web page that trains with the scripts beside it.", "%(prog)s [options]")
     add = parser.add_argument
-    add("--workspace", default="workspace", help="Folder of everything that is uploaded, trained and drawn.")
+    add(
+        "--workspace",
+        default=os.environ.get("APP_WORKSPACE", "workspace"),
+        help="Folder of everything that is uploaded, trained and drawn.",
+    )
     add("--read", nargs="+", default=[], metavar="FOLDER", help="Folders that visitors may copy pictures from, too.")
     add(
         "--host",
@@ -878,6 +736,7 @@ def parse_args(words=None):
         help="Where to listen. Any other than this computer's own lets everyone in who reaches it.",
     )
     add("--port", type=int, help="Port. Default: the first free one from 7860 on.")
+    add("--open", action="store_true", help="Open the page in a browser, where there is a screen.")
     add("--trainings", type=int, default=1, help="How many may train at the same time.")
     args = parser.parse_args(words)
     if args.port is not None and not 0 < args.port < 65536:
@@ -890,13 +749,17 @@ def parse_args(words=None):
     return args
 
 
+def has_screen():
+    return sys.platform == "darwin" or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+
+
 def main(args):
     workspace = Workspace(args.workspace, [REPO / "demo", *args.read])
-    os.environ["GRADIO_TEMP_DIR"] = str(workspace.root / "uploads")  # what browsers send stays in the workspace
-    tempfile.tempdir = None
-    book = app_runs.RunBook(workspace, args.trainings)
+    os.environ["GRADIO_TEMP_DIR"] = tempfile.tempdir = str(workspace.root / "uploads")  # what browsers send
+    only_here = args.host in ("127.0.0.1", "localhost", "::1")
+    book = app_runs.RunBook(workspace, args.trainings, own_login=only_here)
     book.remove_trials()
-    if args.host not in ("127.0.0.1", "localhost", "::1"):
+    if not only_here:
         print(
             f"Listening on {args.host}: everyone who reaches it may train here and see all that is in the workspace."
         )
@@ -913,6 +776,7 @@ def main(args):
             server_name=args.host,
             server_port=args.port,
             allowed_paths=[str(workspace.root / name) for name in ("concepts", "runs")],
+            inbrowser=args.open and has_screen(),
             show_error=True,
             ssr_mode=False,
             max_file_size="100mb",

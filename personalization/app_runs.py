@@ -177,6 +177,12 @@ class Run:
         """How many it is to have in all."""
         return int(flag_of(self.record.get("command", []), "max_train_steps", 0))
 
+    def is_readable(self):
+        """Whether `run.json` is whole, and of a method that is known."""
+        with contextlib.suppress(KeyError, TypeError):
+            return self.form.method in METHODS
+        return False
+
     def is_alive(self):
         return bool(processes_of(self.record.get("process")))
 
@@ -261,17 +267,19 @@ class RunBook:
     Args:
         workspace: `workspace.Workspace`.
         at_once: how many may train at the same time.
+        own_login: whether a visitor without a token may push with the login of this computer.
     """
 
-    def __init__(self, workspace, at_once=1):
-        self.workspace, self.at_once = workspace, at_once
+    def __init__(self, workspace, at_once=1, own_login=True):
+        self.workspace, self.at_once, self.own_login = workspace, at_once, own_login
         self.folder, self._histories = workspace.root / "runs", Histories()
         self._starting = filelock.FileLock(workspace.root / ".starting", timeout=30)  # servers may share a workspace
         self._drawing = workspace.root / ".drawing.json"
 
     def names(self):
-        """Of all runs, the newest first."""
+        """Of all runs whose record can be read, the newest first."""
         runs = [Run(path.parent) for path in self.folder.glob("*/run.json")]
+        runs = [run for run in runs if run.is_readable()]
         return [run.name for run in sorted(runs, key=lambda run: run.record.get("created", 0), reverse=True)]
 
     def open(self, name):
@@ -281,7 +289,7 @@ class RunBook:
             InputError: there is none.
         """
         folder = self.folder / safe_name(name or "")
-        if not name or not (folder / "run.json").is_file() or not Run(folder).record.get("form"):
+        if not name or not Run(folder).is_readable():
             raise InputError(f"There is no run {quoted(name)}: choose another.")
         return Run(folder)
 
@@ -461,6 +469,8 @@ class RunBook:
         """
         if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo_id or ""):
             raise InputError(f"{quoted(repo_id)} is no name for a repository: give one such as user/my-dog.")
+        if not self.own_login and not str(token or "").strip():
+            raise InputError("Give a token of your own: this server does not push with its own login for visitors.")
         command = push_command(run, repo_id, private)
         log = run.folder / "push.txt"
         log.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import importlib
 import json
 import os
 import shlex
@@ -24,7 +25,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 import train_tuneqdm_dreambooth as tuneqdm
 import train_zoodip_textual_inversion as zoodip
-from personalization import app_runs, workspace
+from personalization import app_runs, app_words, workspace
 from personalization.app_runs import FAILED, FINISHED, RUNNING, STOPPED, Histories, RunBook, TimedSteps
 from personalization.command_lines import METHODS, Form, default_flags, flag_of, launcher, read_others, shown
 from personalization.errors import InputError
@@ -34,6 +35,8 @@ from personalization.workspace import Workspace, safe_name
 app = pytest.importorskip("app", reason="gradio is not installed")
 
 PARSERS = {"word": zoodip.parse_args, "scales": tuneqdm.parse_args}
+if METHODS["lora"].path.is_file():
+    PARSERS["lora"] = importlib.import_module(METHODS["lora"].path.stem).parse_args
 
 
 @pytest.fixture
@@ -221,7 +224,7 @@ def test_the_scripts_read_the_command_line(book, form, method, real):
     base = "stable-diffusion-v1-5/stable-diffusion-v1-5" if real else form.base
     others, *fields = app.default_values(method, base)
     chosen = app.read_form("my toy", base, method, "star", "", 'a "photo" of a {}', others, *fields)
-    assert chosen.subject == {"word": "<my-toy>", "scales": "sks star" if real else "star"}[method]
+    assert chosen.subject == ("<my-toy>" if method == "word" else "sks star" if real else "star")
     words = book.command(chosen)
     assert shlex.split(shown(words).replace("\\\n", "")) == [
         os.path.relpath(w, REPO) if w.startswith(str(REPO)) else w for w in words
@@ -237,11 +240,9 @@ def test_the_scripts_read_the_command_line(book, form, method, real):
 
 @pytest.mark.parametrize("method", PARSERS)
 def test_flags_that_may_be_added_exist_and_name_no_file(method):
-    required = {
-        "word": "--train_data_dir x --placeholder_token x --initializer_token x",
-        "scales": "--instance_data_dir x",
-    }
-    known = vars(PARSERS[method](["--pretrained_model_name_or_path", "x", *required[method].split()]))
+    word = "--train_data_dir x --placeholder_token x --initializer_token x"
+    required = word if method == "word" else "--instance_data_dir x --instance_prompt x"
+    known = vars(PARSERS[method](["--pretrained_model_name_or_path", "x", *required.split()]))
     assert METHODS[method].others <= known.keys()
     assert not [name for name in METHODS[method].others if re_path(name)]
     assert read_others("--seed 3 --center_crop --learning_rate=-1", method) == {
@@ -308,7 +309,9 @@ def test_history_of_a_resumed_run(tmp_path):
     assert [row[:2] for row in history.loss] == [(1, 1), (2, 2), (3, 3), *((n, 10 * n) for n in range(4, 8))]
     assert [row[:2] for row in history.held_out] == [(3, 0.5)]
     table = app.curve(history)
-    assert len(table) == 8 and set(table["series"]) == {"training (running mean)", "held-out"}
+    assert len(table) == 8 and set(table["series"]) == set(app_words.SERIES)
+    assert set(app.curve(history._replace(held_out=[]))["series"]) == set(app_words.SERIES)
+    assert not len(app.curve(app_runs.History([], [])))
 
 
 def test_time_left_and_time_in_all():
@@ -344,7 +347,7 @@ def test_gauss_newton_grows_dearer():
     "seconds, words", [(3.4, "3 s"), (59.6, "1 min"), (83, "1 min 20 s"), (1500, "25 min"), (7800, "2 h 10 min")]
 )
 def test_durations(seconds, words):
-    assert app.duration(seconds) == words
+    assert app_words.duration(seconds) == words
 
 
 # =====================================================================================================
@@ -405,12 +408,18 @@ def test_two_visitors_start_at_the_same_time(book, form, sleeping):
 def test_two_visitors_see_their_own_run(book, form, sleeping):
     page, first = app.Handlers(book), book.start(form)
     other = RunBook(book.workspace, at_once=2).start(form)
-    seen, runs, *shown_first = page.observe(first.name, {})
+    other_record = other.record
+    seen, runs, *_ = page.observe(first.name, {})
     again, *nothing_new = page.observe(first.name, seen)
     assert again == seen and all(update == app.gr.skip() for update in nothing_new)
-    assert page.observe(other.name, {})[1]["value"] == other.name and runs["value"] == first.name
+    first.log.write_text("of the first")
+    assert "of the first" in page.observe(first.name, {}) and "of the first" not in page.observe(other.name, {})
+    assert "value" not in runs, "what is chosen is the visitor's"
     assert [name for _, name in runs["choices"]] == [other.name, first.name]
-    assert page.observe("gone", {})[1]["value"] is None
+    assert "Nothing has been trained yet" in page.observe("gone", {})[2]
+    (book.folder / other.name / "run.json").write_text('{"form": {"method": "magic"}}')
+    assert book.names() == [first.name] and page.load({"run": other.name, "concept": "gone"})[1]["value"] == first.name
+    (book.folder / other.name / "run.json").write_text(json.dumps(other_record))
 
 
 def test_a_full_disk_at_the_start(book, form, sleeping, monkeypatch):
@@ -446,6 +455,7 @@ def test_whole_life_of_a_run(book, form, tmp_path):
         other.start(form)
 
     launcher_process, script, *_ = app_runs.processes_of(found.record["process"])
+    assert os.getsid(script.pid) == launcher_process.pid, "a session of its own: what ends the server does not end it"
     script.kill()
     wait_for(lambda: not found.is_alive())
     assert found.outcome()[0] == FAILED and found.can_resume()
@@ -483,6 +493,8 @@ def test_whole_life_of_a_run(book, form, tmp_path):
         patch.delenv("HF_TOKEN")
         with pytest.raises(InputError, match="is not on the Hub|refused|token"):
             other.push(found, "alice/toy", True, "hf_wrong")
+        with pytest.raises(InputError, match="a token of your own"):
+            RunBook(book.workspace, own_login=False).push(found, "alice/toy", True, "")
         with pytest.raises(InputError, match="no name for a repository"):
             other.push(found, "--hub_token", True, TOKEN)
         assert "/commit/" in other.push(found, "alice/toy", True, TOKEN)
@@ -530,7 +542,8 @@ def test_the_server_shows_the_workspace_and_nothing_else(tmp_path):
 def serve(root, port=0, **environment):
     """`python app.py`; yields its address."""
     command = [sys.executable, str(REPO / "app.py"), "--workspace", str(root)]
-    log = root.parent / "server.txt"
+    root.mkdir()
+    log = root / "server.txt"
     with log.open("w") as output:
         environment = {
             **os.environ,
@@ -575,3 +588,15 @@ def test_a_workspace_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="--workspace .* cannot be used"):
         Workspace(tmp_path / "file")
+
+
+def test_the_head_of_a_space_fits_what_is_here():
+    import yaml
+
+    head = yaml.safe_load((REPO / "docs" / "space_README.md").read_text(encoding="utf-8").split("---\n")[1])
+    assert head["sdk"] == "gradio" and (REPO / head["app_file"]).is_file() and len(head["short_description"]) <= 60
+    needed = next(
+        line for line in (REPO / "requirements-app.txt").read_text().splitlines() if line.startswith("gradio")
+    )
+    assert app.gr.__version__.split(".")[0] == head["sdk_version"].split(".")[0]
+    assert f">={head['sdk_version'].rsplit('.', 1)[0]}" in needed
