@@ -1,5 +1,5 @@
 # Each target makes its own virtual environment on a fresh machine; a second call installs nothing.
-.PHONY: demo test test-cuda pretend-cuda quality style evaluate ablations benchmark bench-real-photos clean
+.PHONY: demo app test test-cuda pretend-cuda quality style evaluate ablations benchmark bench-real-photos clean
 
 VENV ?= .venv
 PYTHON ?= python3
@@ -12,6 +12,13 @@ export TOKENIZERS_PARALLELISM = false
 
 demo: $(VENV)/.installed
 	$(BIN)/python demo/run_demo.py
+
+# The web page, on http://127.0.0.1:7860; APP="--port 8000 --workspace ~/concepts" says more. Base models on the Hub may
+# be named there, so it is not kept offline.
+APP ?=
+app: export HF_HUB_OFFLINE = 0
+app: $(VENV)/.installed-app
+	$(BIN)/python app.py --open $(APP)
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest
@@ -76,7 +83,11 @@ $(VENV)/.installed: requirements.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-$(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
+$(VENV)/.installed-app: requirements-app.txt $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-app.txt
+	touch $@
+
+$(VENV)/.installed-dev: requirements-dev.txt requirements-app.txt $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 

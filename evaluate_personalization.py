@@ -12,7 +12,8 @@ on the demo base, with the demo's own scorer, offline:
         --results learned=demo/output/striped_star --clip_model demo/scorer --dino_model demo/scorer/identity \
         --trust_remote_code --output_dir scores
 
-A result is a learned embedding (ZOODiP) or tuned scales (TuneQDM), drawn with the base quantized as in their training.
+A result is a learned embedding (ZOODiP), a LoRA, or tuned scales (TuneQDM), drawn with the base quantized as in their
+training. `--draw_only` leaves out references, encoders and scores.
 Every column (the plain word first, then the results) draws the same prompts from the same noise. Pictures that are
 there already are not drawn again, so a run that was stopped goes on. Written to `--output_dir`: `images/`,
 `evaluation.json`, `evaluation.md` (the table) and `contact_sheet.png`.
@@ -156,18 +157,21 @@ class Column:
     folder: Path | None  # of a result
     fingerprint: str  # of what it draws with
     base: base_model.Base | None = None  # where the result is tuned scales, which want the base's UNet for themselves
+    lora: bool = False  # the result is a LoRA
 
     @property
     def config_path(self):
-        return self.folder / (CONFIG_FILE if self.base is None else tuneqdm.CONFIG_FILE)
+        name = CONFIG_FILE if self.base is None else tuneqdm.CONFIG_FILE
+        return self.folder / (LORA_CONFIG_FILE if self.lora else name)
 
     @property
     def trainer(self):
         name = "train_zoodip_textual_inversion.py" if self.base is None else "train_tuneqdm_dreambooth.py"
-        return Path(__file__).with_name(name)
+        return Path(__file__).with_name("train_selective_dreambooth_lora.py" if self.lora else name)
 
 
 RESULT_FILE, CONFIG_FILE = "learned_embeds.safetensors", "zoodip_config.json"
+LORA_FILE, LORA_CONFIG_FILE = "pytorch_lora_weights.safetensors", "selective_config.json"
 PLAIN = "plain-word"
 
 
@@ -183,6 +187,8 @@ def read_column(given, base):
     folder = Path(folder)
     if (folder / tuneqdm.CONFIG_FILE).is_file():
         return read_scales(given, label, folder, base)
+    if (folder / LORA_FILE).is_file():
+        return read_lora(given, label, folder, base)
     file = folder / RESULT_FILE
     try:
         with safe_open(file, framework="pt") as tensors:
@@ -235,6 +241,25 @@ def read_scales(given, label, folder, base):
     check_base(given, trained_on, base)
     fingerprint = hashlib.sha256(content + json.dumps(config["scales"], sort_keys=True).encode()).hexdigest()[:16]
     return Column(label, word, folder, fingerprint, base)
+
+
+def read_lora(given, label, folder, base):
+    """A folder with a LoRA of this project as a `Column`.
+
+    Raises:
+        InputError: a file is damaged, it is of another base, or it does not say what the subject is called.
+    """
+    try:
+        config = json.loads((folder / LORA_CONFIG_FILE).read_text(encoding="utf-8"))
+        word, trained_on, content = (
+            config["placeholder_token"],
+            config["base_model"],
+            (folder / LORA_FILE).read_bytes(),
+        )
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"--results {given!r} holds no LoRA that can be read ({error!r}).") from None
+    check_base(given, trained_on, base)
+    return Column(label, word, folder, hashlib.sha256(content).hexdigest()[:16], lora=True)
 
 
 def read_columns(given, class_word, base):
@@ -350,6 +375,10 @@ def showing(column, pipeline):
         unet.to(pipeline.unet.device)
         tuned.set_progress_bar_config(disable=True)
         yield tuned
+    elif column.lora:
+        pipeline.load_lora_weights(str(column.folder), weight_name=LORA_FILE)
+        yield pipeline
+        pipeline.unload_lora_weights()
     elif column.folder is not None:
         embeddings.load_concept(pipeline, column.folder, column.word, RESULT_FILE)
         with pooled_as_trained(column, pipeline):
@@ -531,7 +560,8 @@ def parse_args(input_args=None):
     add("--pretrained_model_name_or_path", required=True, help="The base: a local folder or a model id on the Hub.")
     add("--revision", help="Branch, tag or commit of the base on the Hub.")
     add("--results", nargs="*", default=[], metavar="LABEL=FOLDER", help="Folders of embeddings or scales to compare.")
-    add("--reference_images", required=True, help="Folder of the subject's pictures.")
+    add("--reference_images", help="Folder of the subject's pictures.")
+    add("--draw_only", action="store_true", help="Draw the pictures and judge nothing: no reference, no encoder.")
     add("--class_word", required=True, help="The plain word for the subject: dog.")
     add("--prompts", default="object", help='"object" or "living" (DreamBooth\'s 25 each), or a text file.')
     add("--num_images_per_prompt", type=int, default=5, help="Pictures of each prompt.")
@@ -550,6 +580,10 @@ def parse_args(input_args=None):
     arguments.check_ranges(parser, args, arguments.RANGES | more)
     if not args.class_word.strip():
         parser.error("--class_word must be a word, such as dog.")
+    if (args.reference_images is None) != args.draw_only:
+        parser.error("give either --reference_images, a folder of the subject's pictures, or --draw_only.")
+    if args.push and args.draw_only:
+        parser.error("--push needs scores: leave out --draw_only.")
     return args
 
 
@@ -559,12 +593,13 @@ def main(args):
     base = base_model.open_base(source, accepted=families.FAMILIES.values())
     columns = read_columns(args.results, args.class_word, base)
     resolution = base_model.check_resolution(base, args.resolution)
-    pictures = images.read_folder(args.reference_images, resolution, True, "--reference_images")
-    references = [Image.fromarray(picture.pixels.permute(1, 2, 0).numpy()) for picture in pictures]
     output_dir = Path(args.output_dir)
-    runs.check_writable("--output_dir", args.output_dir)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    encoders = Encoders(args.clip_model, args.dino_model, args.trust_remote_code, device, args.batch_size)
+    if not args.draw_only:
+        pictures = images.read_folder(args.reference_images, resolution, True, "--reference_images")
+        references = [Image.fromarray(picture.pixels.permute(1, 2, 0).numpy()) for picture in pictures]
+        encoders = Encoders(args.clip_model, args.dino_model, args.trust_remote_code, device, args.batch_size)
+    runs.check_writable("--output_dir", args.output_dir)
     drawing = Drawing(
         weight_cache.source_key(base_model.find_weight_files(base, "unet")),
         prompts,
@@ -585,6 +620,9 @@ def main(args):
     pipeline.set_progress_bar_config(disable=True)
     draw_missing(output_dir, columns, drawing, pipeline, args.batch_size)
     del pipeline
+    if args.draw_only:
+        print(f"Look at {output_dir / 'images'}")
+        return
 
     def open_image(column, prompt_index, image_index):
         return Image.open(image_path(output_dir, column, prompt_index, image_index)).convert("RGB")

@@ -740,17 +740,18 @@ def train(run):
     per_batch = args.train_batch_size * (2 if run.subject.prior else 1)
     passes = per_batch * args.gradient_accumulation_steps * accelerator.num_processes
     hidden = not accelerator.is_local_main_process
-    with tqdm(total=args.max_train_steps, initial=progress.step, desc="Steps", disable=hidden) as bar:
+    bar = tqdm(total=args.max_train_steps, initial=progress.step, desc="Steps", disable=hidden)
+    with runs.stop_requests(accelerator) as stop_requested, bar:
         while progress.step < args.max_train_steps:
             progress.forward_passes += passes
             interval_loss += train_step(learner, run.model, run.subject, run.sampling, run.average)
             progress.step = step = progress.step + 1
             interval += 1
             bar.update()
-            last = step == args.max_train_steps
+            last, stop = step == args.max_train_steps, stop_requested()
 
             # The one read-out of the device, before anything is saved: no NaN ever replaces a good checkpoint.
-            if last or any(step % every == 0 for every in (args.logging_steps, args.checkpointing_steps)):
+            if last or stop or any(step % every == 0 for every in (args.logging_steps, args.checkpointing_steps)):
                 mean_loss = run.average(interval_loss / interval).item()
                 check_finite(run, mean_loss, last_good)
                 last_good = {name: change.detach().clone() for name, change in learner.changes.items()}
@@ -762,8 +763,10 @@ def train(run):
                 interval_loss.zero_()
                 interval = 0
             progress.seconds = seconds_before + time.perf_counter() - started
-            if step % args.checkpointing_steps == 0:
+            if stop or step % args.checkpointing_steps == 0:
                 checkpoints.save_checkpoint(accelerator, run.output_dir, run.state(), args.checkpoints_total_limit)
+            if stop:
+                raise KeyboardInterrupt
             if step % args.validation_steps == 0 and not last:  # the last ones follow the scales
                 draw_validation_images(run)
     progress.seconds = seconds_before + time.perf_counter() - started

@@ -1647,19 +1647,20 @@ def train(run):
         draw_validation_images(run)
     examples_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     hidden = not accelerator.is_local_main_process
-    with tqdm(total=args.max_train_steps, initial=progress.step, desc="Steps", disable=hidden) as bar:
+    bar = tqdm(total=args.max_train_steps, initial=progress.step, desc="Steps", disable=hidden)
+    with runs.stop_requests(accelerator) as stop_requested, bar:
         while not is_over(run):
             progress.forward_passes += learner.rule.num_candidates * examples_per_step
             interval_loss += train_step(learner, run.model, run.concept, run.sampling, average)
             progress.step = step = progress.step + 1
             interval += 1
             bar.update()
-            last = step == args.max_train_steps
+            last, stop = step == args.max_train_steps, stop_requested()
 
             # The one read-out of the device: everything above runs without waiting for it. It also comes before
             # anything is judged or saved, so that no NaN ever replaces a good checkpoint or ends in the result.
             due = (args.logging_steps, args.validation_steps, args.save_steps, args.checkpointing_steps)
-            if last or any(step % every == 0 for every in due):
+            if last or stop or any(step % every == 0 for every in due):
                 mean_loss = average(interval_loss / interval).item()
                 check_finite(run, mean_loss, last_good)
                 last_good.copy_(learner.result)
@@ -1676,8 +1677,10 @@ def train(run):
                 name = f"learned_embeds-steps-{step}.safetensors"
                 run.save(name, learner.result, embeddings.try_to_save_embeds)
             progress.seconds = seconds_before + time.perf_counter() - started
-            if step % args.checkpointing_steps == 0:
+            if stop or step % args.checkpointing_steps == 0:
                 checkpoints.save_checkpoint(accelerator, run.output_dir, run.state(), args.checkpoints_total_limit)
+            if stop:
+                raise KeyboardInterrupt
             if step % args.validation_steps == 0 and not is_over(run):  # the last ones follow the embedding
                 draw_validation_images(run)
     progress.seconds = seconds_before + time.perf_counter() - started

@@ -6,7 +6,7 @@
 | 1 | a run broke off or a result could not be written, for a reason outside the program (`RunError`) |
 | 2 | the input cannot work (`InputError`); nothing was trained |
 | 3 | the run is finished and safe, but not on the Hub (`PushError`) |
-| 130 | Ctrl+C |
+| 130 | Ctrl+C, or SIGTERM while training |
 
 Anything else is a fault of the program, and shows its traceback.
 """

@@ -9,8 +9,10 @@ import math
 import os
 import platform
 import shutil
+import signal
 import stat
 import tempfile
+import threading
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -203,6 +205,33 @@ def end(accelerator):
             tracker.finish()
     accelerator.trackers.clear()
     accelerator.end_training()
+
+
+@contextlib.contextmanager
+def stop_requests(accelerator):
+    """Lets Ctrl+C or SIGTERM end a training loop cleanly, after the step and with a checkpoint; a second one at once.
+
+    In a launch of several processes, which would stop at different steps, and outside the main thread, signals keep
+    what they do.
+
+    Yields:
+        Function without arguments: whether the loop is to write a checkpoint and raise `KeyboardInterrupt`.
+    """
+    requested = []
+
+    def request(number, frame):
+        requested.append(number)
+        for name, before in handlers.items():
+            signal.signal(name, before)
+
+    alone = accelerator.num_processes == 1 and threading.current_thread() is threading.main_thread()
+    signals = (signal.SIGINT, signal.SIGTERM) if alone else ()
+    handlers = {number: signal.signal(number, request) for number in signals}
+    try:
+        yield lambda: bool(requested)
+    finally:
+        for number, before in handlers.items():
+            signal.signal(number, before)
 
 
 def training_length(args, num_examples, num_processes, default):

@@ -45,6 +45,11 @@ KINDS = {
         r"test_data_checks\.py|test_bad_input\.py",
         "folders, pictures, metadata and data sets that cannot be used, and odd ones that can",
     ),
+    "web page": (
+        r"test_app\w*\.py::.*(outside|refused|sent_paths|safe|wrong|whole|disk|recycled|visitors|ended|nothing_else|bad_|"
+        r"not_complete|sentences|made)",
+        "paths outside, full disks, two visitors, killed trainers, closed tabs, process ids given anew",
+    ),
     "embeddings": (r"test_pipeline\.py::.*(not_fit|refused|cannot|another|something)", "what the pipeline loads"),
 }
 

@@ -223,6 +223,45 @@ def test_scales_are_a_column_too(flags, results, demo_base, repo):
             run(flags, f"tuned={scales}")
 
 
+def test_a_lora_is_drawn_as_plain_diffusers_draws_it_and_nothing_is_judged(flags, results, demo_base):
+    """With `--draw_only`: no references, no encoders, no report."""
+    from diffusers import StableDiffusionPipeline
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    pipeline, folder = StableDiffusionPipeline.from_pretrained(demo_base), results / "lora"
+    pipeline.unet.add_adapter(LoraConfig(r=2, init_lora_weights="gaussian", target_modules=["to_q", "to_v"]))
+    layers = get_peft_model_state_dict(pipeline.unet)
+    generator = torch.Generator().manual_seed(0)
+    layers = {name: torch.randn(value.shape, generator=generator) * 0.3 for name, value in layers.items()}
+    pipeline.save_lora_weights(folder, unet_lora_layers=layers)
+    write_json(folder / "selective_config.json", {"base_model": "base", "placeholder_token": "star"})
+    needless = ("--reference_images", "--clip_model", "--dino_model", "--trust_remote_code")
+    flags = {name: value for name, value in flags.items() if name not in needless} | {"--draw_only": True}
+    out = run(flags | {"--num_images_per_prompt": "1"}, f"lora={folder}")
+    assert not list(out.glob("*.*"))
+    plain, drawn = (
+        np.asarray(Image.open(out / "images" / name / "001-00.png"), dtype=int) for name in ("plain-word", "lora")
+    )
+    pipeline = StableDiffusionPipeline.from_pretrained(demo_base)
+    pipeline.load_lora_weights(folder)
+    generator = torch.Generator().manual_seed(1000)
+    image = pipeline("a photo of a star in the snow", num_inference_steps=1, generator=generator).images[0]
+    assert np.abs(drawn - np.asarray(image, dtype=int)).max() <= 1 and np.abs(drawn - plain).max() > 5
+    write_json(folder / "selective_config.json", {})
+    with pytest.raises(InputError, match="holds no LoRA that can be read"):
+        run(flags, f"lora={folder}")
+
+
+@pytest.mark.parametrize(
+    "change, said", [({"--draw_only": True}, "give either"), ({"--reference_images": None}, "give either")]
+)
+def test_pictures_are_judged_or_only_drawn(flags, change, said, capsys):
+    with pytest.raises(SystemExit):
+        run(flags | change)
+    assert said in capsys.readouterr().err
+
+
 def test_pictures_of_another_drawing_are_not_mixed(flags, results):
     run(flags, f"first={results / 'one'}")
     with pytest.raises(InputError, match=r"has pictures drawn otherwise \(seed\)"):

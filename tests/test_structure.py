@@ -14,7 +14,9 @@ METHOD = {
 TUNEQDM = {"new_changes", "draw_timesteps", "denoising_errors", "load_quantized_unet", "train_step", "train", "main"}
 TUNEQDM_LAYERS = {"quantize", "pack", "set_of_timestep", "ScaledProduct", "QuantizedLinear", "QuantizedConv2d"}
 PACKAGE = sorted((REPO / "personalization").glob("*.py"))
-SCRIPTS = sorted(path for pattern in ("train_*.py", "evaluate_*.py", "*_pipeline.py") for path in REPO.glob(pattern))
+SCRIPTS = sorted(
+    path for pattern in ("app.py", "train_*.py", "evaluate_*.py", "*_pipeline.py") for path in REPO.glob(pattern)
+)
 MAY_IMPORT = {
     "train_selective_dreambooth_lora": {"train_zoodip_textual_inversion"},  # loading and estimator
     "train_tuneqdm_dreambooth": {"tuneqdm_pipeline"},  # quantizer and layers, which travel

@@ -199,6 +199,28 @@ def test_resumed_run_equals_the_uninterrupted_one(train, tmp_path, flags):
     assert {k: first[k] for k in same} == {k: second[k] for k in same}
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_has_a_checkpoint_and_resumes_bit_identical(train, tmp_path, monkeypatch, number):
+    flags = {"quantization": "none", "num_validation_samples": 0, "logging_steps": 2, "checkpointing_steps": 100}
+    whole = embeds(train(**flags, max_train_steps=5, output_dir=tmp_path / "whole"))
+    step, done = zoodip.train_step, []
+
+    def stopped_in_the_third(*args):
+        done.append(None)
+        if len(done) == 3:
+            os.kill(os.getpid(), number)
+        return step(*args)
+
+    monkeypatch.setattr(zoodip, "train_step", stopped_in_the_third)
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt):
+        train(**flags, max_train_steps=5)
+    assert len(done) == 3 and signal.getsignal(number) is before
+    assert [path.name for path in checkpoints.list_checkpoints(tmp_path / "out")] == ["checkpoint-3"]
+    out = train(**flags, max_train_steps=5, resume_from_checkpoint="latest")
+    assert len(done) == 5 and torch.equal(embeds(out), whole)
+
+
 def test_killed_run_resumes_bit_identical(run_script, basics, tmp_path):
     flags = basics | RESUME | {"--max_train_steps": 160, "--checkpointing_steps": 10, "--validation_steps": 50}
     killed, whole = tmp_path / "killed", tmp_path / "whole"

@@ -3,7 +3,9 @@
 import argparse
 import ast
 import json
+import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -144,6 +146,23 @@ def test_resumed_run_equals_the_uninterrupted_one(basics, tmp_path):
     assert states[0]["history"] == states[1]["history"] and states[0]["changes"].keys() == states[1]["changes"].keys()
     moments = [state["optimizer"]["state"] for state in states]
     assert all(torch.equal(moments[0][i]["exp_avg_sq"], moments[1][i]["exp_avg_sq"]) for i in moments[0])
+
+
+def test_a_stopped_run_goes_on_from_its_last_step(train, basics, monkeypatch):
+    step, done = script.train_step, []
+
+    def stopped_in_the_second(*args):
+        done.append(None)
+        if len(done) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*args)
+
+    monkeypatch.setattr(script, "train_step", stopped_in_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        train()
+    assert (Path(basics["--output_dir"]) / "checkpoint-2").is_dir()
+    train(resume_from_checkpoint="latest")
+    assert len(done) == 3
 
 
 def test_other_settings_are_not_resumed(train):

@@ -1,0 +1,792 @@
+#!/usr/bin/env python
+# Copyright 2026 The ZOODiP textual inversion authors. SPDX-License-Identifier: Apache-2.0
+"""A web page on which a diffusion model learns a subject from a few photos, with the scripts of this repository.
+
+    python app.py                               # http://127.0.0.1:7860, everything in ./workspace
+    python app.py --workspace /data/concepts --read /data/photos --port 8000
+
+The page trains nothing itself: what is chosen on it becomes the command line of a script, shown to copy, and runs as a
+process of its own that outlives the page and the server.
+"""
+
+import os
+
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # the page tells nobody that it is used
+
+import personalization.quiet  # noqa: F401, before the libraries whose false alarms it silences
+
+
+# isort: split
+import functools
+import shlex
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import gradio as gr
+
+from personalization import app_runs, arguments
+from personalization.app_words import (
+    CSS,
+    GLYPHS,
+    card,
+    card_text,
+    curve,
+    empty,
+    pair,
+    prediction_card,
+    say,
+    status_card,
+    strip,
+)
+from personalization.command_lines import (
+    DEMO_BASE,
+    METHODS,
+    REPO,
+    Form,
+    default_flags,
+    flag_words,
+    is_demo,
+    offered_methods,
+    read_others,
+    shown,
+)
+from personalization.errors import InputError, run_script
+from personalization.workspace import Workspace, model_resolution, safe_name
+
+
+SUBJECTS = REPO / "demo" / "subjects"
+STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+POLL_SECONDS = 1.5
+PICTURES, MODEL, TRAINING, RESULT = range(4)  # the steps of the page
+
+# Flags with a field of their own: label, and what it is.
+FIELDS = {
+    "max_train_steps": ("Steps", "How long it trains."),
+    "validation_steps": ("Draw samples every", "So many steps."),
+    "learning_rate": ("Learning rate", "Empty: the script's own."),
+    "train_batch_size": ("Batch size", "Empty: 1."),
+    "num_inference_steps": ("Denoising steps of a sample", "Empty: 25."),
+    "num_validation_images": ("Images a sample", "Empty: 4."),
+    "guidance_scale": ("Guidance of samples", "Empty: 7.5."),
+    "seed": ("Seed", "Empty: 0."),
+}
+WHOLE = {"max_train_steps", "validation_steps", "train_batch_size", "num_inference_steps", "num_validation_images"}
+WHOLE |= {"seed"}
+
+
+# =====================================================================================================
+# What the handlers share
+# =====================================================================================================
+
+
+def answering(handler):
+    """A handler whose `InputError` is shown on the page as one sentence."""
+
+    @functools.wraps(handler)
+    def plain(*values):
+        try:
+            return handler(*values)
+        except InputError as error:
+            raise gr.Error(str(error), duration=12, print_exception=False) from None
+
+    return plain
+
+
+def answering_generator(handler):
+    """The same for a handler that yields."""
+
+    @functools.wraps(handler)
+    def plain(*values):
+        try:
+            yield from handler(*values)
+        except InputError as error:
+            raise gr.Error(str(error), duration=12, print_exception=False) from None
+
+    return plain
+
+
+def read_form(concept, base, method, class_word, subject, prompt, others, *fields):
+    """The `Form` of what stands on the page; `fields` in the order of `FIELDS`."""
+    values = {}
+    for name, value in zip(FIELDS, fields):
+        if value is not None:
+            values[name] = int(value) if name in WHOLE else float(value)
+    word, subject = (class_word or "").strip(), (subject or "").strip()
+    return Form(
+        concept=safe_name(concept) if concept else "",
+        base=base or "",
+        method=method,
+        class_word=word,
+        subject=subject or automatic_subject(concept, base, method, word),
+        prompt=prompt or "",
+        flags=values,
+        others=others or "",
+    )
+
+
+def automatic_subject(concept, base, method, class_word):
+    """What a concept is called in prompts where nobody said: <my-dog>, or sks dog; the demo base knows no sks."""
+    if METHODS[method].makes_a_word:
+        return f"<{safe_name(concept or 'my-concept').lower()}>"
+    return class_word if is_demo(base) else f"sks {class_word}".strip()
+
+
+def default_values(method, base):
+    """Values of the fields that fit a method and a base: the other flags, then `FIELDS`."""
+    flags = default_flags(method, base)
+    fields = [flags.pop(name, None) for name in FIELDS]
+    return [shlex.join(flag_words(flags)), *fields]
+
+
+def form_values(form):
+    """A `Form` as values of the page, in the order that `read_form` takes them, without the concept."""
+    subject = (
+        ""
+        if form.subject == automatic_subject(form.concept, form.base, form.method, form.class_word)
+        else form.subject
+    )
+    fields = [form.flags.get(name) for name in FIELDS]
+    return [form.base, form.method, form.class_word, subject, form.prompt, form.others, *fields]
+
+
+class Handlers:
+    """What the page does, for one workspace; the state of a visitor is on the page.
+
+    Args:
+        book: `app_runs.RunBook`.
+    """
+
+    def __init__(self, book):
+        self.book, self.workspace = book, book.workspace
+
+    # 1. Pictures ---------------------------------------------------------------------------------------
+
+    def pictures(self, concept, base):
+        """Thumbnails, captions, what is wrong, and the choice of pictures to remove."""
+        resolution = model_resolution(base) if base else 512
+        rows, notes = self.workspace.review(concept, resolution)
+        if not rows:
+            words = "Drop 3 to 20 pictures of one thing above, or try it with one of the demo's subjects."
+            return None, [], empty(words), gr.update(choices=[], value=None)
+        gallery = [(row.thumbnail, f"⚠ {row.name}" if row.problems else row.name) for row in rows if row.thumbnail]
+        problems = [f"<b>{say(row.name)}</b> {say('; '.join(row.problems))}." for row in rows if row.problems]
+        problems += [say(note) for note in notes]
+        count = sum(row.thumbnail is not None for row in rows)
+        said = f"{count} picture{'s' * (count != 1)}, nothing wrong with {'it' if count == 1 else 'them'}."
+        found = card("<br>".join(problems), "calm") if problems else card(said, "good")
+        names = [row.name for row in rows]
+        return gallery, [[row.name, row.caption] for row in rows], found, gr.update(choices=names, value=None)
+
+    def choose_concept(self, concept, base):
+        return self.pictures(concept, base)
+
+    def _added(self, concept, base, class_word):
+        names = self.workspace.concepts()
+        return [gr.update(choices=names, value=concept), class_word, *self.pictures(concept, base)]
+
+    def upload(self, files, concept, base, class_word):
+        concept = safe_name(concept) if concept else "my-concept"
+        self.workspace.add_pictures(concept, files or [])
+        return [None, *self._added(concept, base, class_word)]
+
+    def copy_folder(self, folder, concept, base, class_word):
+        if not folder:
+            raise InputError("Choose a folder first, or type the path of one in the workspace.")
+        path = self.workspace.readable_path(folder)
+        concept = safe_name(concept or path.name)
+        self.workspace.add_folder(concept, folder)
+        if path.parent == SUBJECTS and not class_word:  # they are called striped_star, dotted_circle, ...
+            class_word = path.name.split("_")[-1]
+        return self._added(concept, base, class_word)
+
+    def remove_picture(self, name, concept, base):
+        if name and concept:
+            self.workspace.remove_picture(concept, name)
+        return self.pictures(concept, base)
+
+    def save_captions(self, table, concept):
+        self.workspace.save_captions(concept, [(row[0], row[1]) for row in table])
+        missing = [row[0] for row in table if row[1] and "{}" not in str(row[1])]
+        if missing:
+            return f"Saved. Put {{}} where the concept stands in the caption of {missing[0]}, or its name."
+        return f"Saved in metadata.jsonl at {time.strftime('%H:%M:%S')}."
+
+    # 2. Model and method -------------------------------------------------------------------------------
+
+    def command(self, step, run_name, *form):
+        """The command line in view: of the form in steps 1 and 2, of the run in 3 and 4."""
+        try:
+            if step >= TRAINING and run_name:
+                return shown(self.book.open(run_name).record["command"])
+            return shown(self.book.command(read_form(*form)))
+        except InputError as error:
+            return f"# {error}"
+
+    def predict(self, *form):
+        form = read_form(*form)
+        flags = {**form.flags, **read_others(form.others, form.method)}
+        yield card("Predicting memory and timing a few steps …", "busy")
+        table = self.book.predict_memory(form)
+        yield prediction_card(table, None, flags, self.workspace)
+        yield prediction_card(table, self.book.time_steps(form), flags, self.workspace)
+
+    def start(self, token, *form):
+        run = self.book.start(read_form(*form), (token or "").strip() or None)
+        return gr.update(choices=self.choices(), value=run.name), gr.update(selected=TRAINING), TRAINING, {}
+
+    # 3. Training ---------------------------------------------------------------------------------------
+
+    def resume(self, run_name, token):
+        self.book.resume(self.book.open(run_name), (token or "").strip() or None)
+
+    def stop(self, run_name):
+        self.book.stop(self.book.open(run_name))
+        gr.Info("Stopping after this step, with a checkpoint.", duration=4)
+
+    def choices(self):
+        """Runs for the list: (label, name)."""
+        result = []
+        for name in self.book.names():
+            state, _ = app_runs.Run(self.book.folder / name).outcome()
+            result.append((f"{GLYPHS.get(state, '○')} {name}: {state}", name))
+        return result
+
+    def observe(self, run_name, seen):
+        """Everything that a run shows, for the timer; only what has changed since `seen` is sent again.
+
+        Returns:
+            `seen` anew, and values of `Page.observed`.
+        """
+        try:
+            run = self.book.open(run_name) if run_name else None
+        except InputError:
+            run = None
+        parts = {"runs": (choices := self.choices(), gr.update(choices=choices, visible=bool(choices)))}
+        parts |= self._training(run) | self._result(run)
+        seen = seen or {}
+        fresh = {name: repr(signature) for name, (signature, _) in parts.items()}
+        updates = [update if seen.get(name) != fresh[name] else gr.skip() for name, (_, update) in parts.items()]
+        return [fresh, *updates]
+
+    def _training(self, run):
+        """Parts of step 3: name -> (what it depends on, update)."""
+        if run is None:
+            nothing = empty("Nothing has been trained yet. Choose pictures and a model, then start.")
+            return {
+                "status": (None, nothing),
+                "plot": (None, gr.update(visible=False)),
+                "samples": (None, ""),
+                "log": (None, ""),
+                "stop": (None, gr.update(visible=False)),
+                "resume": (None, gr.update(visible=False)),
+                "next": (None, gr.update(visible=False)),
+            }
+        history, (state, sentence) = self.book.history(run), run.outcome()
+        alive, step = state == app_runs.RUNNING, history.loss[-1][0] if history.loss else 0
+        left = history.seconds_left(run.steps, run.record.get("launched", 0)) if alive else None
+        status, grids, log = status_card(state, sentence, step, run.steps, left), run.grids(), run.log_tail()
+        strips = "".join(strip(path, f"step {number}") for path, number in reversed(grids))
+        table = curve(history)
+        can_resume = not alive and state != app_runs.FINISHED
+        return {
+            "status": ((run.name, status), status),
+            "plot": ((run.name, len(table)), gr.update(value=table, visible=len(table) > 0)),
+            "samples": (strips, f'<div class="strips">{strips}</div>'),
+            "log": ((run.name, log), log),
+            "stop": (alive, gr.update(visible=alive)),
+            "resume": (can_resume, gr.update(visible=can_resume)),
+            "next": (state, gr.update(visible=state == app_runs.FINISHED)),
+        }
+
+    def _result(self, run):
+        """Parts of step 4."""
+        done = run is not None and (run.output / run.method.result_name).is_file()
+        grids, subject = run.grids() if run else [], run.form.subject if run else "the concept"
+        comparison, drawn = "", ""
+        if done:
+            hint = card(say(f"Write {subject} or {{}} in a prompt, wherever it should appear."), "good")
+            word = run.form.class_word
+            if len(grids) > 1:
+                titles = f"Before: step {grids[0][1]}", f"After: step {grids[-1][1]}"
+                comparison = pair(titles, ([grids[0][0]], [grids[-1][0]]))
+            for drawing, *columns in run.drawings():
+                titles = drawing["prompt"].replace("{}", word), drawing["prompt"].replace("{}", subject)
+                drawn += pair(titles, columns)
+        else:
+            hint = empty("The result appears here once a run is finished.")
+        package = run.package() if done else None
+        file = str(run.output / run.method.result_name) if done else None
+        name, text = run.name if run else None, card_text(run) if done else ""
+        return {
+            "hint": ((name, done), hint),
+            "comparison": (comparison, comparison),
+            "drawing": ((name, done), gr.update(visible=done)),
+            "drawn": (drawn, drawn),
+            "file": ((name, file, str(package)), gr.update(value=file)),
+            "package": (
+                (name, str(package)),
+                gr.update(value=str(package) if package else None, interactive=bool(package)),
+            ),
+            "card": ((name, text), text),
+        }
+
+    # 4. Result -----------------------------------------------------------------------------------------
+
+    def draw(self, run_name, prompt, count, seed, steps, guidance):
+        run = self.book.open(run_name)
+        yield card("Drawing …", "busy")
+        for line in self.book.draw(run, prompt, count, seed, steps, guidance):
+            yield card(f"Drawing … <code>{say(line[-90:])}</code>", "busy")
+        yield ""
+
+    def push(self, run_name, repo_id, private, token):
+        yield card("Pushing …", "busy")
+        address = say(self.book.push(self.book.open(run_name), (repo_id or "").strip(), private, token))
+        yield card(f'On the Hub: <a href="{address}" target="_blank">{address}</a>', "good")
+
+    def push_line(self, run_name, repo_id, private):
+        try:
+            return shown(app_runs.push_command(self.book.open(run_name), repo_id or "USER/NAME", private))
+        except InputError:
+            return ""
+
+    # The page itself -----------------------------------------------------------------------------------
+
+    def load(self, remembered):
+        """A page that is opened or loaded again: the concept and the run that it had, or the newest."""
+        remembered = remembered if isinstance(remembered, dict) else {}
+        names, concepts = self.book.names(), self.workspace.concepts()
+        run_name = remembered.get("run") if remembered.get("run") in names else names[0] if names else None
+        concept = remembered.get("concept") if remembered.get("concept") in concepts else None
+        form = None
+        if run_name:
+            form = self.book.open(run_name).form
+            concept = concept or (form.concept if form.concept in concepts else None)
+        if form is None or concept != form.concept:
+            base = str(DEMO_BASE) if DEMO_BASE.is_dir() else STABLE_DIFFUSION
+            values = [base, "word", "", "", "a photo of a {} on the beach", *default_values("word", base)]
+        else:
+            values = form_values(form)
+        base = values[0]
+        return [
+            gr.update(choices=concepts, value=concept),
+            gr.update(choices=self.choices(), value=run_name),
+            {},
+            gr.update(selected=TRAINING if run_name else PICTURES),
+            TRAINING if run_name else PICTURES,
+            *values,
+            *self.pictures(concept, base),
+        ]
+
+
+# =====================================================================================================
+# The page
+# =====================================================================================================
+
+
+def build_page(book):
+    """The `gr.Blocks` for a `RunBook`."""
+    do = Handlers(book)
+    with gr.Blocks(title="Teach a model your subject", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
+        remembered = gr.BrowserState({}, storage_key="zoodip-page")
+        step, seen = gr.State(PICTURES), gr.State({})
+        with gr.Row(equal_height=True):
+            gr.Markdown(
+                "# Teach a model your subject\nFrom a few photos to new pictures of it, on the computer you have.",
+                elem_id="title",
+            )
+            run = gr.Dropdown(
+                [], label="Runs on this server, the newest first", scale=0, min_width=330, elem_id="runs"
+            )
+        with gr.Tabs(selected=PICTURES) as tabs:
+            with gr.Tab("1 · Pictures", id=PICTURES):
+                pictures = pictures_step(do)
+            with gr.Tab("2 · Model and method", id=MODEL):
+                model = model_step(do, pictures["concept"])
+            with gr.Tab("3 · Training", id=TRAINING):
+                training = training_step()
+            with gr.Tab("4 · Result", id=RESULT):
+                result = result_step()
+        command = gr.Code(
+            label="The same as a command line, to be run in the folder of this repository",
+            interactive=False,
+            elem_id="command",
+            show_line_numbers=False,
+            buttons=["copy"],
+        )
+        timer = gr.Timer(POLL_SECONDS)
+        quiet = {"show_progress": "hidden", "queue": True}
+        form = [pictures["concept"], *model["form"]]
+
+        # Pictures
+        connect_pictures(do, pictures, model)
+        gr.on([pictures["next"].click], lambda: gr.update(selected=MODEL), None, tabs, **quiet)
+
+        gr.on([training["next"].click], lambda: gr.update(selected=RESULT), None, tabs, **quiet)
+
+        # Model and method
+        inputs = [step, run, *form]
+        changes = [component.change for component in (pictures["concept"], run, *model["form"])]
+        gr.on(changes, do.command, inputs, command, trigger_mode="always_last", **quiet)
+        for number, tab in enumerate(page_tabs(tabs)):
+            tab.select(lambda number=number: number, None, step, **quiet).then(do.command, inputs, command, **quiet)
+        model["predict"].click(answering_generator(do.predict), form, model["prediction"], show_progress="hidden")
+        started = model["start"].click(
+            answering(do.start), [model["token"], *form], [run, tabs, step, seen], show_progress="minimal"
+        )
+
+        # Training and result
+        watched = {"fn": do.observe, "inputs": [run, seen], "outputs": [seen, run, *training["out"], *result["out"]]}
+        timer.tick(**watched, trigger_mode="once", concurrency_limit=None, **quiet)
+        run.input(lambda: {}, None, seen, **quiet).then(**watched, **quiet)
+        started.success(**watched, **quiet)
+        training["stop"].click(answering(do.stop), run, None, show_progress="minimal").then(**watched, **quiet)
+        resumed = training["resume"].click(answering(do.resume), [run, model["token"]], None, show_progress="minimal")
+        resumed.then(**watched, **quiet)
+        drawing = [run, *(result[name] for name in ("prompt", "count", "seed", "steps", "guidance"))]
+        gr.on(
+            [result["draw"].click, result["prompt"].submit],
+            answering_generator(do.draw),
+            drawing,
+            result["progress"],
+            show_progress="hidden",
+            concurrency_limit=None,
+        ).then(**watched, **quiet)
+        what = [run, result["repo"], result["private"]]
+        gr.on(
+            [run.change, result["repo"].change, result["private"].change], do.push_line, what, result["line"], **quiet
+        )
+        result["push"].click(
+            answering_generator(do.push), [*what, result["token"]], result["pushed"], show_progress="hidden"
+        )
+
+        # Opened, or loaded again
+        loaded = [pictures["concept"], run, seen, tabs, step, *model["form"], *pictures["out"]]
+        page.load(do.load, remembered, loaded, **quiet).then(**watched, **quiet).then(
+            do.command, inputs, command, **quiet
+        )
+        gr.on(
+            [run.change, pictures["concept"].change],
+            lambda run, concept: {"run": run, "concept": concept},
+            [run, pictures["concept"]],
+            remembered,
+            **quiet,
+        )
+    return page
+
+
+def page_tabs(tabs):
+    return [child for child in tabs.children if isinstance(child, gr.Tab)]
+
+
+def pictures_step(do):
+    """Step 1; its components by name."""
+    parts, demo = {}, REPO / "demo" in do.workspace.readable
+    folders = [(f"Demo: {p.name.replace('_', ' ')}", str(p)) for p in sorted(SUBJECTS.glob("*/")) if demo]
+    parts["concept"] = gr.Dropdown(
+        do.workspace.concepts(),
+        value=None,
+        label="Concept",
+        info="Type a name for something new, or choose one from before.",
+        allow_custom_value=True,
+        elem_id="concept",
+    )
+    with gr.Row(equal_height=True):
+        parts["upload"] = gr.File(file_count="multiple", label="Drop pictures", height=172, elem_id="upload", scale=2)
+        with gr.Column():
+            parts["folder"] = gr.Dropdown(
+                folders,
+                value=None,
+                label="Or take them from a folder",
+                info="One of the demo's subjects, or a path on the server.",
+                allow_custom_value=True,
+                elem_id="folder",
+            )
+            parts["copy"] = gr.Button("Use these pictures", size="sm", elem_id="copy-folder")
+    found = gr.HTML(elem_id="found")
+    with gr.Row():
+        gallery = gr.Gallery(
+            show_label=False,
+            columns=4,
+            height=310,
+            object_fit="cover",
+            interactive=False,
+            buttons=[],
+            elem_id="gallery",
+        )
+        with gr.Column():
+            captions = gr.Dataframe(
+                headers=["picture", "caption"],
+                type="array",
+                interactive=True,
+                static_columns=[0],
+                column_widths=["32%", "68%"],
+                label="Captions: say what else is in the picture; {} marks the concept",
+                wrap=True,
+                max_height=270,
+                buttons=[],
+                elem_id="captions",
+            )
+            parts["saved"] = gr.Markdown(elem_id="saved")
+    with gr.Accordion("Remove a picture", open=False), gr.Row():
+        parts["which"] = gr.Dropdown([], label="Picture", scale=3)
+        parts["remove"] = gr.Button("Remove", variant="stop", size="sm")
+    parts["next"] = gr.Button("Next: model and method", variant="primary", elem_id="to-model")
+    return parts | {"captions": captions, "out": [gallery, captions, found, parts["which"]]}
+
+
+def connect_pictures(do, pictures, model):
+    """What happens in step 1."""
+    concept, base, word = pictures["concept"], model["base"], model["class_word"]
+    added = [concept, word, *pictures["out"]]
+    concept.input(answering(do.choose_concept), [concept, base], pictures["out"], show_progress="hidden")
+    pictures["upload"].upload(
+        answering(do.upload), [pictures["upload"], concept, base, word], [pictures["upload"], *added]
+    )
+    pictures["copy"].click(answering(do.copy_folder), [pictures["folder"], concept, base, word], added)
+    pictures["remove"].click(answering(do.remove_picture), [pictures["which"], concept, base], pictures["out"])
+    pictures["captions"].input(
+        answering(do.save_captions), [pictures["captions"], concept], pictures["saved"], show_progress="hidden"
+    )
+    base.change(do.pictures, [concept, base], pictures["out"], show_progress="hidden")
+
+
+def model_step(do, concept):
+    """Step 2; its components by name."""
+    methods = offered_methods()
+    bases = [("Demo base: tiny, a minute a run", str(DEMO_BASE))] if DEMO_BASE.is_dir() else []
+    bases += [("Stable Diffusion 1.5, from the Hub", STABLE_DIFFUSION)]
+    bases += [(f"In the workspace: {Path(path).name}", path) for path in do.workspace.models()]
+    with gr.Row():
+        base = gr.Dropdown(
+            bases,
+            value=bases[0][1],
+            label="Base model",
+            info="Or type an id on the Hub, or a folder in the workspace.",
+            allow_custom_value=True,
+            elem_id="base",
+        )
+        class_word = gr.Textbox(
+            label="What is it, in one plain word?",
+            info="Where learning starts.",
+            placeholder="dog (the demo base knows star, ring, heart, moon, cross, circle)",
+            elem_id="class-word",
+        )
+        subject = gr.Textbox(
+            label="Its name in prompts",
+            info="Empty: made from the concept.",
+            placeholder="<my-dog>",
+            elem_id="subject",
+        )
+    method = gr.Radio(
+        [(m.title, key) for key, m in methods.items()],
+        value="word",
+        label="Method",
+        info=METHODS["word"].about,
+        elem_id="method",
+    )
+    method.change(lambda key: gr.update(info=METHODS[key].about), method, method, show_progress="hidden")
+    fields = {}
+    with gr.Row():
+        prompt = gr.Textbox(
+            "a photo of a {} on the beach", label="Sample prompt", info="{} marks the concept.", scale=2
+        )
+        for name in ("max_train_steps", "validation_steps"):
+            fields[name] = number_field(name)
+    with gr.Accordion("More settings", open=False):
+        with gr.Row():
+            for name in list(FIELDS)[2:]:
+                fields[name] = number_field(name)
+        others = gr.Textbox(
+            label="Other flags of the script",
+            info="As on a command line; the script's --help explains them all.",
+            elem_id="others",
+        )
+        token = gr.Textbox(
+            label="Token of the Hub, for a base model that asks for one",
+            info="Only handed to the process; never written to disk.",
+            type="password",
+        )
+    with gr.Row():
+        predict = gr.Button("What will it take?", elem_id="predict")
+        start = gr.Button("Start training", variant="primary", elem_id="start")
+    prediction = gr.HTML(elem_id="prediction")
+    ordered = [fields[name] for name in FIELDS]
+    gr.on([base.input, method.input], default_values, [method, base], [others, *ordered], show_progress="hidden")
+    return {
+        "base": base,
+        "class_word": class_word,
+        "form": [base, method, class_word, subject, prompt, others, *ordered],
+        "token": token,
+        "predict": predict,
+        "start": start,
+        "prediction": prediction,
+    }
+
+
+def number_field(name):
+    label, info = FIELDS[name]
+    precision = 0 if name in WHOLE else None
+    return gr.Number(None, label=label, info=info, precision=precision, elem_id=name.replace("_", "-"), min_width=130)
+
+
+def training_step():
+    """Step 3; its components by name, and "out" as `Handlers.observe` fills them."""
+    status = gr.HTML(elem_id="status")
+    with gr.Row():
+        stop = gr.Button("Stop", variant="stop", visible=False, elem_id="stop")
+        resume = gr.Button("Resume", variant="primary", visible=False, elem_id="resume")
+    with gr.Row():
+        plot = gr.LinePlot(
+            x="step",
+            y="loss",
+            color="series",
+            color_map={"training (running mean)": "#818cf8", "held-out": "#ea580c"},
+            title="Loss",
+            height=300,
+            visible=False,
+            elem_id="curve",
+        )
+        samples = gr.HTML(elem_id="samples")
+    with gr.Accordion("Log", open=False):
+        log = gr.Textbox(
+            show_label=False,
+            lines=12,
+            max_lines=12,
+            autoscroll=True,
+            interactive=False,
+            elem_id="log",
+            buttons=["copy"],
+        )
+    following = gr.Button("Next: result", variant="primary", visible=False, elem_id="to-result")
+    return {
+        "stop": stop,
+        "resume": resume,
+        "next": following,
+        "out": [status, plot, samples, log, stop, resume, following],
+    }
+
+
+def result_step():
+    """Step 4; its components by name, and "out" as `Handlers.observe` fills them."""
+    hint = gr.HTML(elem_id="hint")
+    comparison = gr.HTML(elem_id="comparison")
+    with gr.Column(visible=False) as drawing:
+        with gr.Row():
+            prompt = gr.Textbox(
+                "a photo of a {} in the snow", label="Draw", info="{} marks the concept.", scale=4, elem_id="prompt"
+            )
+            draw = gr.Button("Draw", variant="primary", elem_id="draw", scale=1)
+        with gr.Accordion("Settings of drawings", open=False), gr.Row():
+            count = gr.Slider(1, 8, 4, step=1, label="Images")
+            seed = gr.Number(0, label="Seed", precision=0)
+            steps = gr.Slider(1, 100, 25, step=1, label="Denoising steps")
+            guidance = gr.Slider(0, 15, 5, step=0.5, label="Guidance")
+        progress = gr.HTML(elem_id="drawing")
+        drawn = gr.HTML(elem_id="drawn")
+        with gr.Row():
+            file = gr.DownloadButton("Download what was learned", elem_id="download")
+            package = gr.DownloadButton("Download everything (ZIP)", interactive=False, elem_id="package")
+        with gr.Accordion("Push to the Hub", open=False):
+            gr.Markdown("This card goes with it; your pictures stay here.")
+            card = gr.Markdown(elem_id="card", container=True, max_height=340)
+            with gr.Row():
+                repo = gr.Textbox(label="Repository", placeholder="user/my-dog", elem_id="repo")
+                token = gr.Textbox(
+                    label="Token with the right to write",
+                    info="Only handed to the process; never written to disk.",
+                    type="password",
+                    elem_id="token",
+                )
+            private = gr.Checkbox(True, label="Private, if the repository is new")
+            line = gr.Code(
+                label="As a command line; the token comes from hf auth login or HF_TOKEN",
+                interactive=False,
+                show_line_numbers=False,
+                buttons=["copy"],
+            )
+            push = gr.Button("Push", variant="primary", elem_id="push")
+            pushed = gr.HTML(elem_id="pushed")
+    parts = {"prompt": prompt, "count": count, "seed": seed, "steps": steps, "guidance": guidance, "draw": draw}
+    parts |= {"progress": progress, "repo": repo, "token": token, "private": private, "line": line, "push": push}
+    return parts | {"pushed": pushed, "out": [hint, comparison, drawing, drawn, file, package, card]}
+
+
+# =====================================================================================================
+# Main
+# =====================================================================================================
+
+
+def parse_args(words=None):
+    """Parses the command line."""
+    parser = arguments.new_parser(__file__, "A web page that trains with the scripts beside it.", "%(prog)s [options]")
+    add = parser.add_argument
+    add(
+        "--workspace",
+        default=os.environ.get("APP_WORKSPACE", "workspace"),
+        help="Folder of everything that is uploaded, trained and drawn.",
+    )
+    add("--read", nargs="+", default=[], metavar="FOLDER", help="Folders that visitors may copy pictures from, too.")
+    add(
+        "--host",
+        default=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"),
+        help="Where to listen. Any other than this computer's own lets everyone in who reaches it.",
+    )
+    add("--port", type=int, help="Port. Default: the first free one from 7860 on.")
+    add("--open", action="store_true", help="Open the page in a browser, where there is a screen.")
+    add("--trainings", type=int, default=1, help="How many may train at the same time.")
+    args = parser.parse_args(words)
+    if args.port is not None and not 0 < args.port < 65536:
+        parser.error(f"--port {args.port} must be at least 1 and at most 65535.")
+    if args.trainings < 1:
+        parser.error(f"--trainings {args.trainings} must be at least 1.")
+    for folder in args.read:
+        if not Path(folder).is_dir():
+            parser.error(f"--read {folder!r} is not a folder.")
+    return args
+
+
+def has_screen():
+    return sys.platform == "darwin" or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+
+
+def main(args):
+    workspace = Workspace(args.workspace, [REPO / "demo", *args.read])
+    os.environ["GRADIO_TEMP_DIR"] = tempfile.tempdir = str(workspace.root / "uploads")  # what browsers send
+    only_here = args.host in ("127.0.0.1", "localhost", "::1")
+    book = app_runs.RunBook(workspace, args.trainings, own_login=only_here)
+    book.remove_trials()
+    if not only_here:
+        print(
+            f"Listening on {args.host}: everyone who reaches it may train here and see all that is in the workspace."
+        )
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # nothing to fetch
+    theme = gr.themes.Soft(primary_hue="indigo", **fonts).set(
+        block_title_background_fill="none",
+        block_title_text_color="*body_text_color",
+        block_title_padding="0",
+        block_label_text_color="*body_text_color",
+        block_label_background_fill="*background_fill_secondary",
+    )
+    try:
+        build_page(book).queue(default_concurrency_limit=8).launch(
+            server_name=args.host,
+            server_port=args.port,
+            allowed_paths=[str(workspace.root / name) for name in ("concepts", "runs")],
+            inbrowser=args.open and has_screen(),
+            show_error=True,
+            ssr_mode=False,
+            max_file_size="100mb",
+            footer_links=[],
+            theme=theme,
+            css=CSS,
+        )
+    except OSError as error:
+        raise InputError(f"--port {args.port or ''}: {error}") from None
+
+
+if __name__ == "__main__":
+    run_script(lambda: main(parse_args()), __file__)

@@ -1,0 +1,306 @@
+"""The folder that the web page works in: which paths a visitor may name, and concepts with pictures and captions.
+
+    WORKSPACE/concepts/NAME/    pictures of a concept, and their captions in metadata.jsonl
+    WORKSPACE/runs/NAME/        a run: how it was started, its log, what its script writes, what was drawn with it
+    WORKSPACE/models/           base models in folders, if there are any
+    WORKSPACE/cache/, uploads/  quantized weights; what a browser sends and is shown
+
+A visitor reads and writes below the workspace. What else may be read (never written) is for whoever starts the server
+to say.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import re
+import shutil
+import threading
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from . import images
+from .captions import METADATA_NAMES, check_text, file_key, read_captions
+from .errors import InputError, first_cause, plain, quoted
+from .runs import atomic_path, sha256
+
+
+THUMBNAIL_SIDE = 256
+FEW_PICTURES, MOST_NAME = 3, 48
+SAME_PICTURE = 3.0  # mean difference of miniatures, of 255 levels, below which pictures are the same for the eye
+
+
+def safe_name(text, otherwise="unnamed"):
+    """A file or folder name from whatever a visitor typed or a browser sent: no separators, no leading dot."""
+    name = re.sub(r"[^\w.-]+", "-", Path(str(text).replace("\\", "/")).name).strip("-.")
+    stem, suffix = os.path.splitext(name)
+    return (stem[:MOST_NAME] + suffix[:8]).strip("-.") or otherwise
+
+
+@contextlib.contextmanager
+def saying_why(what):
+    """Turns a failure of the disk into an `InputError`, one sentence for the page; `what` could not be done."""
+    try:
+        yield
+    except OSError as error:
+        advice = ": the disk is full, free some space and try again" if error.errno == errno.ENOSPC else ""
+        raise InputError(f"{what} ({first_cause(error)}){advice}.") from None
+
+
+class PictureFacts(NamedTuple):
+    """A picture of a concept, as it is shown."""
+
+    name: str
+    caption: str  # "" for none
+    thumbnail: Image.Image | None  # None where it cannot be read
+    problems: list  # sentences
+
+
+class Workspace:
+    """The folder, and the rule which paths may be named.
+
+    Args:
+        root: made if it is not there.
+        readable: folders outside that may be read.
+
+    Raises:
+        InputError: it cannot be made or written.
+    """
+
+    def __init__(self, root, readable=()):
+        self.root = Path(root).resolve()
+        self.readable = [Path(folder).resolve() for folder in readable]
+        self._lock = threading.Lock()  # of what visitors write at the same time
+        with saying_why(f"--workspace {quoted(root)} cannot be used"):
+            for name in ("concepts", "runs", "models", "cache", "uploads"):
+                (self.root / name).mkdir(parents=True, exist_ok=True)
+
+    # Paths --------------------------------------------------------------------------------------------
+
+    def readable_path(self, path):
+        """A path that a visitor named, with links resolved; relative ones are taken from the workspace.
+
+        Raises:
+            InputError: it leads elsewhere.
+        """
+        try:
+            resolved = (self.root / str(path).strip()).resolve()
+        except (OSError, ValueError, RuntimeError):  # a zero byte, a loop of links
+            raise InputError(f"{quoted(path)} is no path.") from None
+        if not any(resolved.is_relative_to(folder) for folder in (self.root, *self.readable)):
+            raise InputError(
+                f"{quoted(path)} is outside the workspace, {str(self.root)!r}: copy it there, or start the server with"
+                " --read and its folder."
+            )
+        return resolved
+
+    def base_model(self, name):
+        """A base model that a visitor named, as the scripts take it: a folder that may be read, or an id on the Hub.
+
+        Raises:
+            InputError: it is neither.
+        """
+        name = str(name or "").strip()
+        if not name:
+            raise InputError("Choose a base model first.")
+        looks_like_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name)
+        if looks_like_id and not (self.root / name).exists() and not Path(name).exists():
+            return name
+        folder = self.readable_path(name)
+        if not (folder / "model_index.json").is_file():
+            raise InputError(
+                f"{quoted(name)} holds no model in diffusers format (no model_index.json): give its folder, or an id"
+                " on the Hub such as stable-diffusion-v1-5/stable-diffusion-v1-5."
+            )
+        return str(folder)
+
+    def models(self):
+        """Folders of base models in the workspace."""
+        return sorted(str(path.parent) for path in (self.root / "models").glob("*/model_index.json"))
+
+    # Concepts -----------------------------------------------------------------------------------------
+
+    def concepts(self):
+        """Their names, the newest first."""
+        folders = [path for path in (self.root / "concepts").iterdir() if path.is_dir() and path.name[0] != "."]
+        return [path.name for path in sorted(folders, key=lambda path: path.stat().st_mtime, reverse=True)]
+
+    def concept_folder(self, name):
+        """Where the pictures of a concept lie; made if it is not there.
+
+        Raises:
+            InputError: there is no name, or the disk fails.
+        """
+        if not str(name or "").strip():
+            raise InputError("Give the concept a name first, such as my-dog.")
+        folder = self.root / "concepts" / safe_name(name)
+        with saying_why(f"The concept {quoted(name)} cannot be made"):
+            folder.mkdir(exist_ok=True)
+        return folder
+
+    def add_pictures(self, concept, paths):
+        """Copies pictures, and the captions in a metadata file among them, into a concept.
+
+        Args:
+            concept: its name.
+            paths: of files; a link out of what may be read is refused, like any other path.
+
+        Returns:
+            How many pictures are new; one that is there already, to the byte, is not copied again.
+
+        Raises:
+            InputError: the disk fails, or a metadata file cannot be read. What was copied before stays.
+        """
+        folder, paths = self.concept_folder(concept), [self.readable_path(path) for path in paths]
+        known = set(Image.registered_extensions())
+        captions, copied = {}, 0
+        for path in paths:
+            if path.name in METADATA_NAMES:
+                captions |= read_captions(path.parent, "The folder")
+        with self._lock, saying_why("Not all pictures could be copied"):
+            there = {sha256(folder / name): name for name in images.list_folder(folder).pictures}
+            renamed = {}
+            for path in paths:
+                if path.suffix.lower() not in known | images.FOREIGN_FORMATS:
+                    continue
+                content = sha256(path)
+                if content not in there:
+                    name = there[content] = _free_name(folder, safe_name(path.name, "picture.png"))
+                    with atomic_path(folder / name) as temporary:
+                        shutil.copyfile(path, temporary)
+                    copied += 1
+                renamed[file_key(path.name)] = there[content]
+            if given := {renamed[key]: text for key, text in captions.items() if key in renamed and text}:
+                self._write_captions(folder, self._captions(folder) | given)
+        return copied
+
+    def add_folder(self, concept, folder):
+        """Copies the pictures and captions of a folder that a visitor named; returns how many are new.
+
+        Raises:
+            InputError: it may not be read, or holds no picture.
+        """
+        source = self.readable_path(folder)
+        entries = images.list_folder(source, "The folder")
+        if not entries.pictures:
+            raise InputError(f"{quoted(folder)} holds no pictures: give the folder that they lie in.")
+        described = [name for name in METADATA_NAMES if (source / name).is_file()]
+        return self.add_pictures(concept, [source / name for name in entries.pictures + described])
+
+    def remove_picture(self, concept, name):
+        """Deletes a picture of a concept; the caption goes with it."""
+        folder = self.concept_folder(concept)
+        if name in os.listdir(folder):
+            with self._lock, saying_why(f"{plain(name)} cannot be deleted"):
+                (folder / name).unlink()
+                captions = {key: text for key, text in self._captions(folder).items() if key != file_key(name)}
+                self._write_captions(folder, captions)
+
+    def save_captions(self, concept, rows):
+        """Writes `metadata.jsonl`, whole or not at all.
+
+        Args:
+            concept: its name.
+            rows: (file name, caption) pairs; of files that are not there nothing is kept.
+
+        Raises:
+            InputError: a caption is no text, or the disk fails; the captions before are still there.
+        """
+        folder = self.concept_folder(concept)
+        there, captions = set(os.listdir(folder)), {}
+        for name, text in rows:
+            caption = check_text("" if text is None else str(text), f"The caption of {plain(name)}")
+            if name in there:
+                captions[name] = " ".join(caption.split()) if caption else ""
+        with self._lock, saying_why("The captions could not be saved"):
+            self._write_captions(folder, captions)
+
+    def review(self, concept, resolution):
+        """Looks at the pictures of a concept.
+
+        Args:
+            concept: its name; None for none.
+            resolution: of the base model, pixels.
+
+        Returns:
+            list of `PictureFacts`, and sentences about the whole.
+        """
+        folder = self.root / "concepts" / safe_name(concept or "")
+        if not concept or not folder.is_dir():
+            return [], []
+        notes, rows, seen = [], [], {}
+        entries = images.list_folder(folder)
+        try:
+            captions = self._captions(folder)
+        except InputError as error:
+            captions, notes = {}, [str(error)]
+        for name in sorted(entries.pictures + entries.foreign):
+            thumbnail, problems = look_at(folder / name, resolution)
+            if thumbnail is not None:
+                mini = miniature(thumbnail)
+                twin = next((n for n, other in seen.items() if np.abs(mini - other).mean() < SAME_PICTURE), None)
+                if twin:
+                    problems.append(f"looks the same as {plain(twin)}: one of them is enough")
+                else:
+                    seen[name] = mini
+            rows.append(PictureFacts(name, captions.get(file_key(name)) or "", thumbnail, problems))
+        readable = sum(row.thumbnail is not None for row in rows)
+        if readable == 1:
+            notes.append("One picture only: its background will be learned, too. 3 to 20 different ones are better.")
+        elif 1 < readable < FEW_PICTURES:
+            notes.append("Two pictures are few: 3 to 20 different ones are better.")
+        return rows, notes
+
+    def _captions(self, folder):
+        return {name: text or "" for name, text in read_captions(folder, "The concept").items()}
+
+    def _write_captions(self, folder, captions):
+        lines = [json.dumps({"file_name": n, "text": t}, ensure_ascii=False) for n, t in sorted(captions.items())]
+        with atomic_path(folder / "metadata.jsonl") as temporary:
+            temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def _free_name(folder, name):
+    """`name`, or with a number where it is taken (upper and lower case are one on some disks)."""
+    stem, suffix = os.path.splitext(name)
+    taken = {other.lower() for other in os.listdir(folder)}
+    numbered = (f"{stem}-{n}{suffix}" for n in range(2, 10**6))
+    return name if name.lower() not in taken else next(n for n in numbered if n.lower() not in taken)
+
+
+def look_at(path, resolution):
+    """A picture's thumbnail (None where it cannot be read) and what is wrong with it, as half sentences."""
+    try:
+        with Image.open(path) as image:
+            size, moving = image.size, getattr(image, "is_animated", False) and image.format != "MPO"
+            image.draft("RGB", (2 * THUMBNAIL_SIDE, 2 * THUMBNAIL_SIDE))  # a JPEG is decoded small
+            thumbnail = images.to_rgb(image)
+    except Exception as error:  # PIL raises nearly anything on a damaged file
+        if path.suffix.lower() in images.FOREIGN_FORMATS:
+            return None, ["cannot be read here: save it as JPEG or PNG"]
+        return None, [f"cannot be read ({images.why_not(error)}) and will not be used"]
+    thumbnail.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+    problems = ["moves or has pages: only the first is used"] if moving else []
+    if min(size) < resolution:
+        how_small = f"is only {size[0]} x {size[1]} pixels and the model draws {resolution} x {resolution}"
+        problems.append(f"{how_small}: it will be blurred")
+    return thumbnail, problems
+
+
+def miniature(image):
+    """A picture as 16 x 16 pixels, `[16, 16, 3]`, by which two that are the same for the eye are known."""
+    small = image.resize((16, 16), Image.Resampling.BOX)
+    return np.asarray(small, dtype=np.float32)
+
+
+def model_resolution(base, unknown=512):
+    """Side of the images that a base model in a folder draws, in pixels; `unknown` for one on the Hub."""
+    try:
+        unet = json.loads((Path(base) / "unet" / "config.json").read_text(encoding="utf-8"))
+        vae = json.loads((Path(base) / "vae" / "config.json").read_text(encoding="utf-8"))
+        return int(unet["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
+    except (OSError, ValueError, KeyError, TypeError):
+        return unknown
