@@ -50,7 +50,7 @@ class Publication:
         config_name: the file in a run's folder that says how it was made.
         result_name: the file that was learned; without it a run is not finished.
         files: patterns of what else a user of the result needs; never checkpoints, logs or the base model.
-        pipeline_name: of what travels to the Hub as `pipeline.py`.
+        pipeline_name: of what travels to the Hub as `pipeline.py`; None where diffusers needs no code of ours.
         tags: of the card.
         best_name: the file with the lowest held-out loss, one of `files`.
         card_name: template of the model card, beside the script.
@@ -61,7 +61,7 @@ class Publication:
     config_name: str
     result_name: str
     files: tuple
-    pipeline_name: str
+    pipeline_name: str | None
     tags: tuple
     best_name: str = "learned_embeds-best.safetensors"
     card_name: str = "model_card_template.md"
@@ -305,8 +305,8 @@ def _names_to_push(output_dir, config, publication):
     renewed = [publication.config_name]
     if publication.card_template.is_file():
         renewed.append("README.md")
-    pipeline_file = publication.script.with_name(publication.pipeline_name)
-    if pipeline_file.is_file():  # on the Hub, diffusers looks for custom code under this name only
+    pipeline_file = publication.pipeline_name and publication.script.with_name(publication.pipeline_name)
+    if pipeline_file and pipeline_file.is_file():  # on the Hub, diffusers looks for custom code under this name only
         with atomic_path(output_dir / "pipeline.py") as temporary:
             shutil.copyfile(pipeline_file, temporary)
         renewed.append("pipeline.py")

@@ -11,7 +11,7 @@ METHOD = {
     *("gauss_newton_evidence", "GaussNewton", "prediction_errors"),
     *("Int8Linear", "Int8Conv2d", "load_frozen", "PromptRows", "candidate_losses", "train", "main"),
 }
-TUNEQDM = {"new_changes", "draw_timesteps", "denoising_errors", "load_quantized_unet", "train_step", "train", "main"}
+TUNEQDM = {"new_changes", "draw_timesteps", "load_quantized_unet", "train_step", "train", "main"}
 TUNEQDM_LAYERS = {"quantize", "pack", "set_of_timestep", "ScaledProduct", "QuantizedLinear", "QuantizedConv2d"}
 PACKAGE = sorted((REPO / "personalization").glob("*.py"))
 SCRIPTS = sorted(path for pattern in ("train_*.py", "evaluate_*.py", "*_pipeline.py") for path in REPO.glob(pattern))
