@@ -815,7 +815,7 @@ def check_finite(run, losses, last_good):
         return
     run.model.place(last_good)
     if run.accelerator.is_main_process:
-        save_adapters(run.results, run.model.unet)
+        embeddings.save_content(run.results, WEIGHTS_FILE, adapter_content(run.model.unet))
     kind, loss = next(iter(bad.items()), next(iter(losses.items())))
     flags = {BP_LOW: "learning_rate", ZO_HIGH: "zo_learning_rate"}
     smaller = " or ".join(f"--{flags[name]} than {getattr(run.args, flags[name])}" for name in (bad or losses))
@@ -831,16 +831,12 @@ def adapter_tensors(unet):
     return {f"unet.{name}": tensor.detach().cpu().clone() for name, tensor in tensors.items()}
 
 
-def save_adapters(results, unet):
-    """Writes the LoRA as `save_lora_weights` of diffusers does, alpha in its metadata.
-
-    Raises:
-        RunError: it is not in the run's folder; the message says where it is instead.
-    """
+def adapter_content(unet):
+    """The content of a file as `save_lora_weights` of diffusers writes it, with alpha in its metadata."""
     config = unet.peft_config["default"].to_dict()
     described = {f"unet.{name}": sorted(v) if isinstance(v, set) else v for name, v in config.items()}
     metadata = {"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps(described, indent=2, sort_keys=True)}
-    embeddings.save_content(results, WEIGHTS_FILE, save(adapter_tensors(unet), metadata=metadata))
+    return save(adapter_tensors(unet), metadata=metadata)
 
 
 def kohya_tensors(unet, alpha):
@@ -878,7 +874,7 @@ def finish(run, pictures, components, repo_id):
         RunError: something could not be written; what could is there.
     """
     args, compute, unet = run.args, run.model.compute, run.model.unet
-    save_adapters(run.results, unet)
+    embeddings.save_content(run.results, WEIGHTS_FILE, adapter_content(unet))
     if args.output_kohya_format:
         content = save(kohya_tensors(unet, args.lora_alpha), metadata={"format": "pt"})
         embeddings.save_content(run.results, KOHYA_FILE, content)

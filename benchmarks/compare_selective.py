@@ -4,11 +4,11 @@
     python benchmarks/compare_selective.py --subjects striped_star --seeds 0   # or less; what is there stays
     python benchmarks/compare_selective.py --plot_only
 
-Every variant is trained by the script's own `train_step` in this process; then an untouched diffusers pipeline loads the
-LoRA and `evaluate_personalization` judges what it draws (the demo's prompts, four images of each). One entry for each
-(variant, subject, seed) is added to `benchmarks/results/selective_quality.json` as soon as it is done; those that are
-there are not computed again, so a run that was stopped goes on. At the end `docs/selective_sheet.png` (pictures) and
-`docs/selective_probability.png` (p_BP) are drawn anew.
+Every variant is trained by the script's own `train_step` in this process; then an untouched diffusers pipeline loads
+the LoRA and `evaluate_personalization` judges what it draws (the demo's prompts, four images of each). One entry for
+each (variant, subject, seed) is added to `benchmarks/results/selective_quality.json` as soon as it is done; those that
+are there are not computed again, so a run that was stopped goes on. At the end `docs/selective_sheet.png` (pictures)
+and `docs/selective_probability.png` (p_BP) are drawn anew.
 """
 
 import argparse
@@ -222,7 +222,7 @@ def main():
 
 
 def compare(args):
-    """Trains and judges what is not there yet, seeds outermost: what there is of a stopped run is as even as can be."""
+    """Trains and judges what is not there yet, seeds outermost, so that a stopped run is as even as can be."""
     judge = Judge()
     for subject in (name for name in args.subjects if name not in read_result(args.output)["plain_word"]):
         pictures = judge.draw(judge.pipeline.unet, subject)
