@@ -45,6 +45,7 @@ from personalization import runs  # noqa: E402
 RESULTS = HERE / "results"
 KEY = ("row", "resolution", "batch_size")
 STEPS = 2  # the second has AdamW's moments beside it
+PERTURBATIONS = 2  # they come one after the other: memory does not depend on their number, and time grows with it
 CPU_SECONDS = "seconds of the steps: "
 IMPORTS = "import train_selective_dreambooth_lora; from personalization import memory; print(memory.process_memory())"
 bench_memory.PHASES["adapter weights in"] = "training"  # the script's line before its loop
@@ -101,6 +102,7 @@ def measure(name, resolution, batch_size, base, cache, device, imports):
             "resolution": resolution,
             "train_batch_size": batch_size,
             "max_train_steps": STEPS,
+            "num_perturbations": PERTURBATIONS,
             "report_to": "none",
             **flags,
         }

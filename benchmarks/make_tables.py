@@ -472,6 +472,98 @@ def tuneqdm_quality(result):
     return table(["weights", "trained", "steps", *names, "runs"], rows) + "\n\n" + note
 
 
+SELECTIVE_ROWS = {
+    "naive-bp-high": "BP-high, weights dequantized under autograd",
+    "bp-high": "BP-high: backpropagation at full size",
+    "bp-high-checkpointing": "the same, gradient checkpointing",
+    "bp-low": "BP-low alone",
+    "bp-low-checkpointing": "the same, gradient checkpointing",
+    "zo-high": "ZO-high alone",
+    "selective": "**a step of each kind**",
+    "selective-checkpointing": "**the same, gradient checkpointing**",
+}
+
+
+def selective_memory(result):
+    """benchmarks/results/selective_memory.json, as `benchmarks/bench_selective.py` writes it."""
+    imports = next(e for e in result["entries"] if e["row"] == "imports")["measured"]
+    chosen = [e for e in result["entries"] if e["row"] in SELECTIVE_ROWS]
+    rows = []
+    for entry in sorted(chosen, key=lambda e: (e["resolution"], list(SELECTIVE_ROWS).index(e["row"]))):
+        full = [e for e in chosen if (e["row"], e["resolution"]) == ("bp-high", entry["resolution"])]
+        peak, anonymous = (entry["measured"][f"peak_{n}_mb"] for n in ("rss", "anonymous_above_imports"))
+        training = entry["measured"]["phases"]["training"]["peak_rss_mb"]
+        share = f"{peak / full[0]['measured']['peak_rss_mb']:.0%}" if full else ""
+        kind, seconds = entry["seconds_of_steps"][-1]
+        last = f"{kind.replace('_', '-').upper().replace('LOW', 'low').replace('HIGH', 'high')}: {seconds:.0f} s"
+        sizes = f"{entry['low_resolution']} / {entry['resolution']} px"
+        rows.append([SELECTIVE_ROWS[entry["row"]], sizes, f"{peak:.0f} MB", share, f"{training:.0f} MB"])
+        rows[-1] += [f"{anonymous:.0f} MB", last]
+    first = chosen[0]
+    header = ["steps", "BP / ZO at", "peak of the whole process", "of BP-high", "while training"]
+    note = (
+        "Stable Diffusion 1.5 architecture, random weights, INT8, rank 4, float32 activations, batch 1, two steps;"
+        f" fresh processes from start to end, {first['hardware']['cores']} cores of {first['hardware']['name']}, torch"
+        f" {first['versions']['torch']}. A process that only imports the libraries has {imports['peak_rss_mb']:.0f}"
+        " MB. The peak counts mapped pages of the weight file (860 MB), which the system can drop. Time: CPU seconds"
+        f" (user and system) of the second step, one thread, beside other processes; ZO-high with n ="
+        f" {first['num_perturbations']}, that is {first['num_perturbations'] + 1} forward passes. MB = 2^20. By"
+        " `benchmarks/bench_selective.py`."
+    )
+    return table([*header, "anonymous, above imports", "CPU time of the second step"], rows) + "\n\n" + note
+
+
+SELECTIVE_VARIANTS = {
+    "bp-high": "BP-high: backpropagation at full size, the ceiling",
+    "bp-low": "BP-low alone",
+    "zo-high": "ZO-high alone",
+    "selective": "**selective**",
+    "no-timestep": "selective without the ramp over timesteps",
+    "no-progress": "selective without the ramp over progress",
+    "one-adam": "selective, one Adam state for both kinds",
+}
+
+
+def selective_quality(result):
+    """benchmarks/results/selective_quality.json, as `benchmarks/compare_selective.py` writes it."""
+    names, entries = ("CLIP-I", "identity", "CLIP-T"), result["entries"]
+    of_variant = {name: [e for e in entries if e["variant"] == name] for name in SELECTIVE_VARIANTS}
+    ceiling = {(e["subject"], e["seed"]): e["scores"] for e in of_variant["bp-high"]}
+
+    def mean(scores, name):
+        return sum(score[name] for score in scores) / len(scores)
+
+    plain = list(result["plain_word"].values())
+    rows = [["nothing: the plain word", *(f"{mean(plain, name):.3f}" for name in names), "", "", "", len(plain)]]
+    for variant, chosen in of_variant.items():
+        if not chosen:
+            continue
+        scores = [e["scores"] for e in chosen]
+        paired = [
+            (e["scores"], ceiling[e["subject"], e["seed"]]) for e in chosen if (e["subject"], e["seed"]) in ceiling
+        ]
+        share = ""
+        if paired:
+            ours, theirs = zip(*paired)
+            share = f"{mean(ours, 'CLIP-I') / mean(theirs, 'CLIP-I'):.0%}"
+        bp = sum(e["updates"]["bp_low"] for e in chosen) / sum(sum(e["updates"].values()) for e in chosen)
+        seconds = sum(e["cpu_seconds"] for e in chosen) / len(chosen)
+        cells = [f"{mean(scores, name):.3f}" for name in names]
+        rows.append([SELECTIVE_VARIANTS[variant], *cells, share, f"{bp:.0%}", f"{seconds:.0f} s", len(chosen)])
+    subjects = len({e["subject"] for e in entries})
+    settings, first = entries[0]["settings"], entries[0]
+    note = (
+        f"Means over runs, of up to {subjects} subjects; {first['steps']} steps of batch"
+        f" {settings['train_batch_size']}, rank {settings['rank']}, n = {settings['num_perturbations']}; BP-low at 32"
+        " px, everything else, and what is judged, at 64 px. CLIP-I and identity: mean cosine of (reference,"
+        " generated) pairs, CLIP-T: prompt against image, all by `demo/scorer`. Share of the ceiling: of the same subjects and"
+        f" seeds. Time: CPU seconds of training on one thread of {first['hardware']['name']}. By"
+        " `benchmarks/compare_selective.py`."
+    )
+    header = ["steps", *names, "CLIP-I of the ceiling's", "BP steps", "training", "runs"]
+    return table(header, rows) + "\n\n" + note
+
+
 def loading(result):
     """What loading the UNet costs, from the "load-" rows of memory_cpu.json."""
     names = {
@@ -591,6 +683,8 @@ TABLES = {
     "tuneqdm_memory": (tuneqdm_memory, "benchmarks/results/tuneqdm_memory.json"),
     "tuneqdm_rates": (tuneqdm_quality, "benchmarks/results/tuneqdm_learning_rate.json"),
     "tuneqdm_quality": (tuneqdm_quality, "benchmarks/results/tuneqdm_quality.json"),
+    "selective_memory": (selective_memory, "benchmarks/results/selective_memory.json"),
+    "selective_quality": (selective_quality, "benchmarks/results/selective_quality.json"),
     "loading": (loading, "benchmarks/results/memory_cpu.json"),
     "targets": (
         targets,

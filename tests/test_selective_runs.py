@@ -73,6 +73,12 @@ def launch(flags, expect=0, launcher=("-m", "accelerate.commands.launch"), env=N
     return _run([sys.executable, *launcher, str(SCRIPT), *as_arguments(flags)], expect, env, 300)
 
 
+def same_weights(one, other):
+    """To the bit; the order of metadata in a safetensors file is another each time."""
+    one, other = (load_file(folder / WEIGHTS) for folder in (one, other))
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
 # ------------------------------------------------------------------------------------------------------------ runs
 
 
@@ -92,7 +98,7 @@ def test_launch_writes_everything(basics):
         *(f"checkpoint-{n}/generators_0.pt" for n in (4, 8)),
     }
     assert "BP-low at 8 px, ZO-high at 16 px" in output and "zo_high=" in output
-    assert "Traceback" not in output and "Warning" not in output
+    assert not any(words in output for words in ("Traceback", "Unsupported layer", "lr_scheduler.step"))
     config, weights, kohya = read_config(out), load_file(out / WEIGHTS), load_file(out / KOHYA)
     updates = config["figures"]["updates"]
     assert sum(updates.values()) == 8 and min(updates.values()) > 0
@@ -125,7 +131,7 @@ def test_resumed_run_equals_the_uninterrupted_one(basics, tmp_path):
     (parts / "checkpoint-12").rename(parts / ".tmp-checkpoint-12")
     again = basics | RESUME | {"--output_dir": parts, "--resume_from_checkpoint": "latest"}
     assert "checkpoint-8 at step 8" in launch(again).stderr
-    assert (parts / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
+    assert same_weights(parts, whole)
     states = [torch.load(f / "checkpoint-12" / "state.pt", weights_only=True) for f in (whole, parts)]
     assert states[0]["history"] == states[1]["history"] and states[0]["updates"] == states[1]["updates"]
     assert len(states[0]["history"]["bp_share"]) == len(states[0]["history"]["loss"]) > 0
@@ -174,7 +180,7 @@ def test_validation_and_cache_do_not_disturb_training(train, tmp_path):
     for name in ("filled", "mapped"):
         cache = {"quantized_cache_dir": tmp_path / "cache", "output_dir": tmp_path / name}
         folders.append(train(validation_steps=1, **drawing, **cache))
-    assert len({(folder / WEIGHTS).read_bytes() for folder in folders}) == 1
+    assert same_weights(folders[0], folders[1]) and same_weights(folders[0], folders[2])
 
 
 @pytest.mark.parametrize("kind", ["", "zo_"])
