@@ -556,8 +556,8 @@ def selective_quality(result):
         f"Means over runs, of up to {subjects} subjects; {first['steps']} steps of batch"
         f" {settings['train_batch_size']}, rank {settings['rank']}, n = {settings['num_perturbations']}; BP-low at 32"
         " px, everything else, and what is judged, at 64 px. CLIP-I and identity: mean cosine of (reference,"
-        " generated) pairs, CLIP-T: prompt against image, all by `demo/scorer`. Share of the ceiling: of the same subjects and"
-        f" seeds. Time: CPU seconds of training on one thread of {first['hardware']['name']}. By"
+        " generated) pairs, CLIP-T: prompt against image, all by `demo/scorer`. Share of the ceiling: of the same"
+        f" subjects and seeds. Time: CPU seconds of training on one thread of {first['hardware']['name']}. By"
         " `benchmarks/compare_selective.py`."
     )
     header = ["steps", *names, "CLIP-I of the ceiling's", "BP steps", "training", "runs"]
