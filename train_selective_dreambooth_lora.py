@@ -587,11 +587,11 @@ def add_selection_arguments(add):
     add(
         "--bp_progress_midpoint",
         type=float,
-        default=0.7,
+        default=0.9,
         help="Share of training where the ramp over progress is one half.",
     )
     add("--bp_progress_width", type=float, default=0.1, help="Of that ramp: from one half to 0.27.")
-    add("--num_perturbations", type=int, default=8, help="n: directions of a ZO-high step, a forward pass each.")
+    add("--num_perturbations", type=int, default=4, help="n: directions of a ZO-high step, a forward pass each.")
     add(
         "--perturbation_scale", type=float, help="μ: step of the finite difference. Default: 1e-3, and 1e-2 with bf16."
     )
@@ -605,7 +605,7 @@ def adapt_training_arguments(parser):
     adapt("seed", 0, "Of adapters, data, noise, kinds of steps, directions and class images.")
     adapt("max_train_steps", None, f"Updates in all. Default: {DEFAULT_STEPS}, as in diffusers' example.")
     adapt("gradient_accumulation_steps", 1, "Batches averaged before one update.")
-    adapt("learning_rate", 1e-3, "Learning rate of BP-low's AdamW.")
+    adapt("learning_rate", 2e-3, "Learning rate of BP-low's AdamW.")
     adapt("scale_lr", False, "Multiply both learning rates by processes x accumulation steps x batch size.")
     adapt("adam_weight_decay", 1e-4, "Weight decay of AdamW.")
     adapt("adam_epsilon", 1e-8, "ε of AdamW.")
