@@ -38,7 +38,7 @@ from personalization import dreambooth, runs  # noqa: E402
 RESULT = ROOT / "benchmarks" / "results" / "selective_quality.json"
 PICTURES = ROOT / "benchmarks" / ".cache" / "selective"  # of each entry, its first image of each prompt
 SHEET, PROBABILITY = ROOT / "docs" / "selective_sheet.png", ROOT / "docs" / "selective_probability.png"
-KEY = ("variant", "subject", "seed")
+KEY = ("variant", "subject", "seed", "changes")
 
 ALWAYS, NEVER = 100.0, -100.0  # midpoints of a ramp that is 1, or 0, everywhere
 BP_ONLY = {"bp_timestep_midpoint": ALWAYS, "bp_progress_midpoint": ALWAYS}
@@ -205,6 +205,7 @@ def parse_args():
     add("--subjects", nargs="+", choices=subjects, default=subjects, help="Of demo/subjects.")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="Of training.")
     add("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="Which.")
+    add("--set", nargs="+", default=[], metavar="FLAG=VALUE", help="Other settings of the script, for pilots.")
     add("--steps", type=int, default=200, help="Of training, of four examples each.")
     add("--output", type=Path, default=RESULT, help="JSON file that is added to.")
     add("--plot_only", action="store_true", help="Train nothing, draw the pictures from what is there.")
@@ -229,13 +230,13 @@ def compare(args):
         keep_pictures(PICTURES, "plain", subject, pictures)
         store(args.output, plain_word={subject: judge.score(pictures, subject)})
     for seed, subject, variant in itertools.product(args.seeds, args.subjects, args.variants):
-        key = variant, subject, seed
+        key = variant, subject, seed, " ".join(args.set)
         if key in {tuple(entry[name] for name in KEY) for entry in read_result(args.output)["entries"]}:
             continue
-        settings = script_args(subject, seed, variant, args.steps)
+        settings = script_args(subject, seed, variant, args.steps, **dict(one.split("=") for one in args.set))
         model, figures = train(settings, variant)
         pictures = draw_with_adapters(judge, script.adapter_tensors(model.unet), subject)
-        if seed == 0:
+        if seed == 0 and not args.set:
             keep_pictures(PICTURES, variant, subject, pictures)
         scores = judge.score(pictures, subject)
         entry = {**dict(zip(KEY, key)), "scores": scores, **figures}
@@ -249,7 +250,7 @@ def compare(args):
 
 RECORDED = (
     "low_resolution resolution rank lora_alpha learning_rate zo_learning_rate num_perturbations perturbation_scale"
-    " bp_timestep_midpoint bp_timestep_width bp_progress_midpoint bp_progress_width train_batch_size"
+    " bp_timestep_midpoint bp_timestep_width bp_progress_midpoint bp_progress_width train_batch_size lr_scheduler"
 ).split()
 
 

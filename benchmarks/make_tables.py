@@ -494,23 +494,23 @@ def selective_memory(result):
         peak, anonymous = (entry["measured"][f"peak_{n}_mb"] for n in ("rss", "anonymous_above_imports"))
         training = entry["measured"]["phases"]["training"]["peak_rss_mb"]
         share = f"{peak / full[0]['measured']['peak_rss_mb']:.0%}" if full else ""
-        kind, seconds = entry["seconds_of_steps"][-1]
-        last = f"{kind.replace('_', '-').upper().replace('LOW', 'low').replace('HIGH', 'high')}: {seconds:.0f} s"
+        seconds = " + ".join(f"{seconds:.0f}" for _, seconds in entry["seconds_of_steps"]) + " s"
         sizes = f"{entry['low_resolution']} / {entry['resolution']} px"
         rows.append([SELECTIVE_ROWS[entry["row"]], sizes, f"{peak:.0f} MB", share, f"{training:.0f} MB"])
-        rows[-1] += [f"{anonymous:.0f} MB", last]
+        rows[-1] += [f"{anonymous:.0f} MB", seconds]
     first = chosen[0]
     header = ["steps", "BP / ZO at", "peak of the whole process", "of BP-high", "while training"]
     note = (
-        "Stable Diffusion 1.5 architecture, random weights, INT8, rank 4, float32 activations, batch 1, two steps;"
-        f" fresh processes from start to end, {first['hardware']['cores']} cores of {first['hardware']['name']}, torch"
+        "Stable Diffusion 1.5 architecture, random weights, INT8, rank 4, float32 activations, batch 1, one step (of"
+        " each kind); fresh processes from start to end,"
+        f" {first['hardware']['cores']} cores of {first['hardware']['name']}, torch"
         f" {first['versions']['torch']}. A process that only imports the libraries has {imports['peak_rss_mb']:.0f}"
         " MB. The peak counts mapped pages of the weight file (860 MB), which the system can drop. Time: CPU seconds"
-        f" (user and system) of the second step, one thread, beside other processes; ZO-high with n ="
+        f" (user and system), one thread, beside other processes; ZO-high with n ="
         f" {first['num_perturbations']}, that is {first['num_perturbations'] + 1} forward passes. MB = 2^20. By"
         " `benchmarks/bench_selective.py`."
     )
-    return table([*header, "anonymous, above imports", "CPU time of the second step"], rows) + "\n\n" + note
+    return table([*header, "anonymous, above imports", "CPU time of the step"], rows) + "\n\n" + note
 
 
 SELECTIVE_VARIANTS = {
@@ -561,6 +561,27 @@ def selective_quality(result):
         " `benchmarks/compare_selective.py`."
     )
     header = ["steps", *names, "CLIP-I of the ceiling's", "BP steps", "training", "runs"]
+    return table(header, rows) + "\n\n" + note
+
+
+def selective_pilots(result):
+    """benchmarks/results/selective_pilots.json, as `benchmarks/compare_selective.py --set ...` writes it."""
+    names, settings = ("CLIP-I", "identity", "CLIP-T"), ("learning_rate", "zo_learning_rate", "num_perturbations")
+    ramps, rows = ("bp_timestep_midpoint", "bp_progress_midpoint"), []
+    order = list(SELECTIVE_VARIANTS)
+    for entry in sorted(result["entries"], key=lambda e: (order.index(e["variant"]), e["scores"]["CLIP-I"])):
+        bp_rate, zo_rate, n = (f"{entry['settings'][name]:g}" for name in settings)
+        used = [entry["updates"][kind] > 0 for kind in ("bp_low", "zo_high")]
+        midpoints = [f"{entry['settings'][name]:g}" if all(used) else "" for name in ramps]
+        cells = [bp_rate if used[0] else "", *((zo_rate, n) if used[1] else ("", "")), *midpoints]
+        name = SELECTIVE_VARIANTS[entry["variant"]].split(":")[0].strip("*")
+        schedule = entry["settings"]["lr_scheduler"]
+        name += f", {schedule} schedule" if schedule != "constant" else ""
+        rows.append([name, *cells, *(f"{entry['scores'][score]:.3f}" for score in names)])
+    header = ["steps", "rate of BP-low", "of ZO-high", "n", "m_t", "m_s", *names]
+    first = result["entries"][0]
+    note = f"One run each: {first['subject']}, seed {first['seed']}, {first['steps']} steps of batch"
+    note += f" {first['settings']['train_batch_size']}. By `benchmarks/compare_selective.py --set ...`."
     return table(header, rows) + "\n\n" + note
 
 
@@ -685,6 +706,7 @@ TABLES = {
     "tuneqdm_quality": (tuneqdm_quality, "benchmarks/results/tuneqdm_quality.json"),
     "selective_memory": (selective_memory, "benchmarks/results/selective_memory.json"),
     "selective_quality": (selective_quality, "benchmarks/results/selective_quality.json"),
+    "selective_pilots": (selective_pilots, "benchmarks/results/selective_pilots.json"),
     "loading": (loading, "benchmarks/results/memory_cpu.json"),
     "targets": (
         targets,
