@@ -301,7 +301,7 @@ def public_settings(args):
 
 
 def installed_versions(
-    packages="torch diffusers transformers accelerate huggingface_hub bitsandbytes optimum-quanto openvino",
+    packages="torch diffusers transformers accelerate peft huggingface_hub bitsandbytes optimum-quanto openvino",
 ):
     """Versions of Python and of those packages that are installed, by name."""
     versions = {"python": platform.python_version()}
