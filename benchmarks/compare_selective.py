@@ -36,6 +36,7 @@ from personalization import dreambooth, runs  # noqa: E402
 
 
 RESULT = ROOT / "benchmarks" / "results" / "selective_quality.json"
+GRADIENTS = ROOT / "benchmarks" / "results" / "selective_gradients.json"
 PICTURES = ROOT / "benchmarks" / ".cache" / "selective"  # of each entry, its first image of each prompt
 SHEET, PROBABILITY = ROOT / "docs" / "selective_sheet.png", ROOT / "docs" / "selective_probability.png"
 KEY = ("variant", "subject", "seed", "changes")
@@ -119,6 +120,41 @@ def draw_with_adapters(judge, tensors, subject):
         judge.pipeline.unload_lora_weights()
 
 
+def compare_gradients(subject, seed=0, updates=12, batches=8):
+    """How the two kinds of gradient differ, weight by weight, after a few updates: root mean squares over batches.
+
+    Returns:
+        JSON-ready: quantiles over the D weights of both, and of their ratio; mean cosine of estimates with the
+        gradient of the same batch; n and D.
+    """
+    settings = script_args(subject, seed, "selective", 200)
+    learner, model, subjects, sampling = prepare(settings)
+    for step in range(updates):
+        script.train_step(learner, model, subjects, sampling, step / 200)
+    uniform, bp, zo, cosines = torch.ones(1000, dtype=torch.float64), [], [], []
+    for number in range(batches):
+        generator = torch.Generator().manual_seed(number)
+        low, high = (
+            script.draw_batch(subjects[kind], sampling, uniform, model.scheduler, generator) for kind in script.KINDS
+        )
+        bp.append(script.bp_low(learner, model, low, sampling)[0])
+        zo.append(script.zo_high(learner, model, high, sampling)[0])
+        truth, _ = script.bp_low(learner, model, high, sampling)
+        cosines.append(torch.nn.functional.cosine_similarity(zo[-1], truth, dim=0).item())
+    sizes = {kind: torch.stack(found).square().mean(dim=0).sqrt() for kind, found in zip(script.KINDS, (bp, zo))}
+    sizes["ratio"] = sizes[script.ZO_HIGH] / sizes[script.BP_LOW].clamp(min=1e-12)
+    shares = torch.tensor([0.05, 0.5, 0.95])
+    return {
+        "quantiles": {name: [float(f"{x:.3g}") for x in size.quantile(shares)] for name, size in sizes.items()},
+        "cosine": round(float(np.mean(cosines)), 4),
+        "num_perturbations": sampling.num_perturbations,
+        "weights": len(learner.theta),
+        **{"subject": subject, "seed": seed, "updates_before": updates, "batches": batches},
+        "command": shlex.join(["python", "benchmarks/compare_selective.py", *sys.argv[1:]]),
+        "versions": runs.installed_versions("torch diffusers peft"),
+    }
+
+
 # =====================================================================================================
 # Results
 # =====================================================================================================
@@ -189,7 +225,7 @@ def plot_probability(path):
     for t in (0.1, 0.5, 0.9):
         right.plot(progress, table[int(t * len(timesteps))], "--", label=f"t / T = {t}")
     right.set(xlabel="progress", ylabel="share of BP-low", title="Share of BP-low", ylim=(0, 1))
-    right.legend()
+    right.legend(loc="lower left")
     right.grid(alpha=0.3)
     with runs.atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=100)
@@ -208,12 +244,15 @@ def parse_args():
     add("--set", nargs="+", default=[], metavar="FLAG=VALUE", help="Other settings of the script, for pilots.")
     add("--steps", type=int, default=200, help="Of training, of four examples each.")
     add("--output", type=Path, default=RESULT, help="JSON file that is added to.")
+    add("--gradients", action="store_true", help="Only compare the two kinds of gradient, on the first subject.")
     add("--plot_only", action="store_true", help="Train nothing, draw the pictures from what is there.")
     return parser.parse_args()
 
 
 def main():
     args = parse_args()
+    if args.gradients:
+        return runs.write_json(GRADIENTS, compare_gradients(args.subjects[0]))
     if not args.plot_only:
         compare(args)
     if args.output == RESULT:

@@ -533,7 +533,8 @@ def selective_quality(result):
     def mean(scores, name):
         return sum(score[name] for score in scores) / len(scores)
 
-    plain = list(result["plain_word"].values())
+    judged = {e["subject"] for e in entries}
+    plain = [scores for subject, scores in result["plain_word"].items() if subject in judged]
     rows = [["nothing: the plain word", *(f"{mean(plain, name):.3f}" for name in names), "", "", "", len(plain)]]
     for variant, chosen in of_variant.items():
         if not chosen:
@@ -550,10 +551,9 @@ def selective_quality(result):
         seconds = sum(e["cpu_seconds"] for e in chosen) / len(chosen)
         cells = [f"{mean(scores, name):.3f}" for name in names]
         rows.append([SELECTIVE_VARIANTS[variant], *cells, share, f"{bp:.0%}", f"{seconds:.0f} s", len(chosen)])
-    subjects = len({e["subject"] for e in entries})
     settings, first = entries[0]["settings"], entries[0]
     note = (
-        f"Means over runs, of up to {subjects} subjects; {first['steps']} steps of batch"
+        f"Means over runs, of up to {len(judged)} subjects; {first['steps']} steps of batch"
         f" {settings['train_batch_size']}, rank {settings['rank']}, n = {settings['num_perturbations']}; BP-low at 32"
         " px, everything else, and what is judged, at 64 px. CLIP-I and identity: mean cosine of (reference,"
         " generated) pairs, CLIP-T: prompt against image, all by `demo/scorer`. Share of the ceiling: of the same"
@@ -583,6 +583,23 @@ def selective_pilots(result):
     note = f"One run each: {first['subject']}, seed {first['seed']}, {first['steps']} steps of batch"
     note += f" {first['settings']['train_batch_size']}. By `benchmarks/compare_selective.py --set ...`."
     return table(header, rows) + "\n\n" + note
+
+
+def selective_gradients(result):
+    """benchmarks/results/selective_gradients.json, as `benchmarks/compare_selective.py --gradients` writes it."""
+    names = {"bp_low": "BP-low", "zo_high": "ZO-high", "ratio": "ZO-high / BP-low, weight by weight"}
+    rows = [
+        [words, *(f"{x:.1e}" if x < 0.01 else f"{x:.2g}" for x in result["quantiles"][name])]
+        for name, words in names.items()
+    ]
+    note = (
+        f"Root mean square of each adapter weight's gradient over {result['batches']} batches ({result['subject']},"
+        f" after {result['updates_before']} steps), quantiles over the {result['weights']} weights. Cosine of an"
+        f" estimate with the gradient of the same batch: {result['cosine']:.4f} on average, where sqrt(n / D) is"
+        f" {(result['num_perturbations'] / result['weights']) ** 0.5:.4f}. By `benchmarks/compare_selective.py"
+        " --gradients`."
+    )
+    return table(["gradient", "5 %", "median", "95 %"], rows) + "\n\n" + note
 
 
 def loading(result):
@@ -707,6 +724,7 @@ TABLES = {
     "selective_memory": (selective_memory, "benchmarks/results/selective_memory.json"),
     "selective_quality": (selective_quality, "benchmarks/results/selective_quality.json"),
     "selective_pilots": (selective_pilots, "benchmarks/results/selective_pilots.json"),
+    "selective_gradients": (selective_gradients, "benchmarks/results/selective_gradients.json"),
     "loading": (loading, "benchmarks/results/memory_cpu.json"),
     "targets": (
         targets,

@@ -260,7 +260,7 @@ def save_loss_curve(path, history):
     figure, axes = plt.subplots(1, panels, figsize=(7 * panels, 4), constrained_layout=True, squeeze=False)
     axes, of_shares = axes[0, 0], axes[0, -1]
     if history.bp_share:
-        steps, shares = zip(*history.bp_share)
+        steps, shares = zip((0, history.bp_share[0][1]), *history.bp_share)
         of_shares.stackplot(steps, shares, [1 - share for share in shares], step="pre", labels=["BP-low", "ZO-high"])
         of_shares.set(xlabel="step", ylabel="share of updates since the last read-out", ylim=(0, 1))
         of_shares.legend(loc="lower left")
