@@ -12,8 +12,9 @@ on the demo base, with the demo's own scorer, offline:
         --results learned=demo/output/striped_star --clip_model demo/scorer --dino_model demo/scorer/identity \
         --trust_remote_code --output_dir scores
 
-A result is a learned embedding (ZOODiP), a LoRA, or tuned scales (TuneQDM), drawn with the base quantized as in their
-training. `--draw_only` leaves out references, encoders and scores.
+A result is a learned embedding (ZOODiP), a LoRA (BP-low / ZO-high) or tuned scales (TuneQDM); scales are drawn with
+the base quantized as in their training, the others with the base as it is. `--draw_only` leaves out references,
+encoders and scores.
 Every column (the plain word first, then the results) draws the same prompts from the same noise. Pictures that are
 there already are not drawn again, so a run that was stopped goes on. Written to `--output_dir`: `images/`,
 `evaluation.json`, `evaluation.md` (the table) and `contact_sheet.png`.
@@ -32,6 +33,7 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -156,22 +158,32 @@ class Column:
     word: str  # what stands for the subject in prompts
     folder: Path | None  # of a result
     fingerprint: str  # of what it draws with
-    base: base_model.Base | None = None  # where the result is tuned scales, which want the base's UNet for themselves
-    lora: bool = False  # the result is a LoRA
+    kind: str = "embedding"  # of the result, key of `KINDS`
+    base: base_model.Base | None = None  # for tuned scales, which want the base's UNet for themselves
 
     @property
     def config_path(self):
-        name = CONFIG_FILE if self.base is None else tuneqdm.CONFIG_FILE
-        return self.folder / (LORA_CONFIG_FILE if self.lora else name)
+        return self.folder / KINDS[self.kind].config_name
 
     @property
     def trainer(self):
-        name = "train_zoodip_textual_inversion.py" if self.base is None else "train_tuneqdm_dreambooth.py"
-        return Path(__file__).with_name("train_selective_dreambooth_lora.py" if self.lora else name)
+        return Path(__file__).with_name(KINDS[self.kind].trainer)
 
 
-RESULT_FILE, CONFIG_FILE = "learned_embeds.safetensors", "zoodip_config.json"
-LORA_FILE, LORA_CONFIG_FILE = "pytorch_lora_weights.safetensors", "selective_config.json"
+class Kind(NamedTuple):
+    """A kind of result: the files in its folder, and who wrote them."""
+
+    result_name: str
+    config_name: str
+    trainer: str
+
+
+KINDS = {
+    "embedding": Kind("learned_embeds.safetensors", "zoodip_config.json", "train_zoodip_textual_inversion.py"),
+    "scales": Kind(tuneqdm.SCALES_FILE, tuneqdm.CONFIG_FILE, "train_tuneqdm_dreambooth.py"),
+    "lora": Kind("pytorch_lora_weights.safetensors", "selective_config.json", "train_selective_dreambooth_lora.py"),
+}
+RESULT_FILE, CONFIG_FILE, _ = KINDS["embedding"]
 PLAIN = "plain-word"
 
 
@@ -187,7 +199,7 @@ def read_column(given, base):
     folder = Path(folder)
     if (folder / tuneqdm.CONFIG_FILE).is_file():
         return read_scales(given, label, folder, base)
-    if (folder / LORA_FILE).is_file():
+    if (folder / KINDS["lora"].result_name).is_file():
         return read_lora(given, label, folder, base)
     file = folder / RESULT_FILE
     try:
@@ -233,33 +245,39 @@ def read_scales(given, label, folder, base):
         content = (folder / tuneqdm.SCALES_FILE).read_bytes()
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"--results {given!r} holds no scales that can be read ({error!r}).") from None
-    if not word:
-        raise InputError(
-            f"--results {given!r} does not say what its subject is called: train with --subject_name, or write it into"
-            f" the settings in {tuneqdm.CONFIG_FILE}."
-        )
+    check_word(given, word, tuneqdm.CONFIG_FILE)
     check_base(given, trained_on, base)
     fingerprint = hashlib.sha256(content + json.dumps(config["scales"], sort_keys=True).encode()).hexdigest()[:16]
-    return Column(label, word, folder, fingerprint, base)
+    return Column(label, word, folder, fingerprint, "scales", base)
 
 
 def read_lora(given, label, folder, base):
-    """A folder with a LoRA of this project as a `Column`.
+    """A folder of LoRA weights as a `Column`.
 
     Raises:
         InputError: a file is damaged, it is of another base, or it does not say what the subject is called.
     """
+    names = KINDS["lora"]
     try:
-        config = json.loads((folder / LORA_CONFIG_FILE).read_text(encoding="utf-8"))
-        word, trained_on, content = (
-            config["placeholder_token"],
-            config["base_model"],
-            (folder / LORA_FILE).read_bytes(),
-        )
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"--results {given!r} holds no LoRA that can be read ({error!r}).") from None
+        config = json.loads((folder / names.config_name).read_text(encoding="utf-8"))
+        word, trained_on = config["settings"]["subject_name"], config["base_model"]
+        with safe_open(folder / names.result_name, framework="pt") as tensors:
+            tensors.keys()
+        fingerprint = hashlib.sha256((folder / names.result_name).read_bytes()).hexdigest()[:16]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
+        raise InputError(f"--results {given!r} holds no LoRA weights that can be read ({error!r}).") from None
+    check_word(given, word, names.config_name)
     check_base(given, trained_on, base)
-    return Column(label, word, folder, hashlib.sha256(content).hexdigest()[:16], lora=True)
+    return Column(label, word, folder, fingerprint, "lora")
+
+
+def check_word(given, word, config_name):
+    """Refuses a result that does not say what its subject is called."""
+    if not word:
+        raise InputError(
+            f"--results {given!r} does not say what its subject is called: train with --subject_name, or write it into"
+            f" the settings in {config_name}."
+        )
 
 
 def read_columns(given, class_word, base):
@@ -361,9 +379,9 @@ def showing(column, pipeline):
     """Yields a pipeline that draws with a column's result; `pipeline` itself is afterwards as it was.
 
     Raises:
-        InputError: scales do not fit the base.
+        InputError: scales or a LoRA do not fit the base.
     """
-    if column.base is not None:
+    if column.kind == "scales":
         unet = base_model.load_component(column.base, "unet")  # float32, so that it is quantized as in training
         parts = {**pipeline.components, "unet": unet, "requires_safety_checker": False}
         try:
@@ -375,8 +393,12 @@ def showing(column, pipeline):
         unet.to(pipeline.unet.device)
         tuned.set_progress_bar_config(disable=True)
         yield tuned
-    elif column.lora:
-        pipeline.load_lora_weights(str(column.folder), weight_name=LORA_FILE)
+    elif column.kind == "lora":
+        try:
+            pipeline.load_lora_weights(column.folder, weight_name=KINDS["lora"].result_name)
+        except (ValueError, RuntimeError) as error:
+            why = " ".join(str(error).split())[:200]
+            raise InputError(f"--results {column.label}={column.folder} does not fit this base ({why}).") from None
         yield pipeline
         pipeline.unload_lora_weights()
     elif column.folder is not None:
@@ -559,7 +581,7 @@ def parse_args(input_args=None):
     add = parser.add_argument
     add("--pretrained_model_name_or_path", required=True, help="The base: a local folder or a model id on the Hub.")
     add("--revision", help="Branch, tag or commit of the base on the Hub.")
-    add("--results", nargs="*", default=[], metavar="LABEL=FOLDER", help="Folders of embeddings or scales to compare.")
+    add("--results", nargs="*", default=[], metavar="LABEL=FOLDER", help="Folders of embeddings, LoRAs or scales.")
     add("--reference_images", help="Folder of the subject's pictures.")
     add("--draw_only", action="store_true", help="Draw the pictures and judge nothing: no reference, no encoder.")
     add("--class_word", required=True, help="The plain word for the subject: dog.")

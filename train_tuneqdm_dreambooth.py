@@ -26,7 +26,6 @@ import personalization.quiet  # noqa: F401, before the libraries whose false ala
 # isort: split
 import argparse
 import functools
-import itertools
 import math
 import os
 import re
@@ -38,7 +37,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import set_module_tensor_to_device
@@ -53,12 +51,12 @@ from personalization import (
     arguments,
     base_model,
     checkpoints,
+    dreambooth,
     embeddings,
     examples,
     hub,
     images,
     memory,
-    prompts,
     run_folder,
     runs,
     validation,
@@ -66,8 +64,17 @@ from personalization import (
 )
 from personalization.base_model import Base, StoredModel
 from personalization.compute import Compute, choose_compute
-from personalization.errors import DivergedError, InputError, plain, run_script
-from personalization.examples import Concept
+from personalization.dreambooth import (
+    Subject,
+    check_class_folder,
+    denoising_errors,
+    drawing_options,
+    dreambooth_loss,
+    fill_in,
+    instance_texts,
+    read_instances,
+)
+from personalization.errors import DivergedError, InputError, run_script
 from personalization.results import Result, write_result
 from tuneqdm_pipeline import ScaleConfig
 
@@ -111,33 +118,6 @@ def draw_timesteps(count, trained, generator):
         LongTensor `[count]`.
     """
     return trained[torch.randint(len(trained), (count,), generator=generator)]
-
-
-def denoising_errors(unet, batch, conditioning, memory_format=None):
-    """‖ε − ε_φ(z_t, t, c)‖² of each example, float32 `[b]`: means over its latent entries.
-
-    Args:
-        unet: quantized; each example is computed with the scales of its own timestep.
-        batch: `Batch`.
-        conditioning: text embeddings `[b, length, d]`.
-        memory_format: of the latents; None leaves them as they are.
-    """
-    noisy = batch.noisy_latents.to(conditioning)
-    noisy = noisy.contiguous(memory_format=memory_format or torch.preserve_format)
-    prediction = unet(noisy, batch.timesteps, conditioning, return_dict=False)[0]
-    return F.mse_loss(prediction.float(), batch.target, reduction="none").flatten(1).mean(dim=1)
-
-
-def dreambooth_loss(errors, num_instances, prior_weight):
-    """DreamBooth's loss (Ruiz et al., CVPR 2023, Eq. 2): the subject, and λ times the prior of its class.
-
-    Args:
-        errors: `[b]` or `[2b]`; of the subject's examples, then of the class's, if there are any.
-        num_instances: b.
-        prior_weight: λ.
-    """
-    loss = errors[:num_instances].mean()
-    return loss if len(errors) == num_instances else loss + prior_weight * errors[num_instances:].mean()
 
 
 # =====================================================================================================
@@ -194,22 +174,6 @@ def load_quantized_unet(base, bits, calibration, compute, cache_dir=None):
     return unet.requires_grad_(False), selection, StoredModel(memory.tensor_bytes(unet), share)
 
 
-def encode_prompts(base, texts, compute):
-    """The text encoder comes, encodes every prompt once, and leaves.
-
-    Returns:
-        Text embeddings `[P, length, d]` where and in what is computed, and the text encoder's `StoredModel`.
-    """
-    text_encoder = base_model.load_component(base, "text_encoder", compute.dtype).to(compute.device)
-    ids = prompts.tokenize(base.tokenizer, texts).to(compute.device)
-    with torch.no_grad():  # inference mode's tensors could not take part in training
-        encoded = torch.cat([text_encoder(part)[0] for part in ids.split(8)])
-    stored = StoredModel(memory.tensor_bytes(text_encoder), 0.0)
-    del text_encoder
-    memory.release_freed_memory()
-    return encoded, stored
-
-
 @dataclass
 class Model:
     """The quantized UNet, and what it is conditioned on."""
@@ -229,14 +193,6 @@ class Model:
 # =====================================================================================================
 # One update of the scales
 # =====================================================================================================
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is learned from; prompts are rows of `Model.conditioning`."""
-
-    instance: Concept
-    prior: Concept | None  # the class, for prior preservation
 
 
 @dataclass(frozen=True)
@@ -388,47 +344,6 @@ TRAJECTORY_SETTINGS = (
 ).split()
 
 
-def fill_in(text, subject_name, what):
-    """`text` with the subject's name where it says {}.
-
-    Raises:
-        InputError: there is no name.
-    """
-    if "{}" in text and subject_name is None:
-        raise InputError(f"{what}, {text[:80]!r}, says {{}} where the subject goes: give --subject_name.")
-    return text.replace("{}", subject_name or "")
-
-
-def instance_texts(pictures, instance_prompt, subject_name):
-    """The prompt of each picture: its caption, or else `--instance_prompt`.
-
-    Returns:
-        List of strings.
-
-    Raises:
-        InputError: a picture has neither, or {} is said and there is no name for it.
-    """
-    if instance_prompt is None and subject_name is not None:
-        instance_prompt = "a photo of a {}"
-    texts = []
-    for picture in pictures:
-        text, what = picture.caption, f"the caption of {plain(picture.name)}"
-        if text is None:
-            if instance_prompt is None:
-                raise InputError(f"{plain(picture.name)} has no caption: give --instance_prompt or --subject_name.")
-            text, what = instance_prompt, "--instance_prompt"
-        texts.append(fill_in(text, subject_name, what))
-    return texts
-
-
-def warn_about_long_prompts(tokenizer, texts):
-    """Says which prompts are longer than the text encoder reads."""
-    limit = prompts.words_in_prompt(tokenizer)
-    for text in dict.fromkeys(texts):
-        if len(tokenizer.encode(text, add_special_tokens=False)) > limit:
-            logger.warning(f"The prompt {text[:80]!r} is longer than {limit} tokens: its end is cut off.")
-
-
 # =====================================================================================================
 # Flags
 # =====================================================================================================
@@ -443,28 +358,13 @@ PUBLICATION = hub.Publication(
     card_name="model_card_tuneqdm.md",
 )
 
-REFUSED_FLAGS = {
-    "--train_text_encoder": "the text encoder is frozen, and leaves once the prompts are encoded: drop it.",
-    "--pre_compute_text_embeddings": "prompts are always encoded once, before training: drop it.",
+REFUSED_FLAGS = dreambooth.REFUSED_FLAGS | {
     "--use_8bit_adam": "the optimizer's state is some megabytes, there are only scales to train: drop it.",
-    "--sample_batch_size": "class images are drawn one at a time: drop it.",
-    "--prior_generation_precision": "class images are drawn by the quantized model, as trained: drop it.",
-    "--train_data_dir": "it is called --instance_data_dir here.",
-    "--placeholder_token": "no word is added: --subject_name is any words that the model can read.",
     "--quantization": "weights are always integers: give --bits 8 or 4.",
-    "--enable_xformers_memory_efficient_attention": "PyTorch's own fused attention is always on: drop the flag.",
-    "--dataloader_num_workers": "latents are computed once, before training, so nothing is loaded in a step: drop it.",
-    "--validation_epochs": "use --validation_steps.",
-    "--local_rank": "accelerate launch sets the rank: drop the flag.",
 }
 
-RANGES = arguments.RANGES | {
-    "bits": arguments.Range(4, 8),
-    "scale_sets": arguments.Range(1, 1000),
-    "num_class_images": arguments.Range(1, 10**6),
-    "prior_loss_weight": arguments.Range(0.0, 1e6),
-    "max_grad_norm": arguments.Range(0.0, 1e30, above=True),
-}
+RANGES = arguments.RANGES | dreambooth.RANGES
+RANGES |= {"bits": arguments.Range(4, 8), "scale_sets": arguments.Range(1, 1000)}
 
 
 def parse_args(input_args=None):
@@ -477,8 +377,8 @@ def parse_args(input_args=None):
     arguments.add_model_arguments(parser, predicts_memory=False)
     add_scale_arguments(parser.add_argument_group("quantization and scales").add_argument)
     concept = "{} stands for --subject_name"
-    add_subject_arguments(arguments.add_data_arguments(parser, "instance_data_dir", concept).add_argument)
-    add_backward_arguments(arguments.add_training_arguments(parser).add_argument)
+    dreambooth.add_subject_arguments(arguments.add_data_arguments(parser, "instance_data_dir", concept).add_argument)
+    dreambooth.add_backward_arguments(arguments.add_training_arguments(parser).add_argument)
     adapt_training_arguments(parser)
     arguments.add_validation_arguments(parser)
     arguments.add_saving_arguments(parser).add_argument(
@@ -513,27 +413,6 @@ def add_scale_arguments(add):
     add("--train_input_scales", action="store_true", help="Train a scale per input channel, too (v2's MCSU).")
 
 
-def add_subject_arguments(add):
-    add("--instance_prompt", help='Prompt of the pictures that have no caption: "a photo of sks dog".')
-    add("--subject_name", help="Words for the subject, which {} in captions and prompts stands for: sks dog.")
-    add("--flip_probability", type=float, default=0.0, help="How often images are mirrored.")
-    add("--with_prior_preservation", action="store_true", help="Also train on images of the class, to keep it.")
-    add("--class_data_dir", help="Folder of class images; those that are missing are drawn into it.")
-    add("--class_prompt", help='Prompt of class images: "a photo of a dog".')
-    add(
-        "--num_class_images",
-        type=int,
-        default=100,
-        help="Class images; missing ones are drawn by the quantized base, with the settings of validation images.",
-    )
-    add("--prior_loss_weight", type=float, default=1.0, help="λ: weight of the class images' loss.")
-
-
-def add_backward_arguments(add):
-    add("--max_grad_norm", type=float, default=1.0, help="Longer gradients are shortened to this.")
-    add("--gradient_checkpointing", action="store_true", help="Compute activations twice to keep fewer of them.")
-
-
 def adapt_training_arguments(parser):
     """Defaults that are TuneQDM's: those of the official code, the learning rate relative to the scales."""
     adapt = functools.partial(arguments.adapt, parser)
@@ -558,18 +437,7 @@ def check_arguments(parser, args):
         read_intervals(args.scale_intervals)
     except InputError as error:
         parser.error(str(error))
-    for name in ("class_prompt", "class_data_dir"):
-        value = getattr(args, name)
-        if value is not None and not args.with_prior_preservation:
-            parser.error(f"--{name} is for --with_prior_preservation: add that or drop it.")
-        if value is None and args.with_prior_preservation:
-            parser.error(f"--with_prior_preservation needs --{name}.")
-    for name in ("instance_prompt", "subject_name", "class_prompt"):
-        value = getattr(args, name)
-        if value is not None and not value.strip():
-            parser.error(f"--{name} is empty: drop it or say something.")
-    if args.subject_name is not None and "{}" in args.subject_name:
-        parser.error("--subject_name is what {} stands for: give words without {}.")
+    dreambooth.check_subject_arguments(parser, args)
 
 
 # =====================================================================================================
@@ -605,78 +473,6 @@ class Run:
         shared = {"progress": asdict(self.progress), "history": asdict(self.history), **self.learner.state_dict()}
         generators, step = self.learner.generators(), self.progress.step
         return checkpoints.CheckpointState(step, shared, generators, self.settings, self.id)
-
-
-def read_instances(args):
-    """The `Picture`s of the subject."""
-    if args.instance_data_dir is not None:
-        options = args.resolution, args.center_crop, "--instance_data_dir"
-        return images.read_folder(args.instance_data_dir, *options)
-    names = args.dataset_name, args.dataset_config_name, args.image_column, args.caption_column
-    return images.read_dataset(*names, args.resolution, args.center_crop)
-
-
-def read_class(args, base, compute, cache_dir):
-    """The `Picture`s of the class; those that are missing are drawn first, by the quantized base."""
-    folder = Path(args.class_data_dir)
-    missing = args.num_class_images - len(images.list_folder(folder, "--class_data_dir").pictures)
-    if missing > 0:
-        logger.info(f"Drawing {missing} class images of {args.class_prompt!r} into {folder}")
-        unet, _, _ = load_quantized_unet(base, args.bits, args.calibration, compute, cache_dir)
-        text_encoder = base_model.load_component(base, "text_encoder", compute.dtype).to(compute.device)
-        paths = ((number, folder / f"class-{number:06d}.png") for number in itertools.count())
-        free = itertools.islice(((number, path) for number, path in paths if not path.exists()), missing)
-        for number, path in tqdm(free, desc="Class images", total=missing):
-            seed = args.seed + CLASS_SEEDS + number
-            with torch.inference_mode():
-                what = args.class_prompt, 1, seed
-                (image,) = validation.draw_images(base, text_encoder, unet, compute, *what, **drawing_options(args))
-            with runs.atomic_path(path) as temporary:
-                image.save(temporary)
-        del unet, text_encoder
-        memory.release_freed_memory()
-    pictures = images.read_folder(folder, args.resolution, args.center_crop, "--class_data_dir")
-    return pictures[: args.num_class_images]
-
-
-CLASS_SEEDS = 1_000_003  # so far from those of validation images
-
-
-def drawing_options(args):
-    """How validation and class images are drawn, as keywords of a pipeline's call."""
-    options = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
-    return options | {"height": args.resolution, "width": args.resolution}
-
-
-def load_subject(args, pictures, texts, class_pictures, base, compute):
-    """The VAE encodes every picture once and leaves; then the text encoder does the same with every prompt.
-
-    Args:
-        args: resolved settings.
-        pictures: of the subject.
-        texts: the prompt of each.
-        class_pictures: of its class; None without prior preservation.
-        base: `Base`.
-        compute: `Compute`.
-
-    Returns:
-        `Subject`, the embeddings of its prompts, those of validation images (`Run.validation_embeddings`), and name ->
-        `StoredModel` of what has left.
-    """
-    distinct = list(dict.fromkeys(texts))
-    rows = [[distinct.index(text)] for text in texts]
-    known = torch.arange(len(distinct) + 1)  # prompts as rows of their embeddings; the last is the class's
-    instance, vae = examples.load_concept(pictures, (known, rows), base, args.flip_probability, compute)
-    prior = None
-    if class_pictures is not None:
-        of_class = known, [[len(distinct)]] * len(class_pictures)
-        prior, _ = examples.load_concept(class_pictures, of_class, base, 0.0, compute)
-    shown = fill_in(args.validation_prompt or "", args.subject_name, "--validation_prompt")
-    everything = [*distinct, args.class_prompt or "", shown, ""]
-    warn_about_long_prompts(base.tokenizer, everything)
-    encoded, text_encoder = encode_prompts(base, everything, compute)
-    conditioning, of_images = encoded[:-2], {"prompt_embeds": encoded[-2:-1], "negative_prompt_embeds": encoded[-1:]}
-    return Subject(instance, prior), conditioning, of_images, {"vae": vae, "text_encoder": text_encoder}
 
 
 def start_learner(args, changes, compute, num_processes=1, process_index=0):
@@ -897,14 +693,17 @@ def personalize(args, accelerator, base, compute, table):
     class_pictures = None
     if args.with_prior_preservation:
         with accelerator.main_process_first():
-            class_pictures = read_class(args, base, compute, cache_dir)
+            load_unet = functools.partial(load_quantized_unet, base, args.bits, args.calibration, compute, cache_dir)
+            class_pictures = dreambooth.read_class(args, base, compute, lambda: load_unet()[0])
     data = [*(p._replace(caption=text) for p, text in zip(pictures, texts)), *(class_pictures or [])]
     settings = checkpoints.trajectory_settings(args, TRAJECTORY_SETTINGS, accelerator.num_processes, data)
     checkpoint = checkpoints.find_checkpoint(args.resume_from_checkpoint, args.output_dir, settings)
 
     # 3. VAE and text encoder come and go; then the UNet arrives, quantized.
-    loaded = load_subject(args, pictures, texts, class_pictures, base, compute)
-    subject, conditioning, of_images, components = loaded
+    what = pictures, texts, class_pictures, base, args.flip_probability, compute
+    subject, vae = dreambooth.encode_pictures(*what)
+    conditioning, of_images, text_encoder = dreambooth.encode_texts(args, texts, base, compute)
+    components = {"vae": vae, "text_encoder": text_encoder}
     with accelerator.local_main_process_first():  # the first process fills the cache, the others read it
         model, changes, components["unet"] = load_model(args, base, compute, table, conditioning, cache_dir)
     memory.release_freed_memory()
@@ -932,17 +731,6 @@ def personalize(args, accelerator, base, compute, table):
     runs.end(accelerator)
     if repo_id is not None:
         logger.info(f"Pushed to {hub.push_to_hub(args.output_dir, config, PUBLICATION, repo_id, args.hub_token)}")
-
-
-def check_class_folder(args):
-    """Makes sure that class images can be written, and are not mixed with the subject's.
-
-    Raises:
-        InputError: they cannot, or would be.
-    """
-    runs.check_writable("--class_data_dir", args.class_data_dir)
-    if args.instance_data_dir is not None and os.path.samefile(args.class_data_dir, args.instance_data_dir):
-        raise InputError("--class_data_dir is --instance_data_dir: give a folder of its own for class images.")
 
 
 def resume(run, checkpoint):

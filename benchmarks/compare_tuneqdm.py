@@ -34,7 +34,7 @@ import world  # noqa: E402
 
 import evaluate_personalization as evaluation  # noqa: E402
 import train_tuneqdm_dreambooth as script  # noqa: E402
-from personalization import base_model, runs  # noqa: E402
+from personalization import base_model, dreambooth, runs  # noqa: E402
 from tuneqdm_pipeline import quantize_unet  # noqa: E402
 
 
@@ -95,21 +95,30 @@ class Judge:
         self.pipeline.set_progress_bar_config(disable=True)
         self.prompts = evaluation.read_prompts(DEMO / "prompts.txt")
 
+    def texts(self, subject):
+        return [prompt.replace("{}", world.SUBJECTS[subject].shape) for prompt in self.prompts]
+
     @torch.inference_mode()
-    def __call__(self, unet, subject):
-        """Metric -> mean, of a subject."""
-        self.pipeline.unet = unet
-        word, pictures = world.SUBJECTS[subject].shape, []
-        texts = [prompt.replace("{}", word) for prompt in self.prompts]
-        for i, text in enumerate(texts):
+    def draw(self, unet, subject):
+        """`IMAGES` PIL images of each prompt."""
+        self.pipeline.unet, pictures = unet, []
+        for i, text in enumerate(self.texts(subject)):
             seeds = (IMAGE_SEED + 1000 * i + j for j in range(IMAGES))
             generators = [torch.Generator().manual_seed(seed) for seed in seeds]
             options = {"num_inference_steps": INFERENCE_STEPS, "guidance_scale": GUIDANCE, "generator": generators}
             pictures.append(self.pipeline([text] * IMAGES, **options).images)
+        return pictures
+
+    def score(self, pictures, subject):
+        """Metric -> mean, of what `draw` has drawn."""
         paths = sorted((DEMO / "subjects" / subject).glob("*.png"))
         references = [Image.open(path).convert("RGB") for path in paths]
-        scores = evaluation.score_column(pictures, references, texts, self.encoders)
+        scores = evaluation.score_column(pictures, references, self.texts(subject), self.encoders)
         return {NAMES[name]: round(value.mean, 4) for name, value in scores.items() if name in NAMES}
+
+    def __call__(self, unet, subject):
+        """Metric -> mean, of a subject."""
+        return self.score(self.draw(unet, subject), subject)
 
 
 def train_and_judge(settings, bits, subject, judge, lengths):
@@ -117,7 +126,8 @@ def train_and_judge(settings, bits, subject, judge, lengths):
     base, compute, table = script.resolve_settings(settings, torch.device("cpu"))
     pictures = script.read_instances(settings)
     texts = script.instance_texts(pictures, settings.instance_prompt, settings.subject_name)
-    loaded, conditioning, _, _ = script.load_subject(settings, pictures, texts, None, base, compute)
+    loaded, _ = dreambooth.encode_pictures(pictures, texts, None, base, settings.flip_probability, compute)
+    conditioning, _, _ = dreambooth.encode_texts(settings, texts, base, compute)
     if bits:
         model, changes, _ = script.load_model(settings, base, compute, table, conditioning, None)
     else:

@@ -51,7 +51,7 @@ class Publication:
         config_name: the file in a run's folder that says how it was made.
         result_name: the file that was learned; without it a run is not finished.
         files: patterns of what else a user of the result needs; never checkpoints, logs or the base model.
-        pipeline_name: of what travels to the Hub as `pipeline.py`.
+        pipeline_name: of what travels to the Hub as `pipeline.py`; None where diffusers needs no code of ours.
         tags: of the card.
         best_name: the file with the lowest held-out loss, one of `files`.
         card_name: template of the model card, beside the script.
@@ -63,7 +63,7 @@ class Publication:
     config_name: str
     result_name: str
     files: tuple
-    pipeline_name: str
+    pipeline_name: str | None
     tags: tuple
     best_name: str = "learned_embeds-best.safetensors"
     card_name: str = "model_card_template.md"
@@ -71,8 +71,9 @@ class Publication:
     reference_images: str = REFERENCE_IMAGES
 
     def pipeline_file(self, config):
-        """What travels as `pipeline.py` with the result of a run, by its config."""
-        return self.script.with_name(self.pipeline_of_family.get(config.get("family"), self.pipeline_name))
+        """What travels as `pipeline.py` with the result of a run, by its config; None where nothing does."""
+        name = self.pipeline_of_family.get(config.get("family"), self.pipeline_name)
+        return name and self.script.with_name(name)
 
     @property
     def card_template(self):
@@ -316,7 +317,7 @@ def _names_to_push(output_dir, config, publication):
     if publication.card_template.is_file():
         renewed.append("README.md")
     pipeline_file = publication.pipeline_file(config)
-    if pipeline_file.is_file():  # on the Hub, diffusers looks for custom code under this name only
+    if pipeline_file and pipeline_file.is_file():  # on the Hub, diffusers looks for custom code under this name only
         with atomic_path(output_dir / "pipeline.py") as temporary:
             shutil.copyfile(pipeline_file, temporary)
         renewed.append("pipeline.py")

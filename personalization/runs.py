@@ -272,16 +272,27 @@ class History:
 
     loss: list = field(default_factory=list)
     validation_loss: list = field(default_factory=list)
+    bp_share: list = field(default_factory=list)  # of updates by backpropagation, where there are others, too
 
 
 def save_loss_curve(path, history):
-    """Training loss (points and running mean) and held-out loss against the step, as a PNG."""
+    """Training loss (points and running mean) and held-out loss against the step, as a PNG.
+
+    Where some updates are by backpropagation and others are not, their shares are beside it.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4), constrained_layout=True)
+    panels = 2 if history.bp_share else 1
+    figure, axes = plt.subplots(1, panels, figsize=(7 * panels, 4), constrained_layout=True, squeeze=False)
+    axes, of_shares = axes[0, 0], axes[0, -1]
+    if history.bp_share:
+        steps, shares = zip((0, history.bp_share[0][1]), *history.bp_share)
+        of_shares.stackplot(steps, shares, [1 - share for share in shares], step="pre", labels=["BP-low", "ZO-high"])
+        of_shares.set(xlabel="step", ylabel="share of updates since the last read-out", ylim=(0, 1))
+        of_shares.legend(loc="lower left")
     if history.loss:
         steps, losses = zip(*history.loss)
         width = max(1, len(losses) // 20)
@@ -319,7 +330,7 @@ def public_settings(args):
 
 
 def installed_versions(
-    packages="torch diffusers transformers accelerate huggingface_hub bitsandbytes optimum-quanto openvino",
+    packages="torch diffusers transformers accelerate peft huggingface_hub bitsandbytes optimum-quanto openvino",
 ):
     """Versions of Python and of those packages that are installed, by name."""
     versions = {"python": platform.python_version()}

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 
+import train_selective_dreambooth_lora as selective
 import train_tuneqdm_dreambooth as tuneqdm
 import train_zoodip_textual_inversion as zoodip
 
@@ -43,7 +44,17 @@ def test_flags_of_the_readme_exist(repo):
 def test_tuneqdms_flags_of_the_readme_exist(repo):
     text = (repo / "README.md").read_text(encoding="utf-8")
     known = vars(tuneqdm.parse_args(["--pretrained_model_name_or_path", "x", "--instance_data_dir", "x"]))
-    section = text[text.index("## TuneQDM") : text.index("## What is measured")]
+    section = text[text.index("## TuneQDM") : text.index("## BP-low and ZO-high")]
+    flags = set(re.findall(r"`(--[a-z_0-9]+)", section)) | set(re.findall(r" (--[a-z_]+) (?!PROMPT)", section))
+    assert len(flags) > 10
+    for flag in flags - {"--results"}:
+        assert flag.removeprefix("--") in known, flag
+
+
+def test_flags_of_the_lora_trainer_in_the_readme_exist(repo):
+    text = (repo / "README.md").read_text(encoding="utf-8")
+    known = vars(selective.parse_args(["--pretrained_model_name_or_path", "x", "--instance_data_dir", "x"]))
+    section = text[text.index("## BP-low and ZO-high") : text.index("## What is measured")]
     flags = set(re.findall(r"`(--[a-z_0-9]+)", section)) | set(re.findall(r" (--[a-z_]+) (?!PROMPT)", section))
     assert len(flags) > 10
     for flag in flags - {"--results"}:

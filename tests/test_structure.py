@@ -11,7 +11,8 @@ METHOD = {
     *("gauss_newton_evidence", "GaussNewton", "prediction_errors"),
     *("Int8Linear", "Int8Conv2d", "load_frozen", "PromptRows", "candidate_losses", "train", "main"),
 }
-TUNEQDM = {"new_changes", "draw_timesteps", "denoising_errors", "load_quantized_unet", "train_step", "train", "main"}
+TUNEQDM = {"new_changes", "draw_timesteps", "load_quantized_unet", "train_step", "train", "main"}
+SELECTIVE = {"Selection", "draw_kind", "bp_gradient", "zo_gradient", "FrozenProduct", "train_step", "train", "main"}
 TUNEQDM_LAYERS = {"quantize", "pack", "set_of_timestep", "ScaledProduct", "QuantizedLinear", "QuantizedConv2d"}
 PACKAGE = sorted((REPO / "personalization").glob("*.py"))
 SCRIPTS = sorted(
@@ -43,6 +44,12 @@ def test_tuneqdm_is_defined_in_its_script_and_pipeline():
         source = (REPO / name).read_text(encoding="utf-8")
         assert {node.name for node in ast.parse(source).body if hasattr(node, "name")} >= method
         assert len(source.splitlines()) <= 1000
+
+
+def test_bp_low_and_zo_high_are_defined_in_their_script():
+    source = (REPO / "train_selective_dreambooth_lora.py").read_text(encoding="utf-8")
+    assert {node.name for node in ast.parse(source).body if hasattr(node, "name")} >= SELECTIVE
+    assert len(source.splitlines()) <= 1000
 
 
 @pytest.mark.parametrize("path", PACKAGE, ids=lambda path: path.stem)

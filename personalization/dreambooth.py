@@ -1,0 +1,296 @@
+"""What DreamBooth trainers share: subject and class, their pictures and prompts, the loss with prior preservation."""
+
+import itertools
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from accelerate.logging import get_logger
+from tqdm.auto import tqdm
+
+from . import base_model, examples, images, memory, prompts, runs, validation
+from .arguments import Range
+from .base_model import StoredModel
+from .errors import InputError, plain
+from .examples import Concept
+
+
+logger = get_logger(__name__)
+
+# =====================================================================================================
+# Flags
+# =====================================================================================================
+
+RANGES = {
+    "num_class_images": Range(1, 10**6),
+    "prior_loss_weight": Range(0.0, 1e6),
+    "max_grad_norm": Range(0.0, 1e30, above=True),
+}
+
+REFUSED_FLAGS = {
+    "--train_text_encoder": "the text encoder is frozen, and leaves once the prompts are encoded: drop it.",
+    "--pre_compute_text_embeddings": "prompts are always encoded once, before training: drop it.",
+    "--sample_batch_size": "class images are drawn one at a time: drop it.",
+    "--prior_generation_precision": "class images are drawn by the quantized model, as trained: drop it.",
+    "--train_data_dir": "it is called --instance_data_dir here.",
+    "--placeholder_token": "no word is added: --subject_name is any words that the model can read.",
+    "--enable_xformers_memory_efficient_attention": "PyTorch's own fused attention is always on: drop the flag.",
+    "--dataloader_num_workers": "latents are computed once, before training, so nothing is loaded in a step: drop it.",
+    "--validation_epochs": "use --validation_steps.",
+    "--local_rank": "accelerate launch sets the rank: drop the flag.",
+}
+
+
+def add_subject_arguments(add):
+    add("--instance_prompt", help='Prompt of the pictures that have no caption: "a photo of sks dog".')
+    add("--subject_name", help="Words for the subject, which {} in captions and prompts stands for: sks dog.")
+    add("--flip_probability", type=float, default=0.0, help="How often images are mirrored.")
+    add("--with_prior_preservation", action="store_true", help="Also train on images of the class, to keep it.")
+    add("--class_data_dir", help="Folder of class images; those that are missing are drawn into it.")
+    add("--class_prompt", help='Prompt of class images: "a photo of a dog".')
+    add(
+        "--num_class_images",
+        type=int,
+        default=100,
+        help="Class images; missing ones are drawn by the quantized base, with the settings of validation images.",
+    )
+    add("--prior_loss_weight", type=float, default=1.0, help="λ: weight of the class images' loss.")
+
+
+def add_backward_arguments(add):
+    add("--max_grad_norm", type=float, default=1.0, help="Longer gradients are shortened to this.")
+    add("--gradient_checkpointing", action="store_true", help="Compute activations twice to keep fewer of them.")
+
+
+def check_subject_arguments(parser, args):
+    """Ends with exit code 2 and one sentence where the flags of `add_subject_arguments` do not go together."""
+    for name in ("class_prompt", "class_data_dir"):
+        value = getattr(args, name)
+        if value is not None and not args.with_prior_preservation:
+            parser.error(f"--{name} is for --with_prior_preservation: add that or drop it.")
+        if value is None and args.with_prior_preservation:
+            parser.error(f"--with_prior_preservation needs --{name}.")
+    for name in ("instance_prompt", "subject_name", "class_prompt"):
+        value = getattr(args, name)
+        if value is not None and not value.strip():
+            parser.error(f"--{name} is empty: drop it or say something.")
+    if args.subject_name is not None and "{}" in args.subject_name:
+        parser.error("--subject_name is what {} stands for: give words without {}.")
+
+
+def check_class_folder(args):
+    """Makes sure that class images can be written, and are not mixed with the subject's.
+
+    Raises:
+        InputError: they cannot, or would be.
+    """
+    runs.check_writable("--class_data_dir", args.class_data_dir)
+    if args.instance_data_dir is not None and os.path.samefile(args.class_data_dir, args.instance_data_dir):
+        raise InputError("--class_data_dir is --instance_data_dir: give a folder of its own for class images.")
+
+
+# =====================================================================================================
+# Prompts
+# =====================================================================================================
+
+
+def fill_in(text, subject_name, what):
+    """`text` with the subject's name where it says {}.
+
+    Raises:
+        InputError: there is no name.
+    """
+    if "{}" in text and subject_name is None:
+        raise InputError(f"{what}, {text[:80]!r}, says {{}} where the subject goes: give --subject_name.")
+    return text.replace("{}", subject_name or "")
+
+
+def instance_texts(pictures, instance_prompt, subject_name):
+    """The prompt of each picture: its caption, or else `--instance_prompt`.
+
+    Returns:
+        List of strings.
+
+    Raises:
+        InputError: a picture has neither, or {} is said and there is no name for it.
+    """
+    if instance_prompt is None and subject_name is not None:
+        instance_prompt = "a photo of a {}"
+    texts = []
+    for picture in pictures:
+        text, what = picture.caption, f"the caption of {plain(picture.name)}"
+        if text is None:
+            if instance_prompt is None:
+                raise InputError(f"{plain(picture.name)} has no caption: give --instance_prompt or --subject_name.")
+            text, what = instance_prompt, "--instance_prompt"
+        texts.append(fill_in(text, subject_name, what))
+    return texts
+
+
+def warn_about_long_prompts(tokenizer, texts):
+    """Says which prompts are longer than the text encoder reads."""
+    limit = prompts.words_in_prompt(tokenizer)
+    for text in dict.fromkeys(texts):
+        if len(tokenizer.encode(text, add_special_tokens=False)) > limit:
+            logger.warning(f"The prompt {text[:80]!r} is longer than {limit} tokens: its end is cut off.")
+
+
+def encode_prompts(base, texts, compute):
+    """The text encoder comes, encodes every prompt once, and leaves.
+
+    Returns:
+        Text embeddings `[P, length, d]` where and in what is computed, and the text encoder's `StoredModel`.
+    """
+    text_encoder = base_model.load_component(base, "text_encoder", compute.dtype).to(compute.device)
+    ids = prompts.tokenize(base.tokenizer, texts).to(compute.device)
+    with torch.no_grad():  # inference mode's tensors could not take part in training
+        encoded = torch.cat([text_encoder(part)[0] for part in ids.split(8)])
+    stored = StoredModel(memory.tensor_bytes(text_encoder), 0.0)
+    del text_encoder
+    memory.release_freed_memory()
+    return encoded, stored
+
+
+def encode_texts(args, texts, base, compute):
+    """The text encoder comes, encodes every prompt once, and leaves.
+
+    Args:
+        args: resolved settings.
+        texts: the prompt of each picture of the subject.
+        base: `Base`.
+        compute: `Compute`.
+
+    Returns:
+        Text embeddings `[P, length, d]` of distinct prompts, the class's last; those of validation images as keywords
+        of a pipeline's call, in the place of prompt and text encoder; and the text encoder's `StoredModel`.
+    """
+    shown = fill_in(args.validation_prompt or "", args.subject_name, "--validation_prompt")
+    everything = [*dict.fromkeys(texts), args.class_prompt or "", shown, ""]
+    warn_about_long_prompts(base.tokenizer, everything)
+    encoded, stored = encode_prompts(base, everything, compute)
+    return encoded[:-2], {"prompt_embeds": encoded[-2:-1], "negative_prompt_embeds": encoded[-1:]}, stored
+
+
+# =====================================================================================================
+# Pictures
+# =====================================================================================================
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is learned from; prompts are rows of their embeddings (`encode_texts`)."""
+
+    instance: Concept
+    prior: Concept | None  # the class, for prior preservation
+
+
+def read_instances(args, resolution=None):
+    """The `Picture`s of the subject, in `--resolution` or another."""
+    options = resolution or args.resolution, args.center_crop
+    if args.instance_data_dir is not None:
+        return images.read_folder(args.instance_data_dir, *options, "--instance_data_dir")
+    names = args.dataset_name, args.dataset_config_name, args.image_column, args.caption_column
+    return images.read_dataset(*names, *options)
+
+
+def read_class(args, base, compute, load_unet):
+    """The `Picture`s of the class; those that are missing are drawn first, by the quantized base.
+
+    Args:
+        args: resolved settings.
+        base: `Base`.
+        compute: `Compute`.
+        load_unet: loads the frozen UNet; called only where images are missing.
+    """
+    folder = Path(args.class_data_dir)
+    missing = args.num_class_images - len(images.list_folder(folder, "--class_data_dir").pictures)
+    if missing > 0:
+        logger.info(f"Drawing {missing} class images of {args.class_prompt!r} into {folder}")
+        unet = load_unet()
+        text_encoder = base_model.load_component(base, "text_encoder", compute.dtype).to(compute.device)
+        paths = ((number, folder / f"class-{number:06d}.png") for number in itertools.count())
+        free = itertools.islice(((number, path) for number, path in paths if not path.exists()), missing)
+        for number, path in tqdm(free, desc="Class images", total=missing):
+            seed = args.seed + CLASS_SEEDS + number
+            with torch.inference_mode():
+                what = args.class_prompt, 1, seed
+                (image,) = validation.draw_images(base, text_encoder, unet, compute, *what, **drawing_options(args))
+            with runs.atomic_path(path) as temporary:
+                image.save(temporary)
+        del unet, text_encoder
+        memory.release_freed_memory()
+    return read_class_folder(args, args.resolution)
+
+
+def read_class_folder(args, resolution):
+    """The `Picture`s of the class that are there, in a resolution."""
+    pictures = images.read_folder(args.class_data_dir, resolution, args.center_crop, "--class_data_dir")
+    return pictures[: args.num_class_images]
+
+
+CLASS_SEEDS = 1_000_003  # so far from those of validation images
+
+
+def drawing_options(args):
+    """How validation and class images are drawn, as keywords of a pipeline's call."""
+    options = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
+    return options | {"height": args.resolution, "width": args.resolution}
+
+
+def encode_pictures(pictures, texts, class_pictures, base, flip_probability, compute):
+    """The VAE encodes every picture once and leaves.
+
+    Args:
+        pictures: of the subject.
+        texts: the prompt of each.
+        class_pictures: of its class; None without prior preservation.
+        base: `Base`.
+        flip_probability: how often the subject's pictures are mirrored.
+        compute: `Compute`.
+
+    Returns:
+        `Subject`, whose prompts are rows of what `encode_texts` returns, and the VAE's `StoredModel`.
+    """
+    distinct = list(dict.fromkeys(texts))
+    rows = [[distinct.index(text)] for text in texts]
+    known = torch.arange(len(distinct) + 1)  # prompts as rows of their embeddings; the last is the class's
+    instance, vae = examples.load_concept(pictures, (known, rows), base, flip_probability, compute)
+    prior = None
+    if class_pictures is not None:
+        of_class = known, [[len(distinct)]] * len(class_pictures)
+        prior, _ = examples.load_concept(class_pictures, of_class, base, 0.0, compute)
+    return Subject(instance, prior), vae
+
+
+# =====================================================================================================
+# The loss
+# =====================================================================================================
+
+
+def denoising_errors(unet, batch, conditioning, memory_format=None):
+    """‖ε − ε_φ(z_t, t, c)‖² of each example, float32 `[b]`: means over its latent entries.
+
+    Args:
+        unet: any, frozen but for what is trained.
+        batch: `Batch`.
+        conditioning: text embeddings `[b, length, d]`.
+        memory_format: of the latents; None leaves them as they are.
+    """
+    noisy = batch.noisy_latents.to(conditioning)
+    noisy = noisy.contiguous(memory_format=memory_format or torch.preserve_format)
+    prediction = unet(noisy, batch.timesteps, conditioning, return_dict=False)[0]
+    return F.mse_loss(prediction.float(), batch.target, reduction="none").flatten(1).mean(dim=1)
+
+
+def dreambooth_loss(errors, num_instances, prior_weight):
+    """DreamBooth's loss (Ruiz et al., CVPR 2023, Eq. 2): the subject, and λ times the prior of its class.
+
+    Args:
+        errors: `[b]` or `[2b]`; of the subject's examples, then of the class's, if there are any.
+        num_instances: b.
+        prior_weight: λ.
+    """
+    loss = errors[:num_instances].mean()
+    return loss if len(errors) == num_instances else loss + prior_weight * errors[num_instances:].mean()

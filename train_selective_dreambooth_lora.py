@@ -1,0 +1,995 @@
+#!/usr/bin/env python
+# Copyright 2026 The ZOODiP textual inversion authors. SPDX-License-Identifier: Apache-2.0
+"""Personalise a quantized Stable Diffusion by a LoRA with the memory of half the resolution (arXiv 2507.10029).
+
+The shortest command that works, offline, on the demo base of this repository:
+
+    accelerate launch train_selective_dreambooth_lora.py \
+        --pretrained_model_name_or_path demo/base --instance_data_dir demo/subjects/striped_star \
+        --subject_name star --train_batch_size 4 --max_train_steps 200 --output_dir star-lora
+
+and on Stable Diffusion 1.5:
+
+    accelerate launch train_selective_dreambooth_lora.py \
+        --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 --instance_data_dir ./my-dog \
+        --instance_prompt "a photo of sks dog" --subject_name "sks dog" --output_dir my-dog-lora
+
+Every step is one of two kinds: backpropagation on pictures of a low resolution (BP-low), or forward passes alone on
+those of the full resolution (ZO-high). The result is an ordinary LoRA that `load_lora_weights` of any diffusers reads.
+"""
+
+import personalization.quiet  # noqa: F401, before the libraries whose false alarms it silences
+
+
+# isort: split
+import argparse
+import functools
+import json
+import math
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import cast_training_params
+from diffusers.utils import convert_state_dict_to_kohya, make_image_grid
+from peft import LoraConfig
+from peft.tuners.lora import Linear as LoraLinear
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import save
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from tqdm.auto import tqdm
+
+import train_zoodip_textual_inversion as zoodip
+from personalization import (
+    arguments,
+    base_model,
+    checkpoints,
+    dreambooth,
+    embeddings,
+    examples,
+    hub,
+    images,
+    memory,
+    run_folder,
+    runs,
+    validation,
+    weight_cache,
+)
+from personalization.base_model import Base, StoredModel
+from personalization.compute import Compute, choose_compute
+from personalization.dreambooth import denoising_errors, drawing_options, dreambooth_loss, fill_in
+from personalization.errors import DivergedError, InputError, run_script
+from personalization.results import Result, write_result
+
+
+logger = get_logger(__name__)
+
+# =====================================================================================================
+# The algorithm: selective optimisation, BP-low / ZO-high (arXiv 2507.10029). Only the paper's abstract was at hand:
+# the probability of a kind, the estimator and its scaling, and the two optimizers are our own.
+# =====================================================================================================
+
+
+class Ramp(NamedTuple):
+    """A logistic ramp that falls from 1 to 0."""
+
+    midpoint: float  # where it is one half
+    width: float  # from there to 0.27 or 0.73
+
+    def __call__(self, x):
+        """At x, a float64 tensor of any shape."""
+        return torch.sigmoid((self.midpoint - x) / self.width)
+
+
+class Selection(NamedTuple):
+    """Which kind of step is taken when: p_BP(t/T, progress), the product of a ramp for each."""
+
+    over_timesteps: Ramp
+    over_progress: Ramp
+
+    def bp_probability(self, timestep, progress):
+        """The probability that an example is learned from by BP-low and not by ZO-high.
+
+        It falls with the timestep, since high ones decide the structure, which a low resolution distorts, and as
+        training goes on. The abstract asks for both; the ramps are ours.
+
+        Args:
+            timestep: t/T in [0, 1), of any shape.
+            progress: share of the training that is done, in [0, 1].
+
+        Returns:
+            float64, like `timestep`.
+        """
+        timestep, progress = (torch.as_tensor(x, dtype=torch.float64) for x in (timestep, progress))
+        return self.over_timesteps(timestep) * self.over_progress(progress)
+
+
+def draw_kind(probabilities, generator):
+    """Whether a step is BP-low, and how its timesteps are distributed.
+
+    All examples of a step are learned from in the same way. So the kind is drawn by its share over all timesteps,
+    mean_t p(t), and then the timesteps among those of that kind, in proportion to p(t) or 1 - p(t). Each example by
+    itself has a uniform timestep and, given that, probability p(t) of BP-low.
+
+    Args:
+        probabilities: p_BP at every timestep, float64 `[T]`.
+        generator: source of the kind, the same on all processes.
+
+    Returns:
+        bool, and weights of the timesteps `[T]`.
+    """
+    is_bp = bool(torch.rand((), generator=generator, dtype=torch.float64) < probabilities.mean())
+    return is_bp, probabilities if is_bp else 1 - probabilities
+
+
+def bp_gradient(loss_fn, weights, scale=lambda loss: loss):
+    """The gradient by backpropagation.
+
+    Args:
+        loss_fn: returns the loss of the weights as they are.
+        weights: tensors that autograd knows.
+        scale: of the loss, so that half-precision gradients do not vanish.
+
+    Returns:
+        The gradient of the scaled loss in one row `[D]`, and the loss.
+    """
+    loss = loss_fn()
+    return parameters_to_vector(torch.autograd.grad(scale(loss), weights)), loss.detach()
+
+
+def zo_gradient(loss_fn, theta, num_perturbations, perturbation_scale, generator):
+    """Random gradient estimate by forward differences, ĝ = (1/n) Σ [(L(θ + μ e_i) - L(θ))/μ] e_i (RGE).
+
+    It is the flagship's (arXiv 2503.14868, Eq. 3), for weights of which one does not want n copies: L(θ) comes first,
+    so each e_i is drawn, used, added up and forgotten. θ itself is never written to, so nothing drifts.
+
+    Args:
+        loss_fn: takes a point `[D]`, returns its loss; the same examples, noise and timesteps for all points.
+        theta: θ, float32 `[D]`.
+        num_perturbations: n.
+        perturbation_scale: μ.
+        generator: source of the directions.
+
+    Returns:
+        The estimate `[D]`, and L(θ).
+    """
+    base_loss, estimate = loss_fn(theta), torch.zeros_like(theta)
+    for _ in range(num_perturbations):
+        direction = torch.randn(theta.shape, generator=generator).to(theta)
+        slope = (loss_fn(theta + perturbation_scale * direction) - base_loss) / perturbation_scale
+        estimate += direction * (slope / num_perturbations)
+    return estimate, base_loss
+
+
+# =====================================================================================================
+# The quantized model: a frozen layer hands the gradient through, and autograd keeps nothing of its weight.
+# =====================================================================================================
+
+
+class FrozenProduct(torch.autograd.Function):
+    """y = W x + b of a frozen INT8 layer: ∂L/∂x = Wᵀ ∂L/∂y, for which the weight is dequantized once more.
+
+    Left to autograd, every dequantized weight would stay until the backward pass: a whole UNet in full precision.
+    """
+
+    @staticmethod
+    def forward(ctx, input, layer):
+        ctx.layer, ctx.shape = layer, input.shape
+        return layer.product(input)  # autograd is off in here: the weight lives in the model's buffer
+
+    @staticmethod
+    def backward(ctx, gradient):
+        layer = ctx.layer
+        weight = zoodip.dequantize(layer.weight, layer.scale, gradient.dtype, layer.buffer)
+        return layer.product_back(gradient, weight, ctx.shape), None
+
+
+class FrozenLinear(zoodip.Int8Linear):
+    """`Int8Linear` that a gradient goes through."""
+
+    product = zoodip.Int8Linear.forward
+
+    def product_back(self, gradient, weight, shape):
+        return gradient @ weight
+
+    def forward(self, input):
+        return FrozenProduct.apply(input, self)
+
+
+class FrozenConv2d(zoodip.Int8Conv2d):
+    """`Int8Conv2d` that a gradient goes through."""
+
+    product = zoodip.Int8Conv2d.forward
+
+    def product_back(self, gradient, weight, shape):
+        return torch.nn.grad.conv2d_input(shape, weight, gradient, *self.options)
+
+    def forward(self, input):
+        return FrozenProduct.apply(input, self)
+
+
+class FrozenInt8(zoodip.Int8):
+    """`int8`."""
+
+    def new_layer(self, layer, dtype, buffer):
+        return (FrozenLinear if isinstance(layer, torch.nn.Linear) else FrozenConv2d)(layer, buffer)
+
+
+class FrozenNf4(zoodip.Nf4):
+    """`nf4`; bitsandbytes' own backward pass dequantizes its weights again."""
+
+    def new_layer(self, layer, dtype, buffer):
+        linear = isinstance(layer, torch.nn.Linear)
+        return super().new_layer(layer, dtype, buffer) if linear else FrozenConv2d(layer, buffer)
+
+
+BACKENDS = {"int8": FrozenInt8(), "nf4": FrozenNf4(), "none": zoodip.Unquantized()}
+
+
+def add_adapters(unet, layers, rank, alpha, seed):
+    """Puts a LoRA on layers of a frozen UNet, through peft, to which INT8 layers are announced as linear ones.
+
+    Args:
+        unet: frozen.
+        layers: names of linear layers, or their ends.
+        rank, alpha: of every adapter; its product counts alpha/rank times.
+        seed: of the first factors; the second ones are zero, so that the UNet is what it was.
+
+    Returns:
+        The trainable weights, float32 parameters.
+    """
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(layers), init_lora_weights="gaussian")
+    config._register_custom_module({zoodip.Int8Linear: LoraLinear})
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Unsupported layer type")  # peft finds all that it needs in them
+        torch.manual_seed(seed)
+        unet.add_adapter(config)
+    cast_training_params(unet, dtype=torch.float32)
+    return [weight for weight in unet.parameters() if weight.requires_grad]
+
+
+@dataclass
+class Model:
+    """The quantized UNet with adapters, and what it is conditioned on."""
+
+    unet: UNet2DConditionModel
+    weights: list  # of the adapters: parameters, whose memory is wherever `place` has put it
+    scheduler: DDPMScheduler
+    conditioning: torch.Tensor  # text embeddings of all prompts [P, length, d]
+    compute: Compute
+
+    def place(self, theta):
+        """Makes the adapters' weights views of θ `[D]`; nothing is copied."""
+        vector_to_parameters(theta, self.weights)
+
+    def errors(self, batch):
+        """`denoising_errors` of a `Batch` whose prompts are rows of `conditioning`."""
+        conditioning = self.conditioning[batch.prompt_ids]
+        return denoising_errors(self.unet, batch, conditioning, self.compute.memory_format)
+
+
+# =====================================================================================================
+# One update of the adapters
+# =====================================================================================================
+
+BP_LOW, ZO_HIGH = KINDS = ("bp_low", "zo_high")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What an update is computed from."""
+
+    selection: Selection
+    batch_size: int  # examples of the subject, and as many of its class, if that is preserved
+    prior_weight: float  # λ
+    accumulation_steps: int
+    max_grad_norm: float
+    num_perturbations: int  # n
+    perturbation_scale: float  # μ
+    num_processes: int
+
+    def probabilities(self, progress, num_timesteps):
+        """p_BP at every timestep `[T]`."""
+        return self.selection.bp_probability(torch.arange(num_timesteps) / num_timesteps, progress)
+
+
+@dataclass
+class Learner:
+    """What is learned, and all that changes with it."""
+
+    theta: torch.Tensor  # θ [D], float32: the master copy of all adapter weights, which are views of it
+    optimizers: dict  # kind -> AdamW on θ: the two kinds of gradients differ in noise by orders of magnitude
+    lr_schedulers: dict  # kind -> schedule; both count all updates
+    scaler: torch.amp.GradScaler  # of BP-low's loss, idle but for float16
+    data: torch.Generator  # this process's examples; the global generator is never touched
+    perturbations: torch.Generator  # this process's directions
+    choice: torch.Generator  # which kind, the same on all processes
+    updates: dict = field(default_factory=lambda: dict.fromkeys(KINDS, 0))  # of each kind, so far
+
+    def state_dict(self):
+        """What all processes have in common."""
+        parts = {name: getattr(self, name) for name in ("optimizers", "lr_schedulers")}
+        states = {name: {kind: part.state_dict() for kind, part in kinds.items()} for name, kinds in parts.items()}
+        return {"theta": self.theta, "scaler": self.scaler.state_dict(), "updates": dict(self.updates), **states}
+
+    def load_state_dict(self, state):
+        self.theta.copy_(state["theta"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.updates = dict(state["updates"])
+        for kind in KINDS:
+            self.optimizers[kind].load_state_dict(state["optimizers"][kind])
+            self.lr_schedulers[kind].load_state_dict(state["lr_schedulers"][kind])
+
+    def generators(self):
+        return {"data": self.data, "perturbations": self.perturbations, "choice": self.choice}
+
+
+def draw_batch(subject, sampling, weights, scheduler, generator):
+    """A `Batch` on the host: examples of the subject, then of its class, each noised to a timestep of its own."""
+    concepts = [concept for concept in (subject.instance, subject.prior) if concept is not None]
+    drawn = [examples.draw_examples(concept, sampling.batch_size, generator)[:2] for concept in concepts]
+    latents, rows = (torch.cat(parts) for parts in zip(*drawn))
+    timesteps = torch.multinomial(weights, len(latents), replacement=True, generator=generator)
+    return examples.noise_batch(latents, rows, timesteps, generator, scheduler)
+
+
+def bp_low(learner, model, batch, sampling):
+    """What a `Batch` of low resolution says: the gradient `[D]`, scaled by the scaler, and the loss."""
+
+    def loss_fn():
+        return dreambooth_loss(model.errors(batch), sampling.batch_size, sampling.prior_weight)
+
+    return bp_gradient(loss_fn, model.weights, learner.scaler.scale)
+
+
+def zo_high(learner, model, batch, sampling):
+    """What a `Batch` of full resolution says: an estimate of the gradient `[D]`, and the loss."""
+
+    def loss_fn(theta):
+        model.place(theta)
+        with torch.inference_mode():
+            loss = dreambooth_loss(model.errors(batch), sampling.batch_size, sampling.prior_weight)
+        return loss.clone()
+
+    options = sampling.num_perturbations, sampling.perturbation_scale, learner.perturbations
+    estimate, loss = zo_gradient(loss_fn, learner.theta, *options)
+    model.place(learner.theta)
+    directions = sampling.num_perturbations * sampling.accumulation_steps * sampling.num_processes
+    return zoodip.normalize_estimate(estimate, directions, 0), loss
+
+
+def train_step(learner, model, subjects, sampling, progress, average=lambda tensor: tensor):
+    """One update of the adapters, by BP-low or ZO-high.
+
+    Args:
+        learner: `Learner`, changed in place; θ is where the adapters' weights are (`Model.place`).
+        model: `Model`.
+        subjects: kind -> `Subject` in its resolution.
+        sampling: `Sampling`.
+        progress: share of the training that is done.
+        average: takes the mean of a tensor over processes.
+
+    Returns:
+        The kind, and the mean loss of this process, a scalar on the device: nothing here waits for it.
+    """
+    device, theta = model.compute.device, learner.theta
+    probabilities = sampling.probabilities(progress, model.scheduler.config.num_train_timesteps)
+    is_bp, weights = draw_kind(probabilities, learner.choice)
+    kind, look = (BP_LOW, bp_low) if is_bp else (ZO_HIGH, zo_high)
+    mean_loss, gradient = torch.zeros((), device=device), torch.zeros_like(theta)
+    for _ in range(sampling.accumulation_steps):
+        batch = draw_batch(subjects[kind], sampling, weights, model.scheduler, learner.data).to(device)
+        of_batch, loss = look(learner, model, batch, sampling)
+        gradient += of_batch / sampling.accumulation_steps
+        mean_loss += loss / sampling.accumulation_steps
+    optimizer, theta.grad = learner.optimizers[kind], average(gradient)
+    if is_bp:
+        learner.scaler.unscale_(optimizer)
+    torch.nn.utils.clip_grad_norm_([theta], sampling.max_grad_norm)
+    if is_bp:
+        learner.scaler.step(optimizer)
+        learner.scaler.update()
+    else:
+        optimizer.step()
+    for lr_scheduler in learner.lr_schedulers.values():
+        lr_scheduler.step()
+    theta.grad = None
+    learner.updates[kind] += 1
+    return kind, mean_loss
+
+
+# =====================================================================================================
+# Settings: completed and checked against the base's small files, before any weight is loaded; read-only afterwards
+# =====================================================================================================
+
+
+def resolve_settings(args, device):
+    """Completes `args` and checks it against the base; afterwards it is read-only.
+
+    Returns:
+        `Base` and `Compute`.
+
+    Raises:
+        InputError: a setting cannot work.
+    """
+    compute, precision = choose_compute(device, args.mixed_precision)
+    args.activations = str(compute.dtype).removeprefix("torch.")
+    if args.perturbation_scale is None:
+        args.perturbation_scale = PERTURBATION_SCALES[precision]
+    source = base_model.ModelSource(args.pretrained_model_name_or_path, args.revision, args.variant)
+    base = base_model.open_base(source, args.tokenizer_name)
+    timesteps = base.scheduler.config.num_train_timesteps
+    if args.num_inference_steps > timesteps:
+        raise InputError(
+            f"--num_inference_steps {args.num_inference_steps} is more than this model has timesteps: give at most"
+            f" {timesteps}."
+        )
+    args.resolution = base_model.check_resolution(base, args.resolution)
+    args.low_resolution = check_low_resolution(args.low_resolution, args.resolution, base.resolution_multiple)
+    args.lora_layers = ",".join(check_layers(args.lora_layers, base_model.empty_model(base, "unet")))
+    return base, compute
+
+
+# μ by precision: differences of losses must stand out from the rounding of activations.
+PERTURBATION_SCALES = {"no": 1e-3, "fp16": 1e-3, "bf16": 1e-2}
+
+
+def check_low_resolution(low, high, multiple):
+    """The side of BP-low's pictures, half of `--resolution` where none is given.
+
+    Raises:
+        InputError: the model cannot draw it, or it is above `--resolution`.
+    """
+    given = low is not None
+    low = low if given else high // 2
+    said = f"--low_resolution {low}" if given else f"half of --resolution {high}, {low},"
+    if low > high:
+        raise InputError(f"{said} is above --resolution {high}: give at most that.")
+    if low % multiple or not low:
+        near = max(1, min(round(low / multiple), high // multiple)) * multiple
+        raise InputError(f"{said} must be divisible by {multiple} for this model: try --low_resolution {near}.")
+    return low
+
+
+def check_layers(names, unet):
+    """The names of `--lora_layers`, each of which is the end of the name of some linear layer and of no other.
+
+    Raises:
+        InputError: it is not.
+    """
+    kinds = {name: type(module) for name, module in unet.named_modules()}
+    layers = list(dict.fromkeys(name.strip() for name in names.split(",")))
+    for layer in layers:
+        found = {kind for name, kind in kinds.items() if layer and f".{name}".endswith(f".{layer}")}
+        fix = "give ends of the names of linear layers, such as to_k,to_q,to_v,to_out.0"
+        if not found:
+            raise InputError(f"--lora_layers: this UNet has no layer {layer[:80]!r}: {fix}.")
+        if others := {kind.__name__ for kind in found if not issubclass(kind, torch.nn.Linear)}:
+            raise InputError(f"--lora_layers: {layer[:80]!r} is no linear layer ({', '.join(sorted(others))}): {fix}.")
+    return layers
+
+
+# Settings that decide a run's trajectory: a checkpoint only resumes under the same ones. The length is one of them:
+# p_BP depends on the share of it that is done.
+TRAJECTORY_SETTINGS = (
+    "pretrained_model_name_or_path revision variant tokenizer_name quantization rank lora_alpha lora_layers"
+    " mixed_precision activations instance_prompt subject_name class_prompt with_prior_preservation prior_loss_weight"
+    " resolution low_resolution center_crop flip_probability train_batch_size gradient_accumulation_steps seed"
+    " max_train_steps bp_timestep_midpoint bp_timestep_width bp_progress_midpoint bp_progress_width num_perturbations"
+    " perturbation_scale learning_rate zo_learning_rate scale_lr lr_scheduler lr_warmup_steps lr_num_cycles adam_beta1"
+    " adam_beta2 adam_weight_decay adam_epsilon max_grad_norm"
+).split()
+
+
+# =====================================================================================================
+# Flags
+# =====================================================================================================
+
+WEIGHTS_FILE, KOHYA_FILE = "pytorch_lora_weights.safetensors", "pytorch_lora_weights_kohya.safetensors"
+
+PUBLICATION = hub.Publication(
+    script=Path(__file__),
+    config_name="selective_config.json",
+    result_name=WEIGHTS_FILE,
+    files=(KOHYA_FILE, "loss_curve.png", "samples/*.png"),
+    pipeline_name=None,
+    tags=("lora", "dreambooth", "text-to-image", "diffusers-training", "stable-diffusion", "diffusers"),
+    card_name="model_card_selective.md",
+)
+
+REFUSED_FLAGS = dreambooth.REFUSED_FLAGS | {
+    "--use_8bit_adam": "the optimizer's state is some megabytes, there are only adapters to train: drop it.",
+    "--lora_dropout": "all forward passes of a ZO-high step must see the same adapters: drop it.",
+    "--use_dora": "the adapters are plain LoRA, which every program reads: drop it.",
+    "--snr_gamma": "timesteps are weighed by which kind of step they get: drop it.",
+}
+
+RANGES = arguments.RANGES | dreambooth.RANGES
+RANGES |= {
+    "rank": arguments.Range(1, 1024),
+    "lora_alpha": arguments.Range(1, 10**6),
+    "low_resolution": arguments.RANGES["resolution"],
+    "zo_learning_rate": arguments.RANGES["learning_rate"],
+    **dict.fromkeys(("bp_timestep_midpoint", "bp_progress_midpoint"), arguments.Range(-1e6, 1e6)),
+    **dict.fromkeys(("bp_timestep_width", "bp_progress_width"), arguments.Range(1e-6, 1e6)),
+}
+
+
+def parse_args(input_args=None):
+    """Parses and checks the command line (of the process, or a list of strings); bad input exits with code 2."""
+    parser = arguments.new_parser(
+        __file__,
+        "LoRA by backpropagation at a low resolution and forward passes at the full one, on a quantized UNet.",
+        "%(prog)s --pretrained_model_name_or_path MODEL --instance_data_dir FOLDER --instance_prompt PROMPT [options]",
+    )
+    add_adapter_arguments(arguments.add_model_arguments(parser, predicts_memory=False).add_argument)
+    concept = "{} stands for --subject_name"
+    dreambooth.add_subject_arguments(arguments.add_data_arguments(parser, "instance_data_dir", concept).add_argument)
+    add_selection_arguments(parser.add_argument_group("BP-low and ZO-high").add_argument)
+    dreambooth.add_backward_arguments(arguments.add_training_arguments(parser).add_argument)
+    adapt_training_arguments(parser)
+    arguments.add_validation_arguments(parser)
+    arguments.add_saving_arguments(parser).add_argument(
+        "--output_kohya_format",
+        action="store_true",
+        help=f"Also save {KOHYA_FILE}, as AUTOMATIC1111, ComfyUI and others read it.",
+    )
+    arguments.add_hub_arguments(parser)
+    args = arguments.parse(parser, sys.argv[1:] if input_args is None else input_args, REFUSED_FLAGS)
+    if not args.push_only:
+        arguments.check_shared_arguments(parser, args, "instance_data_dir", RANGES)
+        dreambooth.check_subject_arguments(parser, args)
+    return args
+
+
+def add_adapter_arguments(add):
+    add(
+        "--quantization",
+        choices=list(BACKENDS),
+        default="int8",
+        help="Of the frozen UNet: int8 for every Linear and Conv2d, nf4 (bitsandbytes) for Linear beside it, or none.",
+    )
+    add("--rank", type=int, default=4, help="Of the LoRA.")
+    add("--lora_alpha", type=int, default=4, help="The adapters count alpha/rank times.")
+    add(
+        "--lora_layers",
+        default="to_k,to_q,to_v,to_out.0",
+        help="Which linear layers of the UNet get an adapter: ends of their names, separated by commas.",
+    )
+
+
+def add_selection_arguments(add):
+    add(
+        "--low_resolution",
+        type=int,
+        help="Side of the pictures that are backpropagated on. Default: half of --resolution.",
+    )
+    add(
+        "--bp_timestep_midpoint",
+        type=float,
+        default=0.6,
+        help="t/T where the ramp over timesteps is one half; p_BP is its product with the ramp over progress. 100"
+        " leaves a ramp out, and -100 all BP-low.",
+    )
+    add("--bp_timestep_width", type=float, default=0.1, help="Of that ramp: from one half to 0.27.")
+    add(
+        "--bp_progress_midpoint",
+        type=float,
+        default=0.9,
+        help="Share of training where the ramp over progress is one half.",
+    )
+    add("--bp_progress_width", type=float, default=0.1, help="Of that ramp: from one half to 0.27.")
+    add("--num_perturbations", type=int, default=4, help="n: directions of a ZO-high step, a forward pass each.")
+    add(
+        "--perturbation_scale", type=float, help="μ: step of the finite difference. Default: 1e-3, and 1e-2 with bf16."
+    )
+    add("--zo_learning_rate", type=float, default=2e-3, help="Learning rate of ZO-high's AdamW.")
+
+
+def adapt_training_arguments(parser):
+    """Defaults that are this method's."""
+    adapt = functools.partial(arguments.adapt, parser)
+    adapt("output_dir", "selective-lora-model", "Where everything is written.")
+    adapt("seed", 0, "Of adapters, data, noise, kinds of steps, directions and class images.")
+    adapt("max_train_steps", None, f"Updates in all. Default: {DEFAULT_STEPS}, as in diffusers' example.")
+    adapt("gradient_accumulation_steps", 1, "Batches averaged before one update.")
+    adapt("learning_rate", 2e-3, "Learning rate of BP-low's AdamW.")
+    adapt("scale_lr", False, "Multiply both learning rates by processes x accumulation steps x batch size.")
+    adapt("adam_weight_decay", 1e-4, "Weight decay of AdamW.")
+    adapt("adam_epsilon", 1e-8, "ε of AdamW.")
+
+
+DEFAULT_STEPS = 500
+
+
+# =====================================================================================================
+# The chapters of a run
+# =====================================================================================================
+
+
+@dataclass
+class Run:
+    """A training run: what was loaded, what is learned and how far it is."""
+
+    args: argparse.Namespace  # resolved settings
+    accelerator: Accelerator
+    base: Base
+    subjects: dict  # kind -> `Subject` in its resolution
+    model: Model
+    learner: Learner
+    sampling: Sampling
+    average: Callable  # of a tensor, over processes
+    validation_embeddings: dict  # keywords of a pipeline's call, in the place of prompt and text encoder
+    settings: dict  # what a checkpoint compares
+    id: str = field(default_factory=checkpoints.new_run_id)  # kept over resumes
+    results: run_folder.ResultFolder | None = None  # what it writes for others to read
+    progress: runs.Progress = field(default_factory=runs.Progress)
+    history: runs.History = field(default_factory=runs.History)
+
+    @property
+    def output_dir(self):
+        return Path(self.args.output_dir)
+
+    def state(self):
+        """The `CheckpointState`."""
+        shared = {"progress": asdict(self.progress), "history": asdict(self.history), **self.learner.state_dict()}
+        generators, step = self.learner.generators(), self.progress.step
+        return checkpoints.CheckpointState(step, shared, generators, self.settings, self.id)
+
+
+def load_subjects(args, pictures, texts, class_pictures, base, compute):
+    """The pictures in both resolutions, encoded once each.
+
+    Args:
+        args: resolved settings.
+        pictures: of the subject, in full resolution.
+        texts: the prompt of each.
+        class_pictures: of its class, likewise; None without prior preservation.
+        base: `Base`.
+        compute: `Compute`.
+
+    Returns:
+        Kind -> `Subject`, and the VAE's `StoredModel`.
+    """
+    small, small_class = dreambooth.read_instances(args, args.low_resolution), None
+    if class_pictures is not None:
+        small_class = dreambooth.read_class_folder(args, args.low_resolution)
+    model = base, args.flip_probability, compute
+    high, vae = dreambooth.encode_pictures(pictures, texts, class_pictures, *model)
+    low, _ = dreambooth.encode_pictures(small, texts, small_class, *model)
+    return {BP_LOW: low, ZO_HIGH: high}, vae
+
+
+def load_model(args, base, compute, conditioning, cache_dir):
+    """The frozen UNet with fresh adapters.
+
+    Returns:
+        `Model`, and the UNet's `StoredModel`.
+    """
+    unet, share = zoodip.load_frozen(base, "unet", BACKENDS[args.quantization], compute, cache_dir)
+    stored = StoredModel(memory.tensor_bytes(unet), share)
+    weights = add_adapters(unet, args.lora_layers.split(","), args.rank, args.lora_alpha, args.seed)
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    return Model(unet, weights, base.scheduler, conditioning, compute), stored
+
+
+def start_learner(args, model, num_processes=1, process_index=0):
+    """A `Learner` at its first step, whose θ the model's adapters are views of from now on."""
+    theta = parameters_to_vector(model.weights).detach().clone()
+    model.place(theta)
+    per_update = args.train_batch_size * args.gradient_accumulation_steps * num_processes
+    optimizers, lr_schedulers = {}, {}
+    for kind, rate in zip(KINDS, (args.learning_rate, args.zo_learning_rate)):
+        optimizers[kind] = torch.optim.AdamW(
+            [theta],
+            lr=rate * (per_update if args.scale_lr else 1),
+            betas=(args.adam_beta1, args.adam_beta2),
+            eps=args.adam_epsilon,
+            weight_decay=args.adam_weight_decay,
+        )
+        lr_schedulers[kind] = get_scheduler(
+            args.lr_scheduler,
+            optimizers[kind],
+            num_warmup_steps=args.lr_warmup_steps,
+            num_training_steps=args.max_train_steps,
+            num_cycles=args.lr_num_cycles,
+        )
+    # PyTorch wants an optimizer's step before its schedule's; here the other optimizer may have done the first one.
+    warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+    compute = model.compute
+    scaler = torch.amp.GradScaler(compute.device.type, enabled=compute.dtype == torch.float16)
+    seeds = [*np.random.SeedSequence([args.seed, process_index]).generate_state(2)]
+    seeds += [*np.random.SeedSequence([args.seed]).generate_state(1)]  # the kind of a step is that of all processes
+    generators = (torch.Generator().manual_seed(int(seed)) for seed in seeds)
+    return Learner(theta, optimizers, lr_schedulers, scaler, *generators)
+
+
+def choose_sampling(args, num_processes=1):
+    """The `Sampling` that the settings ask for."""
+    over_timesteps = Ramp(args.bp_timestep_midpoint, args.bp_timestep_width)
+    over_progress = Ramp(args.bp_progress_midpoint, args.bp_progress_width)
+    return Sampling(
+        Selection(over_timesteps, over_progress),
+        args.train_batch_size,
+        args.prior_loss_weight,
+        args.gradient_accumulation_steps,
+        args.max_grad_norm,
+        args.num_perturbations,
+        args.perturbation_scale,
+        num_processes,
+    )
+
+
+@dataclass
+class Interval:
+    """Sums since the last read-out."""
+
+    loss: dict  # kind -> scalar on the device
+    updates: dict = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
+
+    @property
+    def bp_share(self):
+        return self.updates[BP_LOW] / sum(self.updates.values())
+
+    def mean_losses(self, average):
+        """Kind -> mean loss over its updates and all processes; of kinds that there were."""
+        return {kind: average(self.loss[kind] / count).item() for kind, count in self.updates.items() if count}
+
+
+def new_interval(device):
+    return Interval({kind: torch.zeros((), device=device) for kind in KINDS})
+
+
+def train(run):
+    """The training loop.
+
+    Raises:
+        DivergedError: the loss is no longer finite.
+    """
+    args, accelerator, learner, progress = run.args, run.accelerator, run.learner, run.progress
+    memory.keep_freed_blocks(32)  # the most that glibc allows
+    last_good, interval = learner.theta.clone(), new_interval(learner.theta.device)
+    resumed_at, started, seconds_before = progress.step, time.perf_counter(), progress.seconds
+    if progress.step == 0:
+        draw_validation_images(run)
+    has_prior = run.subjects[ZO_HIGH].prior is not None
+    passes = args.train_batch_size * (1 + has_prior) * args.gradient_accumulation_steps * accelerator.num_processes
+    hidden = not accelerator.is_local_main_process
+    bar = tqdm(total=args.max_train_steps, initial=progress.step, desc="Steps", disable=hidden)
+    with runs.stop_requests(accelerator) as stop_requested, bar:
+        while progress.step < args.max_train_steps:
+            done = progress.step / args.max_train_steps
+            kind, loss = train_step(learner, run.model, run.subjects, run.sampling, done, run.average)
+            progress.forward_passes += passes * (1 if kind == BP_LOW else args.num_perturbations + 1)
+            progress.step = step = progress.step + 1
+            interval.loss[kind] += loss
+            interval.updates[kind] += 1
+            bar.update()
+            last, stop = step == args.max_train_steps, stop_requested()
+
+            # The one read-out of the device, before anything is saved: no NaN ever replaces a good checkpoint.
+            if last or stop or any(step % every == 0 for every in (args.logging_steps, args.checkpointing_steps)):
+                losses = interval.mean_losses(run.average)
+                check_finite(run, losses, last_good)
+                last_good.copy_(learner.theta)
+                speed = (step - resumed_at) / (time.perf_counter() - started)
+                read_out(run, interval, losses, speed, bar)
+                interval = new_interval(learner.theta.device)
+            progress.seconds = seconds_before + time.perf_counter() - started
+            if stop or step % args.checkpointing_steps == 0:
+                checkpoints.save_checkpoint(accelerator, run.output_dir, run.state(), args.checkpoints_total_limit)
+            if stop:
+                raise KeyboardInterrupt
+            if step % args.validation_steps == 0 and not last:  # the last ones follow the adapters
+                draw_validation_images(run)
+    progress.seconds = seconds_before + time.perf_counter() - started
+
+
+def read_out(run, interval, losses, speed, bar):
+    """Tells history, trackers and progress bar what an `Interval` was like."""
+    step, share = run.progress.step, interval.bp_share
+    mean_loss = sum(losses[kind] * interval.updates[kind] for kind in losses) / sum(interval.updates.values())
+    run.history.loss.append((step, mean_loss))
+    run.history.bp_share.append((step, share))
+    rates = {f"lr_{kind}": schedule.get_last_lr()[0] for kind, schedule in run.learner.lr_schedulers.items()}
+    of_kinds = {f"loss_{kind}": loss for kind, loss in losses.items()}
+    bar.set_postfix(loss=f"{mean_loss:.4f}", bp_low=f"{share:.0%}", zo_high=f"{1 - share:.0%}")
+    figures = {"loss": mean_loss, **of_kinds, "share_bp_low": share, "share_zo_high": 1 - share, **rates}
+    runs.log(run.accelerator, figures | {"steps_per_second": speed}, step)
+
+
+def check_finite(run, losses, last_good):
+    """Ends the run with the last good adapters saved once a loss (by kind) or they are no longer finite."""
+    bad = {kind: loss for kind, loss in losses.items() if not math.isfinite(loss)}
+    if not bad and bool(run.learner.theta.isfinite().all()):
+        return
+    run.model.place(last_good)
+    if run.accelerator.is_main_process:
+        embeddings.save_content(run.results, WEIGHTS_FILE, adapter_content(run.model.unet))
+    kind, loss = next(iter(bad.items()), next(iter(losses.items())))
+    flags = {BP_LOW: "learning_rate", ZO_HIGH: "zo_learning_rate"}
+    smaller = " or ".join(f"--{flags[name]} than {getattr(run.args, flags[name])}" for name in (bad or losses))
+    raise DivergedError(
+        f"the loss of {kind} became {loss} at step {run.progress.step}: training stopped and the last good adapters"
+        f" are in {run.args.output_dir}/{WEIGHTS_FILE}; try a smaller {smaller}."
+    )
+
+
+def adapter_tensors(unet):
+    """The adapters as diffusers names them (`unet.….lora_A.weight`), float32 on the host."""
+    tensors = get_peft_model_state_dict(unet)
+    return {f"unet.{name}": tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+
+
+def adapter_content(unet):
+    """The content of a file as `save_lora_weights` of diffusers writes it, with alpha in its metadata."""
+    config = unet.peft_config["default"].to_dict()
+    described = {f"unet.{name}": sorted(v) if isinstance(v, set) else v for name, v in config.items()}
+    metadata = {"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps(described, indent=2, sort_keys=True)}
+    return save(adapter_tensors(unet), metadata=metadata)
+
+
+def kohya_tensors(unet, alpha):
+    """The adapters as kohya names them; diffusers' conversion takes alpha for the rank, so it is put right."""
+    tensors = convert_state_dict_to_kohya(adapter_tensors(unet))
+    return {name: torch.tensor(float(alpha)) if name.endswith(".alpha") else t for name, t in tensors.items()}
+
+
+@torch.inference_mode()
+def draw_validation_images(run):
+    """Draws `--validation_prompt`, saves and logs it, by the first process; returns the images, or None."""
+    args, step, samples = run.args, run.progress.step, None
+    if args.validation_prompt and run.accelerator.is_main_process:
+        with runs.tolerated("Drawing the validation images"):
+            model, what = run.model, (None, args.num_validation_images, args.seed)
+            options = run.validation_embeddings | drawing_options(args)
+            samples = validation.draw_images(run.base, None, model.unet, model.compute, *what, **options)
+            with run.results.file(f"validation/step-{step:06d}.png") as path, runs.atomic_path(path) as temporary:
+                make_image_grid(samples, 1, len(samples)).save(temporary)
+        with runs.tracking(run.accelerator):
+            validation.log_images(run.accelerator.trackers, samples or [], step)
+    return samples
+
+
+def finish(run, pictures, components, repo_id):
+    """Writes the results, the adapters before all else; returns the content of `selective_config.json`.
+
+    Args:
+        run: the trained `Run`.
+        pictures: `Picture`s of the subject.
+        components: name -> `StoredModel`.
+        repo_id: where it will be pushed, or None.
+
+    Raises:
+        RunError: something could not be written; what could is there.
+    """
+    args, compute, unet = run.args, run.model.compute, run.model.unet
+    embeddings.save_content(run.results, WEIGHTS_FILE, adapter_content(unet))
+    if args.output_kohya_format:
+        content = save(kohya_tensors(unet, args.lora_alpha), metadata={"format": "pt"})
+        embeddings.save_content(run.results, KOHYA_FILE, content)
+    samples = draw_validation_images(run) or []
+    figures = runs.describe_figures(run.progress, run.history, compute.device)
+    figures |= {"trained_weights": run.learner.theta.numel(), "updates": run.learner.updates}
+    base_license = hub.base_license(args.pretrained_model_name_or_path)
+    method = "BP-low / ZO-high (arXiv 2507.10029)"
+    name = args.subject_name or args.instance_prompt or "the subject"
+    config = runs.describe_result(args, method, base_license, compute, components, figures, subject=name)
+    config["run"] = run.id
+    write_result(Result(name, None, None, run.history, samples, pictures, config), run.results, PUBLICATION, repo_id)
+    return config
+
+
+# =====================================================================================================
+# Main
+# =====================================================================================================
+
+
+def main(args):
+    if args.push_only:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"Pushed to {hub.push_only(args, PUBLICATION)}")
+        return
+    memory.keep_freed_blocks(1)
+    accelerator = runs.start(args.output_dir, args.logging_dir, args.report_to, args.allow_tf32)
+    base, compute = resolve_settings(args, accelerator.device)
+    for name in ("instance_data_dir", "class_data_dir"):
+        if getattr(args, name) is not None:
+            images.check_apart(getattr(args, name), args.output_dir, f"--{name}")
+    runs.check_folders(args.output_dir, args.logging_dir)
+    if args.quantized_cache_dir != "none":
+        options = args.quantized_cache_dir, arguments.DEFAULT_CACHE, args.output_dir
+        args.quantized_cache_dir = weight_cache.open_cache(*options)
+    with run_folder.occupied(args.output_dir, accelerator), run_folder.saying_what_is_safe(args.output_dir):
+        personalize(args, accelerator, base, compute)
+
+
+def personalize(args, accelerator, base, compute):
+    """A run in `--output_dir`, which is its own, from the pictures to the push."""
+    # 1. Everything that can be wrong is checked before anything slow starts.
+    cache_dir = None if args.quantized_cache_dir == "none" else args.quantized_cache_dir
+    pictures = dreambooth.read_instances(args)
+    texts = dreambooth.instance_texts(pictures, args.instance_prompt, args.subject_name)
+    fill_in(args.validation_prompt or "", args.subject_name, "--validation_prompt")
+    if args.max_train_steps is None:  # the last of the defaults, known once the pictures are
+        args.max_train_steps = runs.training_length(args, len(pictures), accelerator.num_processes, DEFAULT_STEPS)
+    if args.with_prior_preservation:
+        dreambooth.check_class_folder(args)
+    base_model.check_weights(base)  # of a model on the Hub it downloads the weights
+    repo_id = None
+    if args.push_to_hub and accelerator.is_main_process:
+        wanted = args.hub_model_id or Path(args.output_dir).resolve().name
+        repo_id = hub.prepare_hub(wanted, args.hub_private_repo, args.hub_token)
+
+    # 2. Class images, if there are too few: they are part of the data, which a checkpoint must fit.
+    class_pictures = None
+    if args.with_prior_preservation:
+        with accelerator.main_process_first():
+            what = base, "unet", BACKENDS[args.quantization], compute, cache_dir
+            class_pictures = dreambooth.read_class(args, base, compute, lambda: zoodip.load_frozen(*what)[0])
+    data = [*(p._replace(caption=text) for p, text in zip(pictures, texts)), *(class_pictures or [])]
+    settings = checkpoints.trajectory_settings(args, TRAJECTORY_SETTINGS, accelerator.num_processes, data)
+    checkpoint = checkpoints.find_checkpoint(args.resume_from_checkpoint, args.output_dir, settings)
+
+    # 3. VAE and text encoder come and go; then the UNet arrives, quantized.
+    subjects, vae = load_subjects(args, pictures, texts, class_pictures, base, compute)
+    conditioning, of_images, text_encoder = dreambooth.encode_texts(args, texts, base, compute)
+    with accelerator.local_main_process_first():  # the first process fills the cache, the others read it
+        model, unet = load_model(args, base, compute, conditioning, cache_dir)
+    components = {"vae": vae, "text_encoder": text_encoder, "unet": unet}
+    memory.release_freed_memory()
+    runs.log_components(components)
+
+    # 4. What is learned: the adapters, from their start or from a checkpoint.
+    learner = start_learner(args, model, accelerator.num_processes, accelerator.process_index)
+    sampling = choose_sampling(args, accelerator.num_processes)
+    average = functools.partial(accelerator.reduce, reduction="mean")
+    run = Run(args, accelerator, base, subjects, model, learner, sampling, average, of_images, settings)
+    if checkpoint is not None:
+        resume(run, checkpoint)
+    run.results = run_folder.open_results(run.output_dir, PUBLICATION, run.id, checkpoint is not None)
+    if args.report_to != "none":
+        runs.start_trackers(accelerator, "selective", args)
+    sizes = f"BP-low at {args.low_resolution} px, ZO-high at {args.resolution} px"
+    count = f"{learner.theta.numel()} adapter weights in {len(model.weights)} tensors"
+    logger.info(f"{len(pictures)} images, {len(conditioning)} prompts, {count}; {sizes}")
+
+    # 5. The loop, and its results.
+    train(run)
+    config = None
+    if accelerator.is_main_process:
+        config = finish(run, pictures, components, repo_id)
+    runs.end(accelerator)
+    if repo_id is not None:
+        logger.info(f"Pushed to {hub.push_to_hub(args.output_dir, config, PUBLICATION, repo_id, args.hub_token)}")
+
+
+def resume(run, checkpoint):
+    """Takes up a run where a `Checkpoint` has it."""
+    state = checkpoints.load_checkpoint(checkpoint, run.learner.generators(), run.accelerator.process_index)
+    run.learner.load_state_dict(state)
+    run.progress, run.history = runs.Progress(**state["progress"]), runs.History(**state["history"])
+    run.id = checkpoint.run or run.id
+    logger.info(f"Resumed from {checkpoint.path} at step {run.progress.step}")
+    if run.progress.step >= run.args.max_train_steps:
+        logger.warning(
+            f"{checkpoint.path} is at step {run.progress.step} of --max_train_steps {run.args.max_train_steps}:"
+            " nothing is left to train; its results are written again."
+        )
+
+
+if __name__ == "__main__":
+    run_script(lambda: main(parse_args()), __file__)
