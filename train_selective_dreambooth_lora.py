@@ -49,7 +49,6 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
-from tqdm.auto import tqdm
 
 import train_zoodip_textual_inversion as zoodip
 from personalization import (
@@ -767,8 +766,7 @@ def train(run):
         draw_validation_images(run)
     has_prior = run.subjects[ZO_HIGH].prior is not None
     passes = args.train_batch_size * (1 + has_prior) * args.gradient_accumulation_steps * accelerator.num_processes
-    hidden = not accelerator.is_local_main_process
-    bar = tqdm(total=args.max_train_steps, initial=progress.step, desc="Steps", disable=hidden)
+    bar = runs.progress_bar(accelerator, progress.step, args.max_train_steps)
     with runs.stop_requests(accelerator) as stop_requested, bar:
         while progress.step < args.max_train_steps:
             done = progress.step / args.max_train_steps

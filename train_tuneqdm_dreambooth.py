@@ -44,7 +44,6 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from diffusers.utils import make_image_grid
 from safetensors.torch import save
-from tqdm.auto import tqdm
 
 import tuneqdm_pipeline as tuneqdm
 from personalization import (
@@ -535,8 +534,7 @@ def train(run):
         draw_validation_images(run)
     per_batch = args.train_batch_size * (2 if run.subject.prior else 1)
     passes = per_batch * args.gradient_accumulation_steps * accelerator.num_processes
-    hidden = not accelerator.is_local_main_process
-    bar = tqdm(total=args.max_train_steps, initial=progress.step, desc="Steps", disable=hidden)
+    bar = runs.progress_bar(accelerator, progress.step, args.max_train_steps)
     with runs.stop_requests(accelerator) as stop_requested, bar:
         while progress.step < args.max_train_steps:
             progress.forward_passes += passes

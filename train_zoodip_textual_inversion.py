@@ -45,7 +45,6 @@ from diffusers import DDPMScheduler
 from diffusers.hooks import apply_group_offloading
 from diffusers.optimization import get_scheduler
 from diffusers.utils import make_image_grid
-from tqdm.auto import tqdm
 
 from personalization import (
     arguments,
@@ -1646,8 +1645,7 @@ def train(run):
         validate(run)
         draw_validation_images(run)
     examples_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    hidden = not accelerator.is_local_main_process
-    bar = tqdm(total=args.max_train_steps, initial=progress.step, desc="Steps", disable=hidden)
+    bar = runs.progress_bar(accelerator, progress.step, args.max_train_steps)
     with runs.stop_requests(accelerator) as stop_requested, bar:
         while not is_over(run):
             progress.forward_passes += learner.rule.num_candidates * examples_per_step

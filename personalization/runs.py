@@ -22,6 +22,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import ProjectConfiguration
+from tqdm.auto import tqdm
 
 from .errors import InputError, is_outside, reason
 from .memory import peak_memory
@@ -205,6 +206,11 @@ def end(accelerator):
             tracker.finish()
     accelerator.trackers.clear()
     accelerator.end_training()
+
+
+def progress_bar(accelerator, step, steps):
+    """A bar over all steps, shown once on each machine."""
+    return tqdm(total=steps, initial=step, desc="Steps", disable=not accelerator.is_local_main_process)
 
 
 @contextlib.contextmanager

@@ -235,7 +235,7 @@ def test_a_lora_is_drawn_as_plain_diffusers_draws_it_and_nothing_is_judged(flags
     generator = torch.Generator().manual_seed(0)
     layers = {name: torch.randn(value.shape, generator=generator) * 0.3 for name, value in layers.items()}
     pipeline.save_lora_weights(folder, unet_lora_layers=layers)
-    write_json(folder / "selective_config.json", {"base_model": "base", "placeholder_token": "star"})
+    write_json(folder / "selective_config.json", {"base_model": "base", "settings": {"subject_name": "star"}})
     needless = ("--reference_images", "--clip_model", "--dino_model", "--trust_remote_code")
     flags = {name: value for name, value in flags.items() if name not in needless} | {"--draw_only": True}
     out = run(flags | {"--num_images_per_prompt": "1"}, f"lora={folder}")
@@ -249,7 +249,7 @@ def test_a_lora_is_drawn_as_plain_diffusers_draws_it_and_nothing_is_judged(flags
     image = pipeline("a photo of a star in the snow", num_inference_steps=1, generator=generator).images[0]
     assert np.abs(drawn - np.asarray(image, dtype=int)).max() <= 1 and np.abs(drawn - plain).max() > 5
     write_json(folder / "selective_config.json", {})
-    with pytest.raises(InputError, match="holds no LoRA that can be read"):
+    with pytest.raises(InputError, match="holds no LoRA weights that can be read"):
         run(flags, f"lora={folder}")
 
 
