@@ -17,7 +17,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 import evaluate_personalization as evaluate
 import train_tuneqdm_dreambooth as tuneqdm
 import train_zoodip_textual_inversion as zoodip
-from personalization import examples, families, images, prompts
+from personalization import examples, families, hub, images, prompts
 from personalization.base_model import ModelSource, open_base
 from personalization.errors import InputError
 
@@ -357,6 +357,12 @@ def test_programs_around_sdxl_read_both_halves(train):
         assert torch.equal(load_file(out / f"learned_embeds_{number}.safetensors")[TOKEN], halves[key])
     with safe_open(out / "learned_embeds.safetensors", framework="pt") as file:
         assert file.metadata()["placeholder_token"] == TOKEN
+    config = json.loads((out / "zoodip_config.json").read_text())
+    pushed = hub._names_to_push(out, config, zoodip.PUBLICATION)
+    assert {"learned_embeds.safetensors", "learned_embeds_1.safetensors", "learned_embeds_2.safetensors"} <= set(
+        pushed
+    )
+    assert "class ZOODiPXLPipeline" in (out / "pipeline.py").read_text()
 
 
 def test_concepts_of_another_family_are_refused(train, place, repo, tmp_path):
