@@ -317,11 +317,15 @@ class Handlers:
                 drawn += pair(titles, columns)
         else:
             hint = empty("The result appears here once a run is finished.")
-        package = run.package() if done else None
+        package = None
+        try:
+            package = run.package() if done else None
+        except InputError as error:  # a full disk; the files themselves are there
+            hint = card(say(error), "bad")
         file = str(run.output / run.method.result_name) if done else None
         name, text = run.name if run else None, card_text(run) if done else ""
         return {
-            "hint": ((name, done), hint),
+            "hint": (hint, hint),
             "comparison": (comparison, comparison),
             "drawing": ((name, done), gr.update(visible=done)),
             "drawn": (drawn, drawn),

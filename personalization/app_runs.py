@@ -38,6 +38,7 @@ from .command_lines import (
     with_flags,
 )
 from .errors import InputError, quoted, shorten
+from .run_folder import regular_files
 from .runs import atomic_path, write_json
 from .workspace import safe_name, saying_why
 
@@ -243,7 +244,7 @@ class Run:
 
     def package(self):
         """A ZIP of the result for download: what the run recorded as its own, config, card; None without one."""
-        if not self.has_result():
+        if self.is_alive() or not self.has_result():  # the card is what it writes last
             return None
         try:
             config = read_json(self.output / self.method.config_name)
@@ -255,9 +256,8 @@ class Run:
         if not path.is_file() or path.stat().st_mtime < newest:
             with saying_why("The download could not be packed"), atomic_path(path) as temporary:
                 with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
-                    for name in names:
-                        if (self.output / name).is_file():
-                            archive.write(self.output / name, f"{self.name}/{name}")
+                    for name in regular_files(self.output, names):
+                        archive.write(self.output / name, f"{self.name}/{name}")
         return path
 
 

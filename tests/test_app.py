@@ -13,6 +13,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -477,7 +478,15 @@ def test_whole_life_of_a_run(book, form, tmp_path):
     wait_for(lambda: not found.is_alive())
     assert found.outcome() == (FINISHED, ""), found.log_tail()
     assert [row[0] for row in other.history(found).loss] == list(range(1, last + 2))
-    assert found.package().stat().st_size > 1000 and found.grids()[0][1] == 0
+    with zipfile.ZipFile(found.package()) as archive:
+        assert {
+            f"{found.name}/{name}" for name in ("learned_embeds.safetensors", "README.md", "zoodip_config.json")
+        } <= set(archive.namelist())
+    assert found.grids()[0][1] == 0
+    found.package().unlink()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(zipfile, "ZipFile", no_room)
+        assert "disk is full" in str(app.Handlers(book).observe(found.name, {}))
     assert flag_of(found.record["command"], "max_train_steps") == str(last + 1)
 
     assert "Drawing" in "".join(other.draw(found, "a photo of a <my-toy> in the snow", 1, 3, 1, 4))
