@@ -35,6 +35,7 @@ from typing import NamedTuple
 
 import psutil
 import torch
+from accelerate import PartialState
 
 
 HERE = Path(__file__).resolve().parent
@@ -635,6 +636,7 @@ def parse_args(words=None):
 
 def main(words=None):
     args = parse_args(words)
+    PartialState()  # what the package's warnings want, such as the one about pictures far smaller than the resolution
     started = time.perf_counter()
     if args.processes:
         scale_processes(args)
