@@ -239,6 +239,7 @@ def write_model_card(output_dir, config, publication, repo_id=None):
         **config["base_license"],
     )
     name = repo_id.split("/")[-1] if repo_id else output_dir.resolve().name
+    pipeline = publication.pipeline_file(config)
     values = {
         **{key: config[key] for key in ("placeholder_token", "settings", "components", "figures", "hardware")},
         "scales": config.get("scales"),
@@ -247,7 +248,7 @@ def write_model_card(output_dir, config, publication, repo_id=None):
         "repo_id": repo_id,
         "name": name,
         "concept": repo_id or f"./{name}",
-        "pipeline_source": repo_id or f"./{publication.pipeline_file(config).name}",
+        "pipeline_source": repo_id or (pipeline and f"./{pipeline.name}"),
         "base_model": f"path/to/{base}" if local else base,
         "base_link": f"the local model `{base}`" if local else f"[{base}](https://huggingface.co/{base})",
         "base_is_local": local,

@@ -14,6 +14,7 @@ import huggingface_hub.utils._http
 import pytest
 import torch
 from conftest import REPO, _run, as_arguments
+from diffusers import StableDiffusionPipeline
 from hub_server import TOKEN, HubServer, Repo
 from safetensors.torch import load_file
 from tiny_base import build_pictures, build_tiny_base
@@ -271,7 +272,7 @@ def column(folder, base):
 
 def test_a_lora_is_a_column_that_leaves_the_pipeline_as_it_was(train, tiny):
     out = train(max_train_steps=8, learning_rate=0.05)
-    pipeline = evaluation.StableDiffusionPipeline.from_pretrained(tiny / "base")
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny / "base")
     pipeline.set_progress_bar_config(disable=True)
 
     def draw(drawing):
@@ -284,7 +285,7 @@ def test_a_lora_is_a_column_that_leaves_the_pipeline_as_it_was(train, tiny):
     with evaluation.showing(result, pipeline) as showing:
         shown = draw(showing)
     assert not torch.equal(shown, before) and torch.equal(draw(pipeline), before)
-    again = evaluation.StableDiffusionPipeline.from_pretrained(tiny / "base")
+    again = StableDiffusionPipeline.from_pretrained(tiny / "base")
     again.load_lora_weights(out)
     assert torch.equal(draw(again), shown)
 
