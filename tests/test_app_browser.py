@@ -98,6 +98,8 @@ def picture_of(page, name, pictures):
 def test_from_pictures_to_a_download(browser, address, root, subject, tmp_path, repo):
     page, hosts = open_page(browser, address)
     pictures = {}
+    if SCREENSHOT:
+        subject = repo / "demo" / "subjects" / "striped_star"
 
     # Pictures: uploaded, and a caption is edited.
     page.locator("#concept input").fill("my-toy")
@@ -184,7 +186,8 @@ def test_from_pictures_to_a_download(browser, address, root, subject, tmp_path, 
 def write_screenshot(pictures, path):
     """The steps side by side, small."""
     shots = [
-        pictures[name].resize((800, 625), Image.Resampling.LANCZOS) for name in ("pictures", "training", "result")
+        pictures[name].resize((800, 625), Image.Resampling.LANCZOS)
+        for name in ("pictures", "model", "training", "result")
     ]
     sheet = Image.new("RGB", (800 * 2, 625 * 2), "white")
     for i, shot in enumerate(shots):
