@@ -43,7 +43,7 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import cast_training_params
-from diffusers.utils import convert_state_dict_to_kohya, make_image_grid
+from diffusers.utils import convert_state_dict_to_kohya
 from peft import LoraConfig
 from peft.tuners.lora import Linear as LoraLinear
 from peft.utils import get_peft_model_state_dict
@@ -849,17 +849,15 @@ def kohya_tensors(unet, alpha):
 @torch.inference_mode()
 def draw_validation_images(run):
     """Draws `--validation_prompt`, saves and logs it, by the first process; returns the images, or None."""
-    args, step, samples = run.args, run.progress.step, None
-    if args.validation_prompt and run.accelerator.is_main_process:
-        with runs.tolerated("Drawing the validation images"):
-            model, what = run.model, (None, args.num_validation_images, args.seed)
-            options = run.validation_embeddings | drawing_options(args)
-            samples = validation.draw_images(run.base, None, model.unet, model.compute, *what, **options)
-            with run.results.file(f"validation/step-{step:06d}.png") as path, runs.atomic_path(path) as temporary:
-                make_image_grid(samples, 1, len(samples)).save(temporary)
-        with runs.tracking(run.accelerator):
-            validation.log_images(run.accelerator.trackers, samples or [], step)
-    return samples
+
+    def draw():
+        args, model = run.args, run.model
+        what = model.compute, None, args.num_validation_images, args.seed
+        options = run.validation_embeddings | drawing_options(args)
+        return validation.draw_images(run.base, None, model.unet, *what, **options)
+
+    if run.args.validation_prompt and run.accelerator.is_main_process:
+        return validation.show(run.accelerator, run.results, run.progress.step, draw)
 
 
 def finish(run, pictures, components, repo_id):

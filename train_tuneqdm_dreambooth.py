@@ -42,7 +42,6 @@ from accelerate.logging import get_logger
 from accelerate.utils import set_module_tensor_to_device
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
-from diffusers.utils import make_image_grid
 from safetensors.torch import save
 
 import tuneqdm_pipeline as tuneqdm
@@ -593,17 +592,15 @@ def save_scales(results, changes, half=False):
 @torch.inference_mode()
 def draw_validation_images(run):
     """Draws `--validation_prompt`, saves and logs it, by the first process; returns the images, or None."""
-    args, step, samples = run.args, run.progress.step, None
-    if args.validation_prompt and run.accelerator.is_main_process:
-        with runs.tolerated("Drawing the validation images"):
-            model, what = run.model, (None, args.num_validation_images, args.seed)
-            options = run.validation_embeddings | drawing_options(args)
-            samples = validation.draw_images(run.base, None, model.unet, model.compute, *what, **options)
-            with run.results.file(f"validation/step-{step:06d}.png") as path, runs.atomic_path(path) as temporary:
-                make_image_grid(samples, 1, len(samples)).save(temporary)
-        with runs.tracking(run.accelerator):
-            validation.log_images(run.accelerator.trackers, samples or [], step)
-    return samples
+
+    def draw():
+        args, model = run.args, run.model
+        what = model.compute, None, args.num_validation_images, args.seed
+        options = run.validation_embeddings | drawing_options(args)
+        return validation.draw_images(run.base, None, model.unet, *what, **options)
+
+    if run.args.validation_prompt and run.accelerator.is_main_process:
+        return validation.show(run.accelerator, run.results, run.progress.step, draw)
 
 
 def finish(run, pictures, components, repo_id):

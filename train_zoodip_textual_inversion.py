@@ -44,7 +44,6 @@ from accelerate.utils import broadcast_object_list, set_module_tensor_to_device
 from diffusers import DDPMScheduler
 from diffusers.hooks import apply_group_offloading
 from diffusers.optimization import get_scheduler
-from diffusers.utils import make_image_grid
 
 from personalization import (
     arguments,
@@ -1725,15 +1724,8 @@ def validate(run):
 @torch.inference_mode()
 def draw_validation_images(run):
     """Draws `--validation_prompt`, saves and logs it, by the first process; returns the images, or None."""
-    step, samples = run.progress.step, None
     if run.args.validation_prompt and run.accelerator.is_main_process:
-        with runs.tolerated("Drawing the validation images"):
-            samples = draw_samples(run)
-            with run.results.file(f"validation/step-{step:06d}.png") as path, runs.atomic_path(path) as temporary:
-                make_image_grid(samples, 1, len(samples)).save(temporary)
-        with runs.tracking(run.accelerator):
-            validation.log_images(run.accelerator.trackers, samples or [], step)
-    return samples
+        return validation.show(run.accelerator, run.results, run.progress.step, lambda: draw_samples(run))
 
 
 def draw_samples(run):

@@ -3,9 +3,10 @@
 import numpy as np
 import torch
 from diffusers import DPMSolverMultistepScheduler
+from diffusers.utils import make_image_grid
 
 from .base_model import load_vae
-from .runs import atomic_path
+from .runs import atomic_path, tolerated, tracking
 
 
 def draw_images(base, text_encoder, unet, compute, prompt, count, seed, **options):
@@ -33,6 +34,28 @@ def draw_images(base, text_encoder, unet, compute, prompt, count, seed, **option
     pipeline.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(seed + i) for i in range(count)]
     return [pipeline(prompt, generator=generator, **options).images[0] for generator in generators]
+
+
+def show(accelerator, results, step, draw):
+    """Draws the images of a step, saves them side by side and logs them; what fails costs a warning.
+
+    Args:
+        accelerator: `Accelerator` with the trackers.
+        results: `ResultFolder` of the run.
+        step: for the names.
+        draw: function without arguments, returns PIL images.
+
+    Returns:
+        The images, or None.
+    """
+    images = None
+    with tolerated("Drawing the validation images"):
+        images = draw()
+        with results.file(f"validation/step-{step:06d}.png") as path, atomic_path(path) as temporary:
+            make_image_grid(images, 1, len(images)).save(temporary)
+    with tracking(accelerator):
+        log_images(accelerator.trackers, images or [], step)
+    return images
 
 
 def log_images(trackers, images, step):
