@@ -814,6 +814,7 @@ TABLES = {
     "signal_new_base": (signal, "benchmarks/results/signal_evidence.json"),
     "signal_float32": (signal, "benchmarks/results/signal_float32.json"),
     "methods": (methods, "benchmarks/results/methods.json"),
+    "methods_reduced": (methods, "benchmarks/results/methods_reduced.json"),
     "methods_pilots": (methods, "benchmarks/results/methods_pilots.json"),
     **{
         f"ablation_{name}": (ablation, f"benchmarks/results/ablation_{name}.json")
