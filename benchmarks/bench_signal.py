@@ -1,6 +1,6 @@
 """How well do finite differences still see the loss? Every backend and activation precision against exact derivatives.
 
-    OMP_NUM_THREADS=1 python benchmarks/bench_signal.py          # some minutes on one core
+    OMP_NUM_THREADS=1 python benchmarks/bench_signal.py          # half an hour on one core; goes on where it was
     python benchmarks/bench_signal.py --learned demo/output      # also at the tokens that `make demo` has learned
 
 On the trained demo base, forward differences (L(θ + μe) - L(θ)) / μ along Gaussian directions e, made as training
@@ -17,7 +17,9 @@ out of the mean: so y is judged as the mean over both signs, too.
 import argparse
 import contextlib
 import functools
+import hashlib
 import itertools
+import json
 import math
 import platform
 import shlex
@@ -307,7 +309,18 @@ def parse_args():
     add("--learned", type=Path, help="Folder of SUBJECT/learned_embeds.safetensors: measure at these tokens, too.")
     add("--seed", type=int, default=0, help="Of examples, noise and directions.")
     add("--output", type=Path, default=ROOT / "benchmarks" / "results" / "signal.json", help="The result.")
+    add("--cache_dir", type=Path, default=ROOT / "benchmarks" / ".cache" / "signal", help="Of finished rows.")
     return parser.parse_args()
+
+
+def cache_of_rows(args):
+    """The folder for rows of these settings on this base; after a change of the code, delete it."""
+    choices = "backends", "activations", "output", "cache_dir"
+    settings = {name: str(value) for name, value in vars(args).items() if name not in choices}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for path in sorted(BASE.glob("*/*.safetensors")):
+        digest.update(path.read_bytes())
+    return args.cache_dir / digest.hexdigest()[:16]
 
 
 def main():
@@ -333,7 +346,8 @@ def main():
     base = base_model.open_base(base_model.ModelSource(str(BASE)))
     subspace = zoodip.vocabulary_directions(base_model.load_token_table(base), 32, 80)[:, None, :].to(device)
 
-    results, evidence, left_out = [], [], {}
+    results, evidence, left_out, cache = [], [], {}, cache_of_rows(args)
+    cache.mkdir(parents=True, exist_ok=True)
     with tf32(False):
         model = build("none", torch.float32, torch.float32, device)
         check = forward_mode_slopes(cells[0], directions[:8], model)
@@ -346,7 +360,13 @@ def main():
         if row.backend not in args.backends or row.activations not in args.activations:
             continue
         label = {"backend": row.backend, "activations": row.activations}
+        finished = cache / f"{row.backend} {row.activations}.json".replace(" ", "_")
+        if finished.is_file():
+            found = json.loads(finished.read_text())
+            results, evidence = results + found["rows"], evidence + found["evidence"]
+            continue
         own = reference(row.weights) if row.weights else None
+        of_row, evidence_of_row = [], []
         try:
             model = row.load(device)
             for name, mu in itertools.product(cells[0].thetas, args.mu):
@@ -356,20 +376,22 @@ def main():
                     "exact": compare(slopes, reference("none")[name]),
                     "own_weights": compare(slopes, own[name]) if own else None,
                 }
-                results.append({**label, "theta": name, "mu": mu, **result})
-                print_row(results[-1])
+                of_row.append({**label, "theta": name, "mu": mu, **result})
+                print_row(of_row[-1])
             for step in args.evidence_steps:
                 with tf32(row.tf32), torch.inference_mode():
                     found = measure_evidence(cells, subspace, step, model, exact_matrices)
-                evidence.append({**label, "step": step, **found})
-                print(evidence[-1], flush=True)
+                evidence_of_row.append({**label, "step": step, **found})
+                print(evidence_of_row[-1], flush=True)
+            runs.write_json(finished, {"rows": of_row, "evidence": evidence_of_row})
+            results, evidence = results + of_row, evidence + evidence_of_row
         except Exception as error:  # not installed, or without kernels for this machine: the other rows go on
             left_out[", ".join(label.values())] = f"{type(error).__name__}: {error}"
         model = None
     for what, reason in left_out.items():
         print(f"Left out {what}: {reason}")
     libraries = ["torch", "diffusers", "transformers", "bitsandbytes", "optimum-quanto", "openvino"]
-    settings = {key: value for key, value in vars(args).items() if key != "output"}
+    settings = {key: value for key, value in vars(args).items() if key not in ("output", "cache_dir")}
     settings["learned"] = args.learned and str(args.learned)
     hardware = {"name": torch.cuda.get_device_name() if cuda else cpu_name(), "threads": torch.get_num_threads()}
     runs.write_json(
