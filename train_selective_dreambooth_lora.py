@@ -63,12 +63,11 @@ from personalization import (
     memory,
     run_folder,
     runs,
-    validation,
     weight_cache,
 )
 from personalization.base_model import Base, StoredModel
 from personalization.compute import Compute, choose_compute
-from personalization.dreambooth import denoising_errors, drawing_options, dreambooth_loss, fill_in
+from personalization.dreambooth import denoising_errors, draw_validation_images, dreambooth_loss, fill_in
 from personalization.errors import DivergedError, InputError, run_script
 from personalization.results import Result, write_result
 
@@ -844,20 +843,6 @@ def kohya_tensors(unet, alpha):
     """The adapters as kohya names them; diffusers' conversion takes alpha for the rank, so it is put right."""
     tensors = convert_state_dict_to_kohya(adapter_tensors(unet))
     return {name: torch.tensor(float(alpha)) if name.endswith(".alpha") else t for name, t in tensors.items()}
-
-
-@torch.inference_mode()
-def draw_validation_images(run):
-    """Draws `--validation_prompt`, saves and logs it, by the first process; returns the images, or None."""
-
-    def draw():
-        args, model = run.args, run.model
-        what = model.compute, None, args.num_validation_images, args.seed
-        options = run.validation_embeddings | drawing_options(args)
-        return validation.draw_images(run.base, None, model.unet, *what, **options)
-
-    if run.args.validation_prompt and run.accelerator.is_main_process:
-        return validation.show(run.accelerator, run.results, run.progress.step, draw)
 
 
 def finish(run, pictures, components, repo_id):

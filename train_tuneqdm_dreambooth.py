@@ -57,7 +57,6 @@ from personalization import (
     memory,
     run_folder,
     runs,
-    validation,
     weight_cache,
 )
 from personalization.base_model import Base, StoredModel
@@ -66,7 +65,7 @@ from personalization.dreambooth import (
     Subject,
     check_class_folder,
     denoising_errors,
-    drawing_options,
+    draw_validation_images,
     dreambooth_loss,
     fill_in,
     instance_texts,
@@ -587,20 +586,6 @@ def save_scales(results, changes, half=False):
     dtype = torch.float16 if half else torch.float32
     tensors = {name: change.detach().to("cpu", dtype).contiguous() for name, change in changes.items()}
     embeddings.save_content(results, PUBLICATION.result_name, save(tensors, metadata={"format": "pt"}))
-
-
-@torch.inference_mode()
-def draw_validation_images(run):
-    """Draws `--validation_prompt`, saves and logs it, by the first process; returns the images, or None."""
-
-    def draw():
-        args, model = run.args, run.model
-        what = model.compute, None, args.num_validation_images, args.seed
-        options = run.validation_embeddings | drawing_options(args)
-        return validation.draw_images(run.base, None, model.unet, *what, **options)
-
-    if run.args.validation_prompt and run.accelerator.is_main_process:
-        return validation.show(run.accelerator, run.results, run.progress.step, draw)
 
 
 def finish(run, pictures, components, repo_id):

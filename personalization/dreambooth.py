@@ -239,6 +239,23 @@ def drawing_options(args):
     return options | {"height": args.resolution, "width": args.resolution}
 
 
+@torch.inference_mode()
+def draw_validation_images(run):
+    """Draws `--validation_prompt`, saves and logs it, by the first process; returns the images, or None.
+
+    `run` is the `Run` of either trainer.
+    """
+
+    def draw():
+        args, model = run.args, run.model
+        what = model.compute, None, args.num_validation_images, args.seed
+        options = run.validation_embeddings | drawing_options(args)
+        return validation.draw_images(run.base, None, model.unet, *what, **options)
+
+    if run.args.validation_prompt and run.accelerator.is_main_process:
+        return validation.show(run.accelerator, run.results, run.progress.step, draw)
+
+
 def encode_pictures(pictures, texts, class_pictures, base, flip_probability, compute):
     """The VAE encodes every picture once and leaves.
 

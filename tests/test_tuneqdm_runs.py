@@ -233,7 +233,7 @@ def test_prior_preservation_draws_missing_class_images_once(train, tmp_path, mon
     assert config["settings"]["instance_data_dir"] == "pictures"
     train(num_class_images=3, output_dir=tmp_path / "more", **flags)
     assert {name: (folder / name).read_bytes() for name in drawn} == drawn and len(list(folder.iterdir())) == 3
-    monkeypatch.setattr(script.validation, "draw_images", lambda *_, **__: pytest.fail("there are enough"))
+    monkeypatch.setattr(script.dreambooth.validation, "draw_images", lambda *_, **__: pytest.fail("there are enough"))
     train(num_class_images=3, output_dir=tmp_path / "more", resume_from_checkpoint="latest", **flags)
 
 
