@@ -64,6 +64,7 @@ from personalization import (
     run_folder,
     runs,
     weight_cache,
+    windows,
 )
 from personalization.base_model import Base, StoredModel
 from personalization.compute import Compute, choose_compute
@@ -212,7 +213,7 @@ class FrozenConv2d(zoodip.Int8Conv2d):
     product = zoodip.Int8Conv2d.forward
 
     def product_back(self, gradient, weight, shape):
-        return torch.nn.grad.conv2d_input(shape, weight, gradient, *self.options)
+        return torch.nn.grad.conv2d_input(shape, weight, gradient, *self.options())
 
     def forward(self, input):
         return FrozenProduct.apply(input, self)
@@ -267,6 +268,7 @@ class Model:
     scheduler: DDPMScheduler
     conditioning: torch.Tensor  # text embeddings of all prompts [P, length, d]
     compute: Compute
+    surroundings: windows.Surroundings | None = None  # of the windows that BP-low sees; None: whole pictures
 
     def place(self, theta):
         """Makes the adapters' weights views of θ `[D]`; nothing is copied."""
@@ -344,12 +346,26 @@ def draw_batch(subject, sampling, weights, scheduler, generator):
 
 
 def bp_low(learner, model, batch, sampling):
-    """What a `Batch` of low resolution says: the gradient `[D]`, scaled by the scaler, and the loss."""
+    """What a `Batch` of low resolution says, or a window of one of full resolution.
 
-    def loss_fn():
+    Returns:
+        The gradient `[D]`, scaled by the scaler, and the loss.
+    """
+
+    def loss_fn(batch=batch):
         return dreambooth_loss(model.errors(batch), sampling.batch_size, sampling.prior_weight)
 
-    return bp_gradient(loss_fn, model.weights, learner.scaler.scale)
+    surroundings = model.surroundings
+    if surroundings is None:
+        return bp_gradient(loss_fn, model.weights, learner.scaler.scale)
+    drawn = surroundings.draw_windows(batch.noisy_latents, learner.data)
+    with torch.no_grad(), surroundings.kept(drawn):
+        loss = loss_fn()
+    memory.release_freed_memory()
+    parts = batch._replace(noisy_latents=drawn.of(batch.noisy_latents), target=drawn.of(batch.target))
+    with surroundings.standing_in():
+        gradient, _ = bp_gradient(lambda: loss_fn(parts), model.weights, learner.scaler.scale)
+    return gradient, loss
 
 
 def zo_high(learner, model, batch, sampling):
@@ -436,9 +452,18 @@ def resolve_settings(args, device):
         )
     args.resolution = base_model.check_resolution(base, args.resolution)
     args.low_resolution = check_low_resolution(args.low_resolution, args.resolution, base.resolution_multiple)
+    for ramp in ("bp_timestep_midpoint", "bp_progress_midpoint"):
+        if getattr(args, ramp) is None:
+            setattr(args, ramp, MIDPOINTS[args.bp_view][ramp])
     args.lora_layers = ",".join(check_layers(args.lora_layers, base_model.empty_model(base, "unet")))
     return base, compute
 
+
+# What BP-low sees, and where the ramps of p_BP then are: a window shows what is there, so nothing forbids it.
+MIDPOINTS = {
+    "scaled": {"bp_timestep_midpoint": 0.6, "bp_progress_midpoint": 0.9},
+    "window": {"bp_timestep_midpoint": 100.0, "bp_progress_midpoint": 100.0},
+}
 
 # μ by precision: differences of losses must stand out from the rounding of activations.
 PERTURBATION_SCALES = {"no": 1e-3, "fp16": 1e-3, "bf16": 1e-2}
@@ -484,7 +509,7 @@ def check_layers(names, unet):
 TRAJECTORY_SETTINGS = (
     "pretrained_model_name_or_path revision variant tokenizer_name quantization rank lora_alpha lora_layers"
     " mixed_precision activations instance_prompt subject_name class_prompt with_prior_preservation prior_loss_weight"
-    " resolution low_resolution center_crop flip_probability train_batch_size gradient_accumulation_steps seed"
+    " resolution bp_view low_resolution center_crop flip_probability train_batch_size gradient_accumulation_steps seed"
     " max_train_steps bp_timestep_midpoint bp_timestep_width bp_progress_midpoint bp_progress_width num_perturbations"
     " perturbation_scale learning_rate zo_learning_rate scale_lr lr_scheduler lr_warmup_steps lr_num_cycles adam_beta1"
     " adam_beta2 adam_weight_decay adam_epsilon max_grad_norm"
@@ -570,23 +595,28 @@ def add_adapter_arguments(add):
 
 def add_selection_arguments(add):
     add(
+        "--bp_view",
+        choices=list(MIDPOINTS),
+        default="scaled",
+        help="What is backpropagated on: the picture scaled down (scaled: the paper's), or a window of the full one,"
+        " around which a forward pass has left what the window needs (window: ours).",
+    )
+    add(
         "--low_resolution",
         type=int,
-        help="Side of the pictures that are backpropagated on. Default: half of --resolution.",
+        help="Side of the pictures, or of the windows, that are backpropagated on. Default: half of --resolution.",
     )
     add(
         "--bp_timestep_midpoint",
         type=float,
-        default=0.6,
         help="t/T where the ramp over timesteps is one half; p_BP is its product with the ramp over progress. 100"
-        " leaves a ramp out, and -100 all BP-low.",
+        " leaves a ramp out, and -100 all BP-low. Default: 0.6; with --bp_view window 100.",
     )
     add("--bp_timestep_width", type=float, default=0.1, help="Of that ramp: from one half to 0.27.")
     add(
         "--bp_progress_midpoint",
         type=float,
-        default=0.9,
-        help="Share of training where the ramp over progress is one half.",
+        help="Share of training where the ramp over progress is one half. Default: 0.9; with --bp_view window 100.",
     )
     add("--bp_progress_width", type=float, default=0.1, help="Of that ramp: from one half to 0.27.")
     add("--num_perturbations", type=int, default=4, help="n: directions of a ZO-high step, a forward pass each.")
@@ -648,7 +678,7 @@ class Run:
 
 
 def load_subjects(args, pictures, texts, class_pictures, base, compute):
-    """The pictures in both resolutions, encoded once each.
+    """The pictures in the resolution of each kind, encoded once each.
 
     Args:
         args: resolved settings.
@@ -661,11 +691,13 @@ def load_subjects(args, pictures, texts, class_pictures, base, compute):
     Returns:
         Kind -> `Subject`, and the VAE's `StoredModel`.
     """
+    model = base, args.flip_probability, compute
+    high, vae = dreambooth.encode_pictures(pictures, texts, class_pictures, *model)
+    if args.bp_view == "window":
+        return dict.fromkeys(KINDS, high), vae
     small, small_class = dreambooth.read_instances(args, args.low_resolution), None
     if class_pictures is not None:
         small_class = dreambooth.read_class_folder(args, args.low_resolution)
-    model = base, args.flip_probability, compute
-    high, vae = dreambooth.encode_pictures(pictures, texts, class_pictures, *model)
     low, _ = dreambooth.encode_pictures(small, texts, small_class, *model)
     return {BP_LOW: low, ZO_HIGH: high}, vae
 
@@ -681,7 +713,9 @@ def load_model(args, base, compute, conditioning, cache_dir):
     weights = add_adapters(unet, args.lora_layers.split(","), args.rank, args.lora_alpha, args.seed)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    return Model(unet, weights, base.scheduler, conditioning, compute), stored
+    window = args.low_resolution // base.vae_factor
+    surroundings = windows.Surroundings(unet, window) if args.bp_view == "window" else None
+    return Model(unet, weights, base.scheduler, conditioning, compute, surroundings), stored
 
 
 def start_learner(args, model, num_processes=1, process_index=0):

@@ -393,11 +393,15 @@ class Int8Conv2d(Int8Layer):
     def __init__(self, conv, buffer):
         super().__init__(conv, buffer)
         self.in_channels, self.out_channels = conv.in_channels, conv.out_channels
-        self.options = conv.stride, conv.padding, conv.dilation, conv.groups
+        self.stride, self.padding, self.dilation, self.groups = conv.stride, conv.padding, conv.dilation, conv.groups
+
+    def options(self):
+        """Those of `F.conv2d`, in its order."""
+        return self.stride, self.padding, self.dilation, self.groups
 
     def forward(self, input):
         weight = dequantize(self.weight, self.scale, input.dtype, self.buffer)
-        return F.conv2d(input, weight, self.bias, *self.options)
+        return F.conv2d(input, weight, self.bias, *self.options())
 
 
 class Unquantized:

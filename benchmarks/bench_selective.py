@@ -63,6 +63,8 @@ ROWS = {
     "bp-high-checkpointing": BP | {"low_resolution": FULL} | CHECKPOINTING,
     "bp-low": BP,
     "bp-low-checkpointing": BP | CHECKPOINTING,
+    "bp-window": {"bp_view": "window"},
+    "bp-window-checkpointing": {"bp_view": "window"} | CHECKPOINTING,
     "zo-high": ZO,
     "selective": BOTH,
     "selective-checkpointing": BOTH | CHECKPOINTING,

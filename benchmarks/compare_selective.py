@@ -51,6 +51,9 @@ VARIANTS = {  # flags of the script
     "no-timestep": {"bp_timestep_midpoint": ALWAYS},
     "no-progress": {"bp_progress_midpoint": ALWAYS},
     "one-adam": {},  # selective, but both kinds of step share an optimizer's moments
+    "window": {"bp_view": "window"},
+    "window-400": {"bp_view": "window", "max_train_steps": 400},
+    "window-selective": {"bp_view": "window", "bp_timestep_midpoint": 0.6, "bp_progress_midpoint": 0.9},
 }
 
 
@@ -242,7 +245,7 @@ def parse_args():
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="Of training.")
     add("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="Which.")
     add("--set", nargs="+", default=[], metavar="FLAG=VALUE", help="Other settings of the script, for pilots.")
-    add("--steps", type=int, default=200, help="Of training, of four examples each.")
+    add("--steps", type=int, default=200, help="Of training, of four examples each, but where a variant has its own.")
     add("--output", type=Path, default=RESULT, help="JSON file that is added to.")
     add("--gradients", action="store_true", help="Only compare the two kinds of gradient, on the first subject.")
     add("--plot_only", action="store_true", help="Train nothing, draw the pictures from what is there.")
@@ -279,7 +282,7 @@ def compare(args):
             keep_pictures(PICTURES, variant, subject, pictures)
         scores = judge.score(pictures, subject)
         entry = {**dict(zip(KEY, key)), "scores": scores, **figures}
-        entry |= {"steps": args.steps, "settings": {name: getattr(settings, name) for name in RECORDED}}
+        entry |= {"steps": settings.max_train_steps, "settings": {name: getattr(settings, name) for name in RECORDED}}
         entry |= {"hardware": {"name": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}}
         entry |= {"versions": runs.installed_versions("torch diffusers peft")}
         entry |= {"command": shlex.join(["python", "benchmarks/compare_selective.py", *sys.argv[1:]])}
@@ -288,7 +291,7 @@ def compare(args):
 
 
 RECORDED = (
-    "low_resolution resolution rank lora_alpha learning_rate zo_learning_rate num_perturbations perturbation_scale"
+    "bp_view low_resolution resolution rank lora_alpha learning_rate zo_learning_rate num_perturbations perturbation_scale"
     " bp_timestep_midpoint bp_timestep_width bp_progress_midpoint bp_progress_width train_batch_size lr_scheduler"
 ).split()
 

@@ -56,17 +56,17 @@ def describe_sizes(framing: Framing, flipped=False):
     return [*framing.original, top, left, framing.side, framing.side]
 
 
-def encode_images(vae, pictures, device):
-    """Latent moments of every picture and of its flip: float32 `[2, N, 2C, h, w]` on the host."""
+def encode_images(vae, pictures, sides, device):
+    """Latent moments of every picture and, with two `sides`, of its flip: float32 `[sides, N, 2C, h, w]` on the host."""
     rows = []
     for picture in pictures:
-        both = torch.stack([picture.pixels, picture.pixels.flip(-1)]).to(device, vae.dtype) / 127.5 - 1
-        rows.append(torch.cat([vae.encode(one[None]).latent_dist.parameters for one in both]).float().cpu())
+        views = torch.stack([picture.pixels, picture.pixels.flip(-1)][:sides]).to(device, vae.dtype) / 127.5 - 1
+        rows.append(torch.cat([vae.encode(view[None]).latent_dist.parameters for view in views]).float().cpu())
     return torch.stack(rows, dim=1)
 
 
 def load_concept(pictures, prompts, base, flip_probability, compute):
-    """The VAE encodes every picture and its flip once, then leaves before the UNet arrives.
+    """The VAE encodes every picture (and its flip, if any is drawn) once, then leaves before the UNet arrives.
 
     Args:
         pictures: `Picture`s.
@@ -82,13 +82,13 @@ def load_concept(pictures, prompts, base, flip_probability, compute):
     stored = StoredModel(tensor_bytes(vae), 0.0)
     vae.decoder = None  # 60 % of it, and not needed here
     vae.to(compute.device)
-    with torch.inference_mode():
-        moments = encode_images(vae, pictures, compute.device)
     sides, size_ids = (2 if flip_probability > 0 else 1), None
+    with torch.inference_mode():
+        moments = encode_images(vae, pictures, sides, compute.device)
     if base.family.crops:
         rows = [[describe_sizes(picture.framing, flipped) for picture in pictures] for flipped in (False, True)]
         size_ids = torch.tensor(rows[:sides], dtype=torch.float32)
-    concept = Concept(moments[:sides], flip_probability, vae.config.scaling_factor, *prompts, size_ids)
+    concept = Concept(moments, flip_probability, vae.config.scaling_factor, *prompts, size_ids)
     del vae
     release_freed_memory()
     return concept, stored

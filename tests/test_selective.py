@@ -2,7 +2,9 @@
 
 import copy
 import gc
+import itertools
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -223,6 +225,84 @@ def test_bp_is_never_at_full_resolution_and_zo_never_records(prepare):
     expected = [(low, True, False)] * kinds.count(script.BP_LOW) + [(high, False, True)] * 3 * kinds.count("zo_high")
     assert sorted(seen) == sorted(expected)
     assert learner.updates == {kind: kinds.count(kind) for kind in script.KINDS}
+
+
+# ------------------------------------------------------------------------------------------------------ windows
+
+
+@pytest.mark.parametrize("quantization", ["int8", "none"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_window_predicts_what_the_whole_picture_does_there(prepare, quantization, checkpointing):
+    flags = {"bp_view": "window", "train_batch_size": 3, "quantization": quantization}
+    flags |= {"gradient_checkpointing": True} if checkpointing else {}
+    learner, model, subjects, sampling = prepare(**flags)
+    spread(learner)
+    batch, surroundings = draw(subjects, script.BP_LOW, sampling, model), model.surroundings
+    for seed in range(4):
+        drawn = surroundings.draw_windows(batch.noisy_latents, torch.Generator().manual_seed(seed))
+        assert len(set(drawn.corners)) > 1 or seed
+        whole = predict(model, batch)
+        with torch.no_grad(), surroundings.kept(drawn):
+            assert torch.equal(predict(model, batch), whole)
+        with surroundings.standing_in():
+            parts = predict(model, batch._replace(noisy_latents=drawn.of(batch.noisy_latents)))
+        for part, one, (top, left) in zip(parts, whole, drawn.corners):
+            expected = one[:, top : top + drawn.side, left : left + drawn.side]
+            torch.testing.assert_close(part, expected, rtol=1e-4, atol=1e-5)
+        assert torch.equal(predict(model, batch), whole)  # nothing stays
+
+
+def predict(model, batch):
+    with torch.enable_grad():
+        conditioning = model.conditioning[batch.prompt_ids]
+        return model.unet(batch.noisy_latents, batch.timesteps, conditioning, return_dict=False)[0].detach()
+
+
+def test_the_window_of_a_whole_picture_gives_its_gradient(prepare):
+    flags = {"low_resolution": SIZE, "train_batch_size": 2}
+    found = []
+    for view in ("scaled", "window"):
+        learner, model, subjects, sampling = prepare(bp_view=view, **flags)
+        spread(learner)
+        found.append(script.bp_low(learner, model, draw(subjects, script.BP_LOW, sampling, model), sampling))
+    (gradient, loss), (through_windows, loss_of_windows) = found
+    assert loss_of_windows.item() == pytest.approx(loss.item(), rel=1e-5)
+    torch.testing.assert_close(through_windows, gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_gradients_of_all_windows_sum_up_to_nearly_that_of_the_picture(prepare):
+    """On a trained model: what leaves a window and comes back is little."""
+    demo = Path(__file__).parent.parent / "demo"
+    data = {"instance_data_dir": demo / "subjects" / "twotone_moon", "train_batch_size": 2, "bp_view": "window"}
+    learner, model, subjects, sampling = prepare(pretrained_model_name_or_path=demo / "base", **data)
+    spread(learner, by=0.02)
+    batch, surroundings = draw(subjects, script.BP_LOW, sampling, model), model.surroundings
+    exact = torch.cat([g.flatten() for g in torch.autograd.grad(model.errors(batch).mean(), model.weights)])
+    total, (height, width) = torch.zeros_like(exact), batch.noisy_latents.shape[2:]
+    for corner in itertools.product(range(0, height, surroundings.side), range(0, width, surroundings.side)):
+        windows = script.windows.Windows([corner] * len(batch.timesteps), surroundings.side, height, width)
+        surroundings.draw_windows = lambda *_, chosen=windows: chosen
+        total += script.bp_low(learner, model, batch, sampling)[0] / 4
+    assert torch.nn.functional.cosine_similarity(total, exact, dim=0) > 0.85
+    assert total.norm().item() == pytest.approx(exact.norm().item(), rel=0.3)
+
+
+def test_autograd_keeps_the_activations_of_a_window(prepare):
+    kept = {}
+    for view in ("scaled", "window"):
+        learner, model, subjects, sampling = prepare(
+            bp_view=view, low_resolution=SIZE // 2 if view == "window" else SIZE
+        )
+        sizes = []
+
+        def pack(tensor, sizes=sizes):
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            script.bp_low(learner, model, draw(subjects, script.BP_LOW, sampling, model), sampling)
+        kept[view] = sum(sizes)
+    assert kept["window"] < 0.6 * kept["scaled"], kept
 
 
 # ------------------------------------------------------------------------------------------------------ which one when

@@ -1,0 +1,187 @@
+"""Backpropagation through windows of pictures, with the rest of them as it was in a forward pass without a graph.
+
+A UNet's prediction inside a window depends on what lies around it in three ways: convolutions reach over its edge,
+group norms average over the whole picture, and self-attention looks everywhere. A forward pass on the whole picture
+keeps just that (the pixels next to the window, two numbers for each group, the tokens outside). On the window alone the
+UNet then predicts exactly what it predicts there on the whole picture, and autograd keeps the activations of a window;
+what is made of them together with the surroundings is made again in the backward pass.
+The gradient is that of the window's part of the loss, but for ways that leave the window and come back.
+"""
+
+import contextlib
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.models.attention_processor import Attention
+from torch.utils.checkpoint import checkpoint
+
+
+class Windows(NamedTuple):
+    """A square of each of b pictures; lengths in entries of their latents."""
+
+    corners: list  # b times (top, left)
+    side: int
+    height: int  # of the pictures
+    width: int
+
+    def shrunk(self, factor):
+        """As they lie in feature maps that are smaller by a factor."""
+        corners = [(top // factor, left // factor) for top, left in self.corners]
+        return Windows(corners, self.side // factor, self.height // factor, self.width // factor)
+
+    def of(self, pictures, margin=0):
+        """The windows `[b, C, side, side]` of `[b, C, height, width]`, and `margin` entries on each side of them."""
+        pictures = F.pad(pictures, (margin,) * 4)
+        across = self.side + 2 * margin
+        pairs = zip(pictures, self.corners)
+        return torch.stack([one[:, top : top + across, left : left + across] for one, (top, left) in pairs])
+
+    def outside(self):
+        """Whether an entry lies outside its picture's window: bool `[b, height, width]`."""
+        outside = torch.ones(len(self.corners), self.height, self.width, dtype=torch.bool)
+        for one, (top, left) in zip(outside, self.corners):
+            one[top : top + self.side, left : left + self.side] = False
+        return outside
+
+
+class Surroundings:
+    """What the UNet's layers have kept of the surroundings of windows.
+
+    Args:
+        unet: `UNet2DConditionModel` of Stable Diffusion; adapters are in it already.
+        side: of the windows, in latents; a multiple of the UNet's own scaling.
+    """
+
+    def __init__(self, unet, side):
+        self.side, self.grid = side, 2 ** (len(unet.config.block_out_channels) - 1)
+        self.windows, self.stage, self.convolutions = None, None, []
+        for module in list(unet.modules()):
+            if getattr(module, "padding", 0) == (1, 1):
+                self.convolutions.append(module)
+                self._watch(module, Edge(self))
+            elif isinstance(module, torch.nn.GroupNorm):
+                self._watch(module, Statistics(self))
+            elif isinstance(module, Attention) and not module.is_cross_attention:
+                self._watch(module, Recomputed(self))
+                tokens = Tokens(self)  # keys and values are made of the same
+                self._watch(module.to_k, tokens)
+                self._watch(module.to_v, tokens)
+
+    def _watch(self, module, hook):
+        HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, "window")
+
+    def draw_windows(self, latents, generator):
+        """`Windows` of latents `[b, C, height, width]`, on the grid of the UNet's smallest feature map."""
+        height, width = latents.shape[2:]
+        rows, columns = (
+            self.grid * torch.randint((length - self.side) // self.grid + 1, (len(latents),), generator=generator)
+            for length in (height, width)
+        )
+        return Windows(list(zip(rows.tolist(), columns.tolist())), self.side, height, width)
+
+    @contextlib.contextmanager
+    def kept(self, windows):
+        """Forward passes in here are of whole pictures and keep what `windows` will need; without a graph, please."""
+        self.windows, self.stage = windows, "keep"
+        try:
+            yield
+        finally:
+            self.stage = None
+
+    @contextlib.contextmanager
+    def standing_in(self):
+        """Forward and backward passes in here are of the windows that were last kept."""
+        self.stage = "stand in"
+        for convolution in self.convolutions:
+            convolution.padding = (0, 0)  # the edge is real
+        try:
+            yield
+        finally:
+            self.stage = None
+            for convolution in self.convolutions:
+                convolution.padding = (1, 1)
+
+
+class Edge(ModelHook):
+    """Of a 3 x 3 convolution: the pixels next to the windows, which are zero beyond the picture."""
+
+    def __init__(self, surroundings):
+        super().__init__()
+        self.surroundings, self.kept = surroundings, None
+
+    def pre_forward(self, module, pixels):
+        if self.surroundings.stage == "keep":
+            windows = self.surroundings.windows
+            around = windows.shrunk(windows.height // pixels.shape[2]).of(pixels, margin=1)
+            edges = around[:, :, :1], around[:, :, -1:], around[:, :, 1:-1, :1], around[:, :, 1:-1, -1:]
+            self.kept = [edge.clone() for edge in edges]
+        elif self.surroundings.stage == "stand in":
+            above, below, left, right = self.kept
+            pixels = torch.cat([above, torch.cat([left, pixels, right], dim=3), below], dim=2)
+        return (pixels,), {}
+
+
+class Statistics(ModelHook):
+    """Of a group norm: mean and variance of every group over the whole picture."""
+
+    def __init__(self, surroundings):
+        super().__init__()
+        self.surroundings, self.kept = surroundings, None
+
+    def new_forward(self, module, pixels):
+        if self.surroundings.stage is None:
+            return self.fn_ref.original_forward(pixels)
+        if self.surroundings.stage == "keep":
+            groups = pixels.float().reshape(len(pixels), module.num_groups, -1)
+            variance, mean = torch.var_mean(groups, dim=2, correction=0, keepdim=True)
+            self.kept = mean, variance, groups.shape[2]
+            return self.fn_ref.original_forward(pixels)
+        return checkpoint(self._normalize, module, pixels, use_reentrant=False)
+
+    def _normalize(self, module, pixels):
+        # Their values are those of the whole picture; their derivatives, what the window adds to them.
+        groups, (mean, variance, count) = pixels.float().reshape(len(pixels), module.num_groups, -1), self.kept
+        variance = variance + change((groups - mean).square().sum(dim=2, keepdim=True) / count)
+        mean = mean + change(groups.sum(dim=2, keepdim=True) / count)
+        normed = ((groups - mean) * (variance + module.eps).rsqrt()).view_as(pixels)
+        weight, bias = (one.view(-1, *[1] * (pixels.dim() - 2)) for one in (module.weight, module.bias))
+        return (normed * weight + bias).to(pixels.dtype)
+
+
+def change(value):
+    """Zero, with the derivatives of `value`."""
+    return value - value.detach()
+
+
+class Tokens(ModelHook):
+    """Of a self-attention's keys and values: the tokens outside the windows."""
+
+    def __init__(self, surroundings):
+        super().__init__()
+        self.surroundings, self.kept = surroundings, None
+
+    def pre_forward(self, module, tokens):
+        if self.surroundings.stage == "keep":
+            windows = self.surroundings.windows
+            shrunk = windows.shrunk(round((windows.height * windows.width / tokens.shape[1]) ** 0.5))
+            chosen = shrunk.outside().flatten(1).to(tokens.device)
+            self.kept = tokens[chosen].view(len(tokens), -1, tokens.shape[2])
+        elif self.surroundings.stage == "stand in":
+            tokens = torch.cat([tokens, self.kept], dim=1)  # in any order: attention does not know places
+        return (tokens,), {}
+
+
+class Recomputed(ModelHook):
+    """A self-attention, whose keys and values of whole pictures are made again in the backward pass."""
+
+    def __init__(self, surroundings):
+        super().__init__()
+        self.surroundings = surroundings
+
+    def new_forward(self, module, *args, **options):
+        forward = self.fn_ref.original_forward
+        if self.surroundings.stage != "stand in":
+            return forward(*args, **options)
+        return checkpoint(forward, *args, **options, use_reentrant=False)
