@@ -346,11 +346,7 @@ def draw_batch(subject, sampling, weights, scheduler, generator):
 
 
 def bp_low(learner, model, batch, sampling):
-    """What a `Batch` of low resolution says, or a window of one of full resolution.
-
-    Returns:
-        The gradient `[D]`, scaled by the scaler, and the loss.
-    """
+    """What a `Batch` says, or windows of it: the gradient `[D]`, scaled by the scaler, and the loss."""
 
     def loss_fn(batch=batch):
         return dreambooth_loss(model.errors(batch), sampling.batch_size, sampling.prior_weight)
@@ -361,7 +357,6 @@ def bp_low(learner, model, batch, sampling):
     drawn = surroundings.draw_windows(batch.noisy_latents, learner.data)
     with torch.no_grad(), surroundings.kept(drawn):
         loss = loss_fn()
-    memory.release_freed_memory()
     parts = batch._replace(noisy_latents=drawn.of(batch.noisy_latents), target=drawn.of(batch.target))
     with surroundings.standing_in():
         gradient, _ = bp_gradient(lambda: loss_fn(parts), model.weights, learner.scaler.scale)
@@ -452,18 +447,9 @@ def resolve_settings(args, device):
         )
     args.resolution = base_model.check_resolution(base, args.resolution)
     args.low_resolution = check_low_resolution(args.low_resolution, args.resolution, base.resolution_multiple)
-    for ramp in ("bp_timestep_midpoint", "bp_progress_midpoint"):
-        if getattr(args, ramp) is None:
-            setattr(args, ramp, MIDPOINTS[args.bp_view][ramp])
     args.lora_layers = ",".join(check_layers(args.lora_layers, base_model.empty_model(base, "unet")))
     return base, compute
 
-
-# What BP-low sees, and where the ramps of p_BP then are: a window shows what is there, so nothing forbids it.
-MIDPOINTS = {
-    "scaled": {"bp_timestep_midpoint": 0.6, "bp_progress_midpoint": 0.9},
-    "window": {"bp_timestep_midpoint": 100.0, "bp_progress_midpoint": 100.0},
-}
 
 # μ by precision: differences of losses must stand out from the rounding of activations.
 PERTURBATION_SCALES = {"no": 1e-3, "fp16": 1e-3, "bf16": 1e-2}
@@ -550,6 +536,10 @@ RANGES |= {
 }
 
 
+# What BP-low sees -> where the ramps over timesteps and progress fall. A window distorts nothing and needs none.
+MIDPOINTS = {"scaled": (0.6, 0.9), "window": (100.0, 100.0)}
+
+
 def parse_args(input_args=None):
     """Parses and checks the command line (of the process, or a list of strings); bad input exits with code 2."""
     parser = arguments.new_parser(
@@ -571,6 +561,9 @@ def parse_args(input_args=None):
     )
     arguments.add_hub_arguments(parser)
     args = arguments.parse(parser, sys.argv[1:] if input_args is None else input_args, REFUSED_FLAGS)
+    for name, midpoint in zip(("bp_timestep_midpoint", "bp_progress_midpoint"), MIDPOINTS[args.bp_view]):
+        if getattr(args, name) is None:
+            setattr(args, name, midpoint)
     if not args.push_only:
         arguments.check_shared_arguments(parser, args, "instance_data_dir", RANGES)
         dreambooth.check_subject_arguments(parser, args)
@@ -598,14 +591,9 @@ def add_selection_arguments(add):
         "--bp_view",
         choices=list(MIDPOINTS),
         default="scaled",
-        help="What is backpropagated on: the picture scaled down (scaled: the paper's), or a window of the full one,"
-        " around which a forward pass has left what the window needs (window: ours).",
+        help="What is backpropagated on: the picture scaled down (the paper's), or a window of the full one (ours).",
     )
-    add(
-        "--low_resolution",
-        type=int,
-        help="Side of the pictures, or of the windows, that are backpropagated on. Default: half of --resolution.",
-    )
+    add("--low_resolution", type=int, help="Side of those pictures or windows. Default: half of --resolution.")
     add(
         "--bp_timestep_midpoint",
         type=float,
@@ -713,8 +701,8 @@ def load_model(args, base, compute, conditioning, cache_dir):
     weights = add_adapters(unet, args.lora_layers.split(","), args.rank, args.lora_alpha, args.seed)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    window = args.low_resolution // base.vae_factor
-    surroundings = windows.Surroundings(unet, window) if args.bp_view == "window" else None
+    by_window = args.bp_view == "window"
+    surroundings = windows.Surroundings(unet, args.low_resolution // base.vae_factor) if by_window else None
     return Model(unet, weights, base.scheduler, conditioning, compute, surroundings), stored
 
 

@@ -291,8 +291,9 @@ def compare(args):
 
 
 RECORDED = (
-    "bp_view low_resolution resolution rank lora_alpha learning_rate zo_learning_rate num_perturbations perturbation_scale"
-    " bp_timestep_midpoint bp_timestep_width bp_progress_midpoint bp_progress_width train_batch_size lr_scheduler"
+    "bp_view low_resolution resolution rank lora_alpha learning_rate zo_learning_rate num_perturbations"
+    " perturbation_scale bp_timestep_midpoint bp_timestep_width bp_progress_midpoint bp_progress_width"
+    " train_batch_size lr_scheduler"
 ).split()
 
 

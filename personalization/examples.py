@@ -57,7 +57,7 @@ def describe_sizes(framing: Framing, flipped=False):
 
 
 def encode_images(vae, pictures, sides, device):
-    """Latent moments of every picture and, with two `sides`, of its flip: float32 `[sides, N, 2C, h, w]` on the host."""
+    """Latent moments of pictures and, with two `sides`, of their flips: float32 `[sides, N, 2C, h, w]` on the host."""
     rows = []
     for picture in pictures:
         views = torch.stack([picture.pixels, picture.pixels.flip(-1)][:sides]).to(device, vae.dtype) / 127.5 - 1

@@ -1,11 +1,11 @@
 """Backpropagation through windows of pictures, with the rest of them as it was in a forward pass without a graph.
 
-A UNet's prediction inside a window depends on what lies around it in three ways: convolutions reach over its edge,
-group norms average over the whole picture, and self-attention looks everywhere. A forward pass on the whole picture
-keeps just that (the pixels next to the window, two numbers for each group, the tokens outside). On the window alone the
-UNet then predicts exactly what it predicts there on the whole picture, and autograd keeps the activations of a window;
-what is made of them together with the surroundings is made again in the backward pass.
-The gradient is that of the window's part of the loss, but for ways that leave the window and come back.
+A UNet's prediction in a window depends on what lies around it in three ways: convolutions reach over its edge, group
+norms average over the whole picture, and self-attention looks everywhere. A forward pass on the whole picture keeps
+just that: the pixels next to the window, two numbers for each group, the tokens outside. With it, the UNet on the
+window alone predicts exactly what it predicts there on the whole picture, and autograd keeps the activations of a
+window; what is made of them and the surroundings is made again in the backward pass. The gradient is that of the
+window's part of the loss, but for ways that leave the window and come back.
 """
 
 import contextlib
@@ -56,7 +56,7 @@ class Surroundings:
 
     def __init__(self, unet, side):
         self.side, self.grid = side, 2 ** (len(unet.config.block_out_channels) - 1)
-        self.windows, self.stage, self.convolutions = None, None, []
+        self.windows, self.stage, self.convolutions, self.hooks = None, None, [], []
         for module in list(unet.modules()):
             if getattr(module, "padding", 0) == (1, 1):
                 self.convolutions.append(module)
@@ -70,6 +70,7 @@ class Surroundings:
                 self._watch(module.to_v, tokens)
 
     def _watch(self, module, hook):
+        self.hooks.append(hook)
         HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, "window")
 
     def draw_windows(self, latents, generator):
@@ -102,14 +103,20 @@ class Surroundings:
             self.stage = None
             for convolution in self.convolutions:
                 convolution.padding = (1, 1)
+            for hook in self.hooks:
+                hook.kept = None
 
 
-class Edge(ModelHook):
-    """Of a 3 x 3 convolution: the pixels next to the windows, which are zero beyond the picture."""
+class Keeper(ModelHook):
+    """Keeps of a layer what the windows will need: in `kept`, if anything."""
 
     def __init__(self, surroundings):
         super().__init__()
         self.surroundings, self.kept = surroundings, None
+
+
+class Edge(Keeper):
+    """Of a 3 x 3 convolution: the pixels next to the windows, which are zero beyond the picture."""
 
     def pre_forward(self, module, pixels):
         if self.surroundings.stage == "keep":
@@ -123,12 +130,8 @@ class Edge(ModelHook):
         return (pixels,), {}
 
 
-class Statistics(ModelHook):
+class Statistics(Keeper):
     """Of a group norm: mean and variance of every group over the whole picture."""
-
-    def __init__(self, surroundings):
-        super().__init__()
-        self.surroundings, self.kept = surroundings, None
 
     def new_forward(self, module, pixels):
         if self.surroundings.stage is None:
@@ -155,12 +158,8 @@ def change(value):
     return value - value.detach()
 
 
-class Tokens(ModelHook):
+class Tokens(Keeper):
     """Of a self-attention's keys and values: the tokens outside the windows."""
-
-    def __init__(self, surroundings):
-        super().__init__()
-        self.surroundings, self.kept = surroundings, None
 
     def pre_forward(self, module, tokens):
         if self.surroundings.stage == "keep":
@@ -173,12 +172,8 @@ class Tokens(ModelHook):
         return (tokens,), {}
 
 
-class Recomputed(ModelHook):
+class Recomputed(Keeper):
     """A self-attention, whose keys and values of whole pictures are made again in the backward pass."""
-
-    def __init__(self, surroundings):
-        super().__init__()
-        self.surroundings = surroundings
 
     def new_forward(self, module, *args, **options):
         forward = self.fn_ref.original_forward
