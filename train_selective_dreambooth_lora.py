@@ -786,13 +786,14 @@ def train(run):
     if progress.step == 0:
         draw_validation_images(run)
     has_prior = run.subjects[ZO_HIGH].prior is not None
-    passes = args.train_batch_size * (1 + has_prior) * args.gradient_accumulation_steps * accelerator.num_processes
+    examples_per_step = args.train_batch_size * (1 + has_prior) * args.gradient_accumulation_steps
+    passes = {BP_LOW: 2 if args.bp_view == "window" else 1, ZO_HIGH: args.num_perturbations + 1}
     bar = runs.progress_bar(accelerator, progress.step, args.max_train_steps)
     with runs.stop_requests(accelerator) as stop_requested, bar:
         while progress.step < args.max_train_steps:
             done = progress.step / args.max_train_steps
             kind, loss = train_step(learner, run.model, run.subjects, run.sampling, done, run.average)
-            progress.forward_passes += passes * (1 if kind == BP_LOW else args.num_perturbations + 1)
+            progress.forward_passes += passes[kind] * examples_per_step * accelerator.num_processes
             progress.step = step = progress.step + 1
             interval.loss[kind] += loss
             interval.updates[kind] += 1
@@ -966,7 +967,8 @@ def personalize(args, accelerator, base, compute):
     run.results = run_folder.open_results(run.output_dir, PUBLICATION, run.id, checkpoint is not None)
     if args.report_to != "none":
         runs.start_trackers(accelerator, "selective", args)
-    sizes = f"BP-low at {args.low_resolution} px, ZO-high at {args.resolution} px"
+    view = "in windows of" if args.bp_view == "window" else "at"
+    sizes = f"BP-low {view} {args.low_resolution} px, ZO-high at {args.resolution} px"
     count = f"{learner.theta.numel()} adapter weights in {len(model.weights)} tensors"
     logger.info(f"{len(pictures)} images, {len(conditioning)} prompts, {count}; {sizes}")
 

@@ -52,7 +52,6 @@ VARIANTS = {  # flags of the script
     "no-progress": {"bp_progress_midpoint": ALWAYS},
     "one-adam": {},  # selective, but both kinds of step share an optimizer's moments
     "window": {"bp_view": "window"},
-    "window-400": {"bp_view": "window", "max_train_steps": 400},
     "window-selective": {"bp_view": "window", "bp_timestep_midpoint": 0.6, "bp_progress_midpoint": 0.9},
 }
 
@@ -158,6 +157,31 @@ def compare_gradients(subject, seed=0, updates=12, batches=8):
     }
 
 
+def compare_windows(subject, seed=0, timesteps=(100, 400, 700, 950), spread=0.02):
+    """How far the gradients of the four windows that tile a picture add up to its own.
+
+    Adapters are Gaussian around their start, by `spread`. JSON-ready: a cosine for each timestep.
+    """
+    settings = script_args(subject, seed, "window", 200)
+    learner, model, subjects, sampling = prepare(settings)
+    learner.theta += spread * torch.randn(learner.theta.shape, generator=torch.Generator().manual_seed(seed))
+    surroundings, cosines = model.surroundings, {}
+    for t in timesteps:
+        weights = torch.zeros(1000).scatter_(0, torch.tensor([t]), 1.0)
+        generator = torch.Generator().manual_seed(seed)
+        batch = script.draw_batch(subjects[script.BP_LOW], sampling, weights, model.scheduler, generator)
+        whole = torch.autograd.grad(model.errors(batch).mean(), model.weights)
+        side, (height, width) = surroundings.side, batch.noisy_latents.shape[2:]
+        total = torch.zeros_like(learner.theta)
+        for corner in itertools.product(range(0, height, side), range(0, width, side)):
+            tile = script.windows.Windows([corner] * len(batch.timesteps), side, height, width)
+            surroundings.draw_windows = lambda *_, tile=tile: tile
+            total += script.bp_low(learner, model, batch, sampling)[0]
+        whole = torch.cat([gradient.flatten() for gradient in whole])
+        cosines[str(t)] = round(torch.nn.functional.cosine_similarity(total, whole, dim=0).item(), 3)
+    return {"cosines": cosines, "subject": subject, "seed": seed, "spread": spread, "examples": len(batch.timesteps)}
+
+
 # =====================================================================================================
 # Results
 # =====================================================================================================
@@ -245,9 +269,13 @@ def parse_args():
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="Of training.")
     add("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="Which.")
     add("--set", nargs="+", default=[], metavar="FLAG=VALUE", help="Other settings of the script, for pilots.")
-    add("--steps", type=int, default=200, help="Of training, of four examples each, but where a variant has its own.")
+    add("--steps", type=int, default=200, help="Of training, of four examples each.")
     add("--output", type=Path, default=RESULT, help="JSON file that is added to.")
-    add("--gradients", action="store_true", help="Only compare the two kinds of gradient, on the first subject.")
+    add(
+        "--gradients",
+        action="store_true",
+        help="Only compare gradients: BP-low's with ZO-high's, windows' with whole pictures'; on the first subject.",
+    )
     add("--plot_only", action="store_true", help="Train nothing, draw the pictures from what is there.")
     return parser.parse_args()
 
@@ -255,7 +283,8 @@ def parse_args():
 def main():
     args = parse_args()
     if args.gradients:
-        return runs.write_json(GRADIENTS, compare_gradients(args.subjects[0]))
+        found = compare_gradients(args.subjects[0]) | {"windows": compare_windows(args.subjects[0])}
+        return runs.write_json(GRADIENTS, found)
     if not args.plot_only:
         compare(args)
     if args.output == RESULT:
@@ -282,7 +311,7 @@ def compare(args):
             keep_pictures(PICTURES, variant, subject, pictures)
         scores = judge.score(pictures, subject)
         entry = {**dict(zip(KEY, key)), "scores": scores, **figures}
-        entry |= {"steps": settings.max_train_steps, "settings": {name: getattr(settings, name) for name in RECORDED}}
+        entry |= {"steps": args.steps, "settings": {name: getattr(settings, name) for name in RECORDED}}
         entry |= {"hardware": {"name": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}}
         entry |= {"versions": runs.installed_versions("torch diffusers peft")}
         entry |= {"command": shlex.join(["python", "benchmarks/compare_selective.py", *sys.argv[1:]])}

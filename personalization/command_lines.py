@@ -70,7 +70,7 @@ _SCALES = (
     "bits calibration scale_sets scale_intervals train_input_scales max_grad_norm gradient_checkpointing save_half"
 )
 _LORA = (
-    "quantization rank lora_alpha lora_layers low_resolution bp_timestep_midpoint bp_timestep_width"
+    "quantization rank lora_alpha lora_layers bp_view low_resolution bp_timestep_midpoint bp_timestep_width"
     " bp_progress_midpoint bp_progress_width num_perturbations perturbation_scale zo_learning_rate max_grad_norm"
     " gradient_checkpointing"
 )
@@ -88,7 +88,7 @@ METHODS = {
         predicts_memory=True,
         defaults={"recipe": "fast", "max_train_steps": 250, "validation_steps": 25, "checkpointing_steps": 25},
         demo={
-            "max_train_steps": 400,
+            "max_train_steps": 200,
             "num_perturbations": 4,
             "train_batch_size": 2,
             "learning_rate": 0.01,
@@ -110,7 +110,7 @@ METHODS = {
         config_name="tuneqdm_config.json",
         predicts_memory=False,
         defaults={
-            "max_train_steps": 400,
+            "max_train_steps": 200,
             "gradient_checkpointing": True,
             "validation_steps": 100,
             "checkpointing_steps": 50,
@@ -125,9 +125,9 @@ METHODS = {
         others=frozenset([*_SHARED, *_SCALES.split()]),
     ),
     "lora": Method(
-        title="A LoRA (selective)",
-        about="Trains small adapters with backpropagation at low and forward passes at full resolution; any program"
-        " that reads a LoRA draws with it.",
+        title="A LoRA",
+        about="Trains small adapters by backpropagation through windows of the pictures, with the memory of half the"
+        " resolution; any program that reads a LoRA draws with it.",
         script="train_selective_dreambooth_lora.py",
         pictures_flag="instance_data_dir",
         makes_a_word=False,
@@ -135,12 +135,14 @@ METHODS = {
         config_name="selective_config.json",
         predicts_memory=False,
         defaults={
+            "bp_view": "window",
             "max_train_steps": 500,
             "gradient_checkpointing": True,
             "validation_steps": 100,
             "checkpointing_steps": 50,
         },
         demo={
+            "bp_view": "window",
             "max_train_steps": 200,
             "train_batch_size": 4,
             "validation_steps": 50,

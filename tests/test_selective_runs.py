@@ -124,9 +124,10 @@ RESUME = {"--max_train_steps": 12, "--checkpointing_steps": 4, "--train_batch_si
 RESUME |= {"--gradient_accumulation_steps": 2, "--num_perturbations": 2, "--bp_progress_midpoint": 0.6}
 
 
-def test_resumed_run_equals_the_uninterrupted_one(basics, tmp_path):
+@pytest.mark.parametrize("view", [{}, {"--bp_view": "window", "--bp_timestep_midpoint": 0.6}])
+def test_resumed_run_equals_the_uninterrupted_one(basics, tmp_path, view):
     """By `accelerate launch`: the second run starts from checkpoint-8, the one after it is lost half-written."""
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole, parts, basics = tmp_path / "whole", tmp_path / "parts", basics | view
     launch(basics | RESUME | {"--output_dir": whole})
     shutil.copytree(whole, parts)
     (parts / WEIGHTS).unlink()
@@ -145,9 +146,22 @@ def test_resumed_run_equals_the_uninterrupted_one(basics, tmp_path):
 
 def test_other_settings_are_not_resumed(train):
     train(checkpointing_steps=3)
-    for change in ({"rank": 2}, {"bp_timestep_midpoint": 0.5}, {"max_train_steps": 7}, {"low_resolution": 16}):
+    for change in (
+        {"rank": 2},
+        {"bp_timestep_midpoint": 0.5},
+        {"max_train_steps": 7},
+        {"low_resolution": 16},
+        {"bp_view": "window"},
+    ):
         with pytest.raises(InputError, match="belongs to other settings"):
             train(resume_from_checkpoint="latest", **change)
+
+
+def test_a_run_through_windows_says_so(train):
+    out = train(bp_view="window", max_train_steps=2)
+    config, card = read_config(out), (out / "README.md").read_text()
+    assert "backpropagation on windows of 8 px" in card and config["settings"]["bp_progress_midpoint"] == 100
+    assert config["figures"]["updates"] == {"bp_low": 2, "zo_high": 0} and config["figures"]["forward_passes"] == 4
 
 
 def test_two_processes_stay_identical(basics, tmp_path):
