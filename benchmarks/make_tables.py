@@ -857,7 +857,6 @@ TABLES = {
     "hardening": (hardening, "docs/hardening.json"),
     "signal_float32": (signal, "benchmarks/results/signal_float32.json"),
     "methods": (methods, "benchmarks/results/methods.json"),
-    "methods_reduced": (methods, "benchmarks/results/methods_reduced.json"),
     "methods_pilots": (methods, "benchmarks/results/methods_pilots.json"),
     **{
         f"ablation_{name}": (ablation, f"benchmarks/results/ablation_{name}.json")
