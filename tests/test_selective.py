@@ -141,18 +141,21 @@ def test_autograd_keeps_no_dequantized_weight(prepare, monkeypatch):
     assert found >= layers / 2  # the gradient goes through no layer before the first adapter
 
 
-def test_gradient_checkpointing_changes_no_gradient(prepare):
+@pytest.mark.parametrize("view", ["scaled", "window"])
+def test_gradient_checkpointing_changes_no_gradient(prepare, view):
     found = []
     for checkpointing in (None, True):
-        learner, model, subjects, sampling = prepare(gradient_checkpointing=checkpointing)
+        learner, model, subjects, sampling = prepare(bp_view=view, gradient_checkpointing=checkpointing)
         spread(learner)
         found.append(script.bp_low(learner, model, draw(subjects, script.BP_LOW, sampling, model), sampling)[0])
     assert torch.equal(*found) and found[0].any()
 
 
+@pytest.mark.parametrize("view", ["scaled", "window"])
 @pytest.mark.parametrize("quantization, precision", [("nf4", "no"), ("none", "bf16"), ("int8", "bf16")])
-def test_other_backends_and_precisions_take_both_steps(prepare, quantization, precision):
-    learner, model, subjects, sampling = prepare(quantization=quantization, mixed_precision=precision)
+def test_other_backends_and_precisions_take_both_steps(prepare, quantization, precision, view):
+    flags = {"quantization": quantization, "mixed_precision": precision, "bp_view": view}
+    learner, model, subjects, sampling = prepare(**flags)
     assert all(weight.dtype == torch.float32 for weight in model.weights)
     for progress, kind in ((0.0, script.BP_LOW), (1.0, script.ZO_HIGH)):
         before = learner.theta.clone()
