@@ -88,7 +88,7 @@ METHODS = {
         predicts_memory=True,
         defaults={"recipe": "fast", "max_train_steps": 250, "validation_steps": 25, "checkpointing_steps": 25},
         demo={
-            "max_train_steps": 200,
+            "max_train_steps": 400,
             "num_perturbations": 4,
             "train_batch_size": 2,
             "learning_rate": 0.01,
@@ -110,7 +110,7 @@ METHODS = {
         config_name="tuneqdm_config.json",
         predicts_memory=False,
         defaults={
-            "max_train_steps": 200,
+            "max_train_steps": 400,
             "gradient_checkpointing": True,
             "validation_steps": 100,
             "checkpointing_steps": 50,
