@@ -346,20 +346,26 @@ def draw_batch(subject, sampling, weights, scheduler, generator):
 
 
 def bp_low(learner, model, batch, sampling):
-    """What a `Batch` says, or windows of it: the gradient `[D]`, scaled by the scaler, and the loss."""
+    """What a `Batch` of low resolution says: the gradient `[D]`, scaled by the scaler, and the loss."""
 
-    def loss_fn(batch=batch):
+    def loss_fn():
         return dreambooth_loss(model.errors(batch), sampling.batch_size, sampling.prior_weight)
 
+    return bp_gradient(loss_fn, model.weights, learner.scaler.scale)
+
+
+def bp_window(learner, model, batch, sampling, drawn=None):
+    """What `Windows` of a `Batch` of full resolution say, random ones if none are given; returns as `bp_low`.
+
+    The loss is that of the whole pictures.
+    """
     surroundings = model.surroundings
-    if surroundings is None:
-        return bp_gradient(loss_fn, model.weights, learner.scaler.scale)
-    drawn = surroundings.draw_windows(batch.noisy_latents, learner.data)
+    drawn = drawn or surroundings.draw_windows(batch.noisy_latents, learner.data)
     with torch.no_grad(), surroundings.kept(drawn):
-        loss = loss_fn()
+        loss = dreambooth_loss(model.errors(batch), sampling.batch_size, sampling.prior_weight)
     parts = batch._replace(noisy_latents=drawn.of(batch.noisy_latents), target=drawn.of(batch.target))
     with surroundings.standing_in():
-        gradient, _ = bp_gradient(lambda: loss_fn(parts), model.weights, learner.scaler.scale)
+        gradient, _ = bp_low(learner, model, parts, sampling)
     return gradient, loss
 
 
@@ -396,7 +402,8 @@ def train_step(learner, model, subjects, sampling, progress, average=lambda tens
     device, theta = model.compute.device, learner.theta
     probabilities = sampling.probabilities(progress, model.scheduler.config.num_train_timesteps)
     is_bp, weights = draw_kind(probabilities, learner.choice)
-    kind, look = (BP_LOW, bp_low) if is_bp else (ZO_HIGH, zo_high)
+    backpropagate = bp_low if model.surroundings is None else bp_window
+    kind, look = (BP_LOW, backpropagate) if is_bp else (ZO_HIGH, zo_high)
     mean_loss, gradient = torch.zeros((), device=device), torch.zeros_like(theta)
     for _ in range(sampling.accumulation_steps):
         batch = draw_batch(subjects[kind], sampling, weights, model.scheduler, learner.data).to(device)
@@ -446,30 +453,18 @@ def resolve_settings(args, device):
             f" {timesteps}."
         )
     args.resolution = base_model.check_resolution(base, args.resolution)
-    args.low_resolution = check_low_resolution(args.low_resolution, args.resolution, base.resolution_multiple)
-    args.lora_layers = ",".join(check_layers(args.lora_layers, base_model.empty_model(base, "unet")))
+    args.low_resolution = base_model.check_low_resolution(
+        args.low_resolution, args.resolution, base.resolution_multiple
+    )
+    unet = base_model.empty_model(base, "unet")
+    args.lora_layers = ",".join(check_layers(args.lora_layers, unet))
+    if args.bp_view == "window":
+        windows.check_layers(unet)
     return base, compute
 
 
 # μ by precision: differences of losses must stand out from the rounding of activations.
 PERTURBATION_SCALES = {"no": 1e-3, "fp16": 1e-3, "bf16": 1e-2}
-
-
-def check_low_resolution(low, high, multiple):
-    """The side of BP-low's pictures, half of `--resolution` where none is given.
-
-    Raises:
-        InputError: the model cannot draw it, or it is above `--resolution`.
-    """
-    given = low is not None
-    low = low if given else high // 2
-    said = f"--low_resolution {low}" if given else f"half of --resolution {high}, {low},"
-    if low > high:
-        raise InputError(f"{said} is above --resolution {high}: give at most that.")
-    if low % multiple or not low:
-        near = max(1, min(round(low / multiple), high // multiple)) * multiple
-        raise InputError(f"{said} must be divisible by {multiple} for this model: try --low_resolution {near}.")
-    return low
 
 
 def check_layers(names, unet):

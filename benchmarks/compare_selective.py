@@ -165,18 +165,17 @@ def compare_windows(subject, seed=0, timesteps=(100, 400, 700, 950), spread=0.02
     settings = script_args(subject, seed, "window", 200)
     learner, model, subjects, sampling = prepare(settings)
     learner.theta += spread * torch.randn(learner.theta.shape, generator=torch.Generator().manual_seed(seed))
-    surroundings, cosines = model.surroundings, {}
+    cosines = {}
     for t in timesteps:
         weights = torch.zeros(1000).scatter_(0, torch.tensor([t]), 1.0)
         generator = torch.Generator().manual_seed(seed)
         batch = script.draw_batch(subjects[script.BP_LOW], sampling, weights, model.scheduler, generator)
         whole = torch.autograd.grad(model.errors(batch).mean(), model.weights)
-        side, (height, width) = surroundings.side, batch.noisy_latents.shape[2:]
+        side, (height, width) = model.surroundings.side, batch.noisy_latents.shape[2:]
         total = torch.zeros_like(learner.theta)
         for corner in itertools.product(range(0, height, side), range(0, width, side)):
             tile = script.windows.Windows([corner] * len(batch.timesteps), side, height, width)
-            surroundings.draw_windows = lambda *_, tile=tile: tile
-            total += script.bp_low(learner, model, batch, sampling)[0]
+            total += script.bp_window(learner, model, batch, sampling, tile)[0]
         whole = torch.cat([gradient.flatten() for gradient in whole])
         cosines[str(t)] = round(torch.nn.functional.cosine_similarity(total, whole, dim=0).item(), 3)
     return {"cosines": cosines, "subject": subject, "seed": seed, "spread": spread, "examples": len(batch.timesteps)}

@@ -488,6 +488,23 @@ def check_resolution(base, resolution):
     return resolution
 
 
+def check_low_resolution(low, high, multiple):
+    """The side of BP-low's pictures, half of `--resolution` where none is given.
+
+    Raises:
+        InputError: the model cannot draw it, or it is above `--resolution`.
+    """
+    given = low is not None
+    low = low if given else high // 2
+    said = f"--low_resolution {low}" if given else f"half of --resolution {high}, {low},"
+    if low > high:
+        raise InputError(f"{said} is above --resolution {high}: give at most that.")
+    if low % multiple or not low:
+        near = max(1, min(round(low / multiple), high // multiple)) * multiple
+        raise InputError(f"{said} must be divisible by {multiple} for this model: try --low_resolution {near}.")
+    return low
+
+
 # =====================================================================================================
 # Weights
 # =====================================================================================================

@@ -14,8 +14,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from diffusers.hooks import HookRegistry, ModelHook
-from diffusers.models.attention_processor import Attention
+from diffusers.models.attention_processor import Attention, SpatialNorm
+from diffusers.models.normalization import AdaGroupNorm
 from torch.utils.checkpoint import checkpoint
+
+from .errors import InputError
 
 
 class Windows(NamedTuple):
@@ -32,18 +35,38 @@ class Windows(NamedTuple):
         return Windows(corners, self.side // factor, self.height // factor, self.width // factor)
 
     def of(self, pictures, margin=0):
-        """The windows `[b, C, side, side]` of `[b, C, height, width]`, and `margin` entries on each side of them."""
-        pictures = F.pad(pictures, (margin,) * 4)
-        across = self.side + 2 * margin
-        pairs = zip(pictures, self.corners)
-        return torch.stack([one[:, top : top + across, left : left + across] for one, (top, left) in pairs])
+        """The windows `[b, C, side, side]` of `[b, C, height, width]`, and `margin` entries on each side of them.
+
+        Beyond the picture they are zero.
+        """
+        found = []
+        for picture, (top, left) in zip(pictures, self.corners):
+            top, left, bottom, right = top - margin, left - margin, top + self.side + margin, left + self.side + margin
+            missing = max(-left, 0), max(right - self.width, 0), max(-top, 0), max(bottom - self.height, 0)
+            found.append(F.pad(picture[:, max(top, 0) : bottom, max(left, 0) : right], missing))
+        return torch.stack(found)
 
     def outside(self):
-        """Whether an entry lies outside its picture's window: bool `[b, height, width]`."""
+        """Where, row by row, the entries lie that are outside the windows: `[b, height · width - side²]`."""
         outside = torch.ones(len(self.corners), self.height, self.width, dtype=torch.bool)
         for one, (top, left) in zip(outside, self.corners):
             one[top : top + self.side, left : left + self.side] = False
-        return outside
+        return outside.flatten(1).nonzero()[:, 1].view(len(outside), -1)
+
+
+def check_layers(unet):
+    """Raises an `InputError` unless it is known of all layers of a UNet what they need of a window's surroundings."""
+    for name, module in unet.named_modules():
+        if isinstance(module, torch.nn.Conv2d):
+            known = (module.kernel_size, module.padding) in (((1, 1), (0, 0)), ((3, 3), (1, 1)))
+            known = known and module.dilation == (1, 1) and module.padding_mode == "zeros"
+        else:
+            known = not isinstance(module, (torch.nn.ConvTranspose2d, AdaGroupNorm, SpatialNorm))
+        if not known:
+            raise InputError(
+                f"--bp_view window cannot be used with this model, whose UNet has a layer of another kind"
+                f" ({name!r}, {type(module).__name__}): give --bp_view scaled."
+            )
 
 
 class Surroundings:
@@ -64,10 +87,10 @@ class Surroundings:
             elif isinstance(module, torch.nn.GroupNorm):
                 self._watch(module, Statistics(self))
             elif isinstance(module, Attention) and not module.is_cross_attention:
-                self._watch(module, Recomputed(self))
-                tokens = Tokens(self)  # keys and values are made of the same
-                self._watch(module.to_k, tokens)
-                self._watch(module.to_v, tokens)
+                attention = SelfAttention(self)
+                self._watch(module, attention)
+                for projection in (module.to_k, module.to_v):
+                    self._watch(projection, Joined(self, attention))
 
     def _watch(self, module, hook):
         self.hooks.append(hook)
@@ -158,25 +181,28 @@ def change(value):
     return value - value.detach()
 
 
-class Tokens(Keeper):
-    """Of a self-attention's keys and values: the tokens outside the windows."""
+class SelfAttention(Keeper):
+    """The tokens outside the windows; what is made of them is made again in the backward pass."""
 
-    def pre_forward(self, module, tokens):
+    def new_forward(self, module, tokens, **options):
         if self.surroundings.stage == "keep":
             windows = self.surroundings.windows
             shrunk = windows.shrunk(round((windows.height * windows.width / tokens.shape[1]) ** 0.5))
-            chosen = shrunk.outside().flatten(1).to(tokens.device)
-            self.kept = tokens[chosen].view(len(tokens), -1, tokens.shape[2])
+            places = shrunk.outside().to(tokens.device)
+            self.kept = tokens.gather(1, places[:, :, None].expand(-1, -1, tokens.shape[2]))
         elif self.surroundings.stage == "stand in":
-            tokens = torch.cat([tokens, self.kept], dim=1)  # in any order: attention does not know places
+            return checkpoint(self.fn_ref.original_forward, tokens, use_reentrant=False, **options)
+        return self.fn_ref.original_forward(tokens, **options)
+
+
+class Joined(Keeper):
+    """Keys or values, of the window's tokens and those outside."""
+
+    def __init__(self, surroundings, attention):
+        super().__init__(surroundings)
+        self.attention = attention
+
+    def pre_forward(self, module, tokens):
+        if self.surroundings.stage == "stand in":
+            tokens = torch.cat([tokens, self.attention.kept], dim=1)  # in any order: attention does not know places
         return (tokens,), {}
-
-
-class Recomputed(Keeper):
-    """A self-attention, whose keys and values of whole pictures are made again in the backward pass."""
-
-    def new_forward(self, module, *args, **options):
-        forward = self.fn_ref.original_forward
-        if self.surroundings.stage != "stand in":
-            return forward(*args, **options)
-        return checkpoint(forward, *args, **options, use_reentrant=False)

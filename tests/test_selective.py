@@ -20,10 +20,11 @@ from tiny_base import SIZE, build_pictures, build_tiny_base
 
 import train_selective_dreambooth_lora as script
 import train_zoodip_textual_inversion as zoodip
-from personalization import dreambooth
+from personalization import base_model, dreambooth
 from personalization.errors import InputError
 
 
+BACKPROPAGATE = {"scaled": script.bp_low, "window": script.bp_window}
 ALWAYS, NEVER = 100.0, -100.0  # midpoints of a ramp that is 1, or 0, everywhere
 
 
@@ -147,7 +148,7 @@ def test_gradient_checkpointing_changes_no_gradient(prepare, view):
     for checkpointing in (None, True):
         learner, model, subjects, sampling = prepare(bp_view=view, gradient_checkpointing=checkpointing)
         spread(learner)
-        found.append(script.bp_low(learner, model, draw(subjects, script.BP_LOW, sampling, model), sampling)[0])
+        found.append(BACKPROPAGATE[view](learner, model, draw(subjects, script.BP_LOW, sampling, model), sampling)[0])
     assert torch.equal(*found) and found[0].any()
 
 
@@ -267,7 +268,7 @@ def test_the_window_of_a_whole_picture_gives_its_gradient(prepare):
     for view in ("scaled", "window"):
         learner, model, subjects, sampling = prepare(bp_view=view, **flags)
         spread(learner)
-        found.append(script.bp_low(learner, model, draw(subjects, script.BP_LOW, sampling, model), sampling))
+        found.append(BACKPROPAGATE[view](learner, model, draw(subjects, script.BP_LOW, sampling, model), sampling))
     (gradient, loss), (through_windows, loss_of_windows) = found
     assert loss_of_windows.item() == pytest.approx(loss.item(), rel=1e-5)
     torch.testing.assert_close(through_windows, gradient, rtol=1e-3, atol=1e-6)
@@ -284,10 +285,17 @@ def test_gradients_of_all_windows_sum_up_to_nearly_that_of_the_picture(prepare):
     total, (height, width) = torch.zeros_like(exact), batch.noisy_latents.shape[2:]
     for corner in itertools.product(range(0, height, surroundings.side), range(0, width, surroundings.side)):
         windows = script.windows.Windows([corner] * len(batch.timesteps), surroundings.side, height, width)
-        surroundings.draw_windows = lambda *_, chosen=windows: chosen
-        total += script.bp_low(learner, model, batch, sampling)[0] / 4
+        total += script.bp_window(learner, model, batch, sampling, windows)[0] / 4
     assert torch.nn.functional.cosine_similarity(total, exact, dim=0) > 0.85
     assert total.norm().item() == pytest.approx(exact.norm().item(), rel=0.3)
+
+
+def test_a_unet_with_other_layers_cannot_be_seen_through_windows():
+    unet = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 3, padding=1), torch.nn.Conv2d(4, 4, 1), torch.nn.GroupNorm(2, 4))
+    script.windows.check_layers(unet)
+    for layer in (torch.nn.Conv2d(4, 4, 3, stride=2), torch.nn.Conv2d(4, 4, 5, padding=2)):
+        with pytest.raises(InputError, match=r"'3', Conv2d\): give --bp_view scaled"):
+            script.windows.check_layers(torch.nn.Sequential(*unet, layer))
 
 
 def test_autograd_keeps_the_activations_of_a_window(prepare):
@@ -303,7 +311,7 @@ def test_autograd_keeps_the_activations_of_a_window(prepare):
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            script.bp_low(learner, model, draw(subjects, script.BP_LOW, sampling, model), sampling)
+            BACKPROPAGATE[view](learner, model, draw(subjects, script.BP_LOW, sampling, model), sampling)
         kept[view] = sum(sizes)
     assert kept["window"] < 0.6 * kept["scaled"], kept
 
@@ -431,8 +439,8 @@ def test_an_untouched_pipeline_predicts_the_same_with_the_adapters(prepare, tiny
 
 
 def test_low_resolutions():
-    assert script.check_low_resolution(None, 64, 8) == 32
-    assert script.check_low_resolution(64, 64, 8) == 64  # backpropagation at full size, the ceiling
+    assert base_model.check_low_resolution(None, 64, 8) == 32
+    assert base_model.check_low_resolution(64, 64, 8) == 64  # backpropagation at full size, the ceiling
     for low, high, expected in [
         (72, 64, "--low_resolution 72 is above --resolution 64: give at most that"),
         (36, 64, "--low_resolution 36 must be divisible by 8 for this model: try --low_resolution 32"),
@@ -440,4 +448,4 @@ def test_low_resolutions():
         (None, 8, "half of --resolution 8, 4, must be divisible by 8 for this model: try --low_resolution 8"),
     ]:
         with pytest.raises(InputError, match=expected):
-            script.check_low_resolution(low, high, 8)
+            base_model.check_low_resolution(low, high, 8)
