@@ -125,7 +125,7 @@ METHODS = {
         others=frozenset([*_SHARED, *_SCALES.split()]),
     ),
     "lora": Method(
-        title="A LoRA",
+        title="A LoRA (selective)",
         about="Trains small adapters by backpropagation through windows of the pictures, with the memory of half the"
         " resolution; any program that reads a LoRA draws with it.",
         script="train_selective_dreambooth_lora.py",
