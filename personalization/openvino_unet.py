@@ -88,6 +88,7 @@ class OpenVINOUNet(torch.nn.Module):
             # By default products are computed in INT8, which drowns the differences between candidates.
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "ENABLE_CPU_PINNING": False,  # it ties every process to the same first cores, however many others idle
         }
         supported = core.get_property(engine, "SUPPORTED_PROPERTIES")
         settings |= {name: value for name, value in optional.items() if name in supported}

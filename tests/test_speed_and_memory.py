@@ -1,6 +1,8 @@
 """OpenVINO, streamed weights, compilation and the prediction of memory: other ways to the same losses."""
 
+import os
 import sys
+import threading
 from argparse import Namespace
 from pathlib import Path
 
@@ -72,6 +74,27 @@ def test_openvino_and_torch_agree_on_losses_and_on_their_differences(model, cach
     slopes = [(loss(candidates)[1:] - loss(candidates)[0]) / 1e-3 for loss in (ours, theirs)]
     assert torch.corrcoef(torch.stack(slopes))[0, 1] > 0.999
     assert len(list(cache.glob("unet-openvino-*/unet.bin"))) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system has no processor affinity")
+def test_openvino_leaves_all_cores_to_its_process(model, monkeypatch):
+    """Tied to the first core while it computes, as OpenVINO has it by default, two runs beside each other share it."""
+    pytest.importorskip("openvino")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # as for each of several runs
+    loss_of, theta, _ = model(unet_backend="openvino")
+    computing, stop, seen = threading.get_native_id(), threading.Event(), set()
+
+    def watch():
+        while not stop.wait(1e-3):
+            seen.add(frozenset(os.sched_getaffinity(computing)))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    for _ in range(20):
+        loss_of(theta[None])
+    stop.set()
+    watcher.join()
+    assert seen == {frozenset(os.sched_getaffinity(0))}
 
 
 def test_the_openvino_export_is_made_once_for_its_weights_and_shape(model, monkeypatch):
