@@ -1700,10 +1700,11 @@ def check_finite(run, loss, last_good):
         return
     if run.accelerator.is_main_process:
         run.save(PUBLICATION.result_name, last_good)
+    length = "gn_max_step" if run.args.optimizer == "gauss_newton" else "learning_rate"
     raise DivergedError(
         f"the loss became {loss} at step {run.progress.step}: training stopped and the last good embedding is in"
-        f" {run.args.output_dir}/learned_embeds.safetensors; try a smaller --learning_rate than"
-        f" {run.args.learning_rate}, or --mixed_precision no."
+        f" {run.args.output_dir}/{PUBLICATION.result_name}; try a smaller --{length} than"
+        f" {getattr(run.args, length)}, or --mixed_precision no."
     )
 
 

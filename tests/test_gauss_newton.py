@@ -16,7 +16,7 @@ from test_training import demo_loss  # noqa: F401, a fixture
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import train_zoodip_textual_inversion as zoodip
-from personalization.errors import InputError
+from personalization.errors import DivergedError, InputError
 from train_zoodip_textual_inversion import GaussNewton, gauss_newton_evidence, vocabulary_directions
 
 
@@ -204,6 +204,12 @@ def test_it_learns(train):
     flags = {"num_validation_samples": 16, "validation_steps": 1000, "flip_probability": 0, "subspace_dimension": 16}
     (_, first), (_, last) = figures(train(max_train_steps=12, **SHORT | flags))["validation_losses"]
     assert last < 0.75 * first
+
+
+def test_a_run_that_diverges_names_a_flag_of_its_own(train, monkeypatch):
+    monkeypatch.setattr(GaussNewton, "step", lambda self, matrix, gradient: torch.full((1, 1), float("nan")))
+    with pytest.raises(DivergedError, match="try a smaller --gn_max_step than 1.0"):
+        train(optimizer="gauss_newton", subspace_dimension=4, max_train_steps=3, num_validation_samples=0)
 
 
 def test_two_processes_stay_identical(basics, repo, tmp_path):
