@@ -32,6 +32,9 @@ def plot(result, path):
                 low, high = ([p[metric][0] + sign * p[metric][1] for p in points] for sign in (-1, 1))
                 axis.fill_between(forwards, low, high, color=colour, alpha=0.2, linewidth=0)
         axis.set(xscale="log", xlabel="example-forwards (a backward counts as two)", title=TITLES[metric])
+        judged = result["configuration"]["milestones" if metric == "loss" else "image_milestones"]
+        axis.set_xticks(judged, [f"{forwards:,}" for forwards in judged])
+        axis.set_xticks([], minor=True)
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
     seeds = max(len(found["seeds"]) for found in result["summary"].values())
