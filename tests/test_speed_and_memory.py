@@ -88,7 +88,7 @@ def test_openvino_leaves_all_cores_to_its_process(model, monkeypatch):
         while not stop.wait(1e-3):
             seen.add(frozenset(os.sched_getaffinity(computing)))
 
-    watcher = threading.Thread(target=watch)
+    watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     for _ in range(20):
         loss_of(theta[None])
