@@ -240,37 +240,34 @@ def vocabulary_directions(table, num_directions, num_words):
         num_words: how many rows, the longest first.
 
     Returns:
-        float32 `[r, d]`, orthogonal, by falling variance: each as long as the standard deviation of the words along it
-        (at least a hundredth of the first, so that the words forbid no direction), scaled to a mean length of 1.
+        float32 `[r, d]`, orthonormal, by falling variance of the words along them.
     """
     lengths = torch.linalg.vector_norm(table, dim=1, dtype=torch.float32)
     words = table[lengths.topk(min(num_words, len(table))).indices].double()
-    _, lengths, directions = torch.linalg.svd(words - words.mean(dim=0))
-    lengths = F.pad(lengths, (0, len(directions) - len(lengths)))
-    lengths = lengths.clamp(min=max(lengths[0].item() / 100, 1e-12))[:num_directions, None]
-    return (directions[:num_directions] * lengths / lengths.mean()).float()
+    _, _, directions = torch.linalg.svd(words - words.mean(dim=0))
+    return directions[:num_directions].float()
 
 
 def gauss_newton_evidence(error_fn, theta, directions, step_size):
     """What n + 1 forward passes say about θ along n directions: the Gauss-Newton matrix K and half the gradient, y.
 
     The loss is the mean square of the prediction errors r(θ) = ε_φ(θ) - target. With the derivatives of all M errors
-    along e_i, D_i = (r(θ + h e_i/|e_i|) - r(θ)) |e_i| / h, they are K = D Dᵀ / M and y = D r / M. Both average over M
-    errors: so they survive the rounding of bfloat16 and INT8 activations, where differences of two losses do not.
+    along e_i, D_i = (r(θ + h e_i) - r(θ)) / h, they are K = D Dᵀ / M and y = D r / M. Both average over M errors: so
+    they survive the rounding of bfloat16 and INT8 activations, where differences of two losses do not.
 
     Args:
         error_fn: takes candidates `[m, *theta.shape]`, returns their errors `[m, M]`, all on the same examples.
         theta: the point θ, any shape.
-        directions: e `[n, *theta.shape]`; not zero.
+        directions: e `[n, *theta.shape]`, of length one.
         step_size: h, the length of the finite difference, in units of θ; or one for each direction `[n]`, of any sign.
 
     Returns:
         K `[n, n]`, y `[n]` and the loss, float32.
     """
-    lengths = directions.flatten(1).norm(dim=1)
-    steps = directions * (step_size / lengths).view(-1, *[1] * theta.dim())
+    step_size = torch.as_tensor(step_size).to(theta).expand(len(directions))
+    steps = directions * step_size.view(-1, *[1] * theta.dim())
     errors = error_fn(torch.cat([theta[None], theta + steps]))
-    error, derivatives = errors[0], (errors[1:] - errors[0]) * (lengths / step_size)[:, None]
+    error, derivatives = errors[0], (errors[1:] - errors[0]) / step_size[:, None]
     return derivatives @ derivatives.T / len(error), derivatives @ error / len(error), error.square().mean()
 
 
@@ -279,10 +276,11 @@ class GaussNewton:
 
     A ← ρ A + K, then θ moves by -(A + λ tr(K₁)/n I)⁻¹ y along the directions. With ρ = 1 and errors linear in θ that
     is the posterior mean of a Gaussian prior at the start; errors are linear only nearby, so older evidence is
-    forgotten. There is no learning rate.
+    forgotten. There is no learning rate. A step may look along some of the directions: it moves θ along those only,
+    and of A their block alone is forgotten and filled.
 
     Args:
-        directions: `[n, *θ.shape]`; see `vocabulary_directions`.
+        directions: `[n, *θ.shape]`, orthonormal; see `vocabulary_directions`.
         memory: ρ, the share of older evidence that is kept.
         ridge: λ, how much the prior weighs, in units of the mean curvature of the first evidence K₁.
         max_step: the longest step of θ; longer ones are shortened to it.
@@ -297,21 +295,21 @@ class GaussNewton:
         self.information = torch.zeros(len(directions), len(directions), dtype=torch.float64)
         self.prior = None
 
-    def step(self, matrix, gradient):
-        """The step of θ, shaped like it, that the new evidence K `[n, n]`, y `[n]` calls for."""
+    def step(self, matrix, gradient, looked):
+        """The step of θ that new evidence K `[m, m]`, y `[m]` calls for, of directions with the numbers `looked`."""
         matrix, gradient = matrix.cpu().double(), gradient.cpu().double()
         if self.prior is None:
             self.prior = max(self.ridge * matrix.trace().item() / len(matrix), sys.float_info.min)
-        self.information = self.memory * self.information + matrix
-        damped = self.information + self.prior * torch.eye(len(matrix), dtype=torch.float64)
+        # √ρ on both sides: ρ within the block, √ρ between it and the rest. So A stays positive definite.
+        kept = torch.ones(len(self.information), dtype=torch.float64)
+        kept[looked] = math.sqrt(self.memory)
+        block = looked[:, None], looked
+        self.information.mul_(kept[:, None]).mul_(kept)
+        self.information[block] += matrix
+        damped = self.information[block] + self.prior * torch.eye(len(matrix), dtype=torch.float64)
         along = -torch.linalg.solve(damped, gradient).to(self.directions)
-        step = torch.tensordot(along, self.directions, dims=1)
+        step = torch.tensordot(along, self.directions[looked], dims=1)
         return step * (self.max_step / step.norm().clamp(min=self.max_step))
-
-    def widen(self, directions):
-        """Goes on with more directions, of which the first are those so far."""
-        more = len(directions) - len(self.directions)
-        self.directions, self.information = directions, F.pad(self.information, (0, more, 0, more))
 
 
 # =====================================================================================================
@@ -708,7 +706,7 @@ class FrozenModel:
 # =====================================================================================================
 
 GAUSS_NEWTON_PASS = 9  # candidates of one pass, unless the user says otherwise: a few, so that memory stays small
-SHARE_STEPS, LEAST_SHARE = 16, 0.5  # after so many steps a subspace that holds less of the gradient becomes wider
+SHARE_STEPS, LEAST_SHARE = 16, 0.5  # after so many steps a subspace that holds less of the gradient is left
 
 
 @dataclass
@@ -762,8 +760,8 @@ class ZerothOrderAdam:
 
 
 def outside_direction(directions, generator):
-    """A random direction of length one, orthogonal to directions `[n, k, d]` that are orthogonal themselves."""
-    flat = F.normalize(directions.flatten(1))
+    """A random direction of length one, orthogonal to directions `[n, k, d]` that are orthonormal themselves."""
+    flat = directions.flatten(1)
     draw = torch.randn(flat.shape[1], generator=generator).to(flat)
     for _ in range(2):  # once more, because rounding leaves a little of the first
         draw = F.normalize(draw - (draw @ flat.T) @ flat, dim=0)
@@ -772,26 +770,25 @@ def outside_direction(directions, generator):
 
 @dataclass
 class GaussNewtonUpdate:
-    """`gauss_newton`: evidence from whole predictions along the directions of a subspace, then `GaussNewton`'s step.
+    """`gauss_newton`: evidence from whole predictions along some directions, then `GaussNewton`'s step.
 
-    A small subspace learns fast, a large one further: it is doubled once it has had so many steps for each direction.
-    One random direction from outside goes along and tells how much of the gradient the subspace holds: where that is
-    too little, it is doubled at once.
+    A run begins in a subspace, which learns fast; then every step looks along as many directions drawn from all, which
+    learn further. In the subspace one random direction from outside goes along, which tells how much of the gradient
+    it holds: where that is too little, it is left at once.
     """
 
-    solver: GaussNewton
-    directions: torch.Tensor  # [n, k, d], all that there are to widen the subspace to, orthogonal
+    solver: GaussNewton  # with all directions, those of the subspace first
     step_size: float  # h
-    growth: float  # steps for each direction until the subspace is doubled; 0: never
-    squares: torch.Tensor  # |gradient|² inside the subspace and, as estimated, outside: sums over `seen` steps
-    seen: int = 0
+    inside: int  # directions of the subspace
+    subspace_steps: int  # in it, before it is left
+    seed: int  # of the draws of directions, which are the same in all processes
+    squares: torch.Tensor = field(default_factory=lambda: torch.zeros(2))  # sums of |gradient|² inside, outside
     steps: int = 0
 
     @property
     def num_candidates(self):
-        """Points of a step: θ, one for each direction, and the one from outside."""
-        n = len(self.solver.directions)
-        return n + 1 + (n < self.directions[0].numel())
+        """Points of a step: θ, one for each direction of the subspace, and one more."""
+        return 1 + min(self.inside + 1, len(self.solver.directions))
 
     @property
     def share(self):
@@ -799,46 +796,53 @@ class GaussNewtonUpdate:
         inside, outside = self.squares.tolist()
         return inside / (inside + outside) if inside + outside > 0 else 1.0
 
+    @property
+    def in_subspace(self):
+        """Whether the step at hand is one in the subspace."""
+        return self.steps < self.subspace_steps and self.inside < len(self.solver.directions)
+
+    def looked(self):
+        """Numbers of the directions that the step at hand moves θ along, the same for all its batches."""
+        if self.in_subspace:
+            return torch.arange(self.inside)
+        shuffled = np.random.default_rng([self.seed, self.steps]).permutation(len(self.solver.directions))
+        return torch.from_numpy(shuffled[: self.num_candidates - 1])
+
     def evidence(self, model, theta, batch, generator):
-        """What a batch says: K, y and |gradient|² inside and outside; and the loss."""
-        inside = self.solver.directions
-        n, dimension = len(inside), theta.numel()
-        directions = inside
-        if n < dimension:
-            directions = torch.cat([inside, outside_direction(inside, generator)[None]])
+        """What a batch says: K, y and |gradient|² inside and outside of the subspace; and the loss."""
+        directions = self.solver.directions[self.looked()]
+        n, outside = len(directions), theta.numel() - self.inside
+        if self.in_subspace:
+            directions = torch.cat([directions, outside_direction(directions, generator)[None]])
         # A random sign for each: what curvature adds to a difference over h has either sign, and averages out.
         signs = torch.randint(2, (len(directions),), generator=generator).to(theta) * 2 - 1
         error_fn = functools.partial(model.errors, batch=batch)
         matrix, gradient, loss = gauss_newton_evidence(error_fn, theta, directions, self.step_size * signs)
-        squares = (gradient / directions.flatten(1).norm(dim=1)) ** 2
-        squares = torch.stack([squares[:n].sum(), squares[n:].sum() * (dimension - n)])
+        squares = torch.stack([gradient[:n].square().sum(), gradient[n:].square().sum() * outside])
         return (matrix[:n, :n], gradient[:n], squares), loss
 
     def update(self, theta, matrix, gradient, squares):
         """Moves θ."""
-        theta += self.solver.step(matrix, gradient)
-        self.squares += squares.cpu()
-        self.seen, self.steps = self.seen + 1, self.steps + 1
-        count = len(self.solver.directions)
-        too_little = self.seen == SHARE_STEPS and self.share < LEAST_SHARE
-        if count < len(self.directions) and (too_little or 0 < self.growth * count <= self.steps):
-            wider = min(2 * count, len(self.directions))
-            logger.info(f"The subspace held {self.share:.0%} of the gradient: {wider} directions from here on")
-            self.solver.widen(self.directions[:wider])
-            self.squares, self.seen = torch.zeros(2), 0
+        theta += self.solver.step(matrix, gradient, self.looked())
+        was_inside, self.steps = self.in_subspace, self.steps + 1
+        if was_inside:
+            self.squares += squares.cpu()
+            if self.steps == SHARE_STEPS and self.share < LEAST_SHARE:
+                self.subspace_steps = SHARE_STEPS
+            if not self.in_subspace:
+                logger.info(f"The subspace held {self.share:.0%} of the gradient: all directions from here on")
 
     def figures(self):
         """What the log says of it."""
-        return {"subspace": len(self.solver.directions), "share": self.share}
+        return {"subspace": self.inside, "share": self.share}
 
     def state_dict(self):
-        state = {"information": self.solver.information, "prior": self.solver.prior}
-        return state | {"squares": self.squares, "seen": self.seen, "steps": self.steps}
+        state = {"information": self.solver.information, "prior": self.solver.prior, "squares": self.squares}
+        return state | {"steps": self.steps, "subspace_steps": self.subspace_steps}
 
     def load_state_dict(self, state, device):
         self.solver.information, self.solver.prior = state["information"], state["prior"]
-        self.solver.directions = self.directions[: len(state["information"])]
-        self.squares, self.seen, self.steps = state["squares"], state["seen"], state["steps"]
+        self.squares, self.steps, self.subspace_steps = state["squares"], state["steps"], state["subspace_steps"]
 
 
 @dataclass(frozen=True)
@@ -959,17 +963,15 @@ def complete_for_precision(args, precision):
 
 
 def candidates_per_step(args):
-    """How many points a step evaluates (of Gauss-Newton: the first)."""
-    if args.optimizer == "gauss_newton":  # θ, the subspace's directions for each vector, one from outside
+    """How many points a step evaluates."""
+    if args.optimizer == "gauss_newton":  # θ, the subspace's directions for each vector, and one more
         return args.num_vectors * args.subspace_dimension + 2
     return ESTIMATORS[args.gradient_estimator].num_losses(args.num_perturbations)
 
 
 def candidates_per_pass(args):
     """How many of them go through the model as one batch."""
-    if args.optimizer == "gauss_newton":  # whose steps may become larger
-        return args.max_candidates_per_forward
-    return min(candidates_per_step(args), args.max_candidates_per_forward or candidates_per_step(args))
+    return min(candidates_per_step(args), args.max_candidates_per_forward or sys.maxsize)
 
 
 def complete_for_base(args, base):
@@ -1030,9 +1032,6 @@ def resolve_settings(args, device):
     args.activations = "int8" if in_int8 else str(compute.dtype).removeprefix("torch.")
     if args.optimizer == "gauss_newton" and args.max_candidates_per_forward is None:
         args.max_candidates_per_forward = GAUSS_NEWTON_PASS
-    if not on_torch:
-        examples_per_pass = candidates_per_pass(args) * args.train_batch_size
-        openvino_unet.check_openvino(args.openvino_device, examples_per_pass, in_int8)
     if args.torch_compile and device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
         raise InputError("--torch_compile needs a C++ compiler on a CPU: install g++ or leave the flag out.")
     source = base_model.ModelSource(args.pretrained_model_name_or_path, args.revision, args.variant)
@@ -1040,6 +1039,9 @@ def resolve_settings(args, device):
     families.complete_settings(args, base.family)
     complete_for_precision(args, precision)
     complete_for_base(args, base)
+    if not on_torch:
+        examples_per_pass = candidates_per_pass(args) * args.train_batch_size
+        openvino_unet.check_openvino(args.openvino_device, examples_per_pass, in_int8)
     word = args.placeholder_token, args.num_vectors, args.initializer_token
     return base, prompts.add_placeholder(base.tokenizer, *word, base.tokenizers[1:]), compute
 
@@ -1049,7 +1051,7 @@ TRAJECTORY_SETTINGS = (
     "pretrained_model_name_or_path revision variant tokenizer_name quantization unet_backend openvino_precision"
     " mixed_precision activations placeholder_token initializer_token num_vectors learnable_property resolution"
     " center_crop flip_probability train_batch_size gradient_accumulation_steps seed optimizer perturbation_scale"
-    " num_perturbations gradient_estimator sg_window sg_threshold subspace subspace_dimension subspace_growth"
+    " num_perturbations gradient_estimator sg_window sg_threshold subspace subspace_dimension subspace_steps"
     " subspace_words gn_ridge gn_memory gn_averaging gn_max_step puts_min_timestep puts_max_timestep learning_rate"
     " scale_lr lr_scheduler lr_warmup_steps lr_num_cycles adam_beta1 adam_beta2 adam_weight_decay adam_epsilon"
     " pool_at_eos"
@@ -1059,6 +1061,8 @@ TRAJECTORY_SETTINGS = (
 def estimate_memory(args, base, compute):
     """The `MemoryPrediction` of a run, from the configs alone."""
     networks = base_model.empty_text_encoder(base), *(base_model.empty_model(base, name) for name in ("unet", "vae"))
+    entries = args.num_vectors * base.word_width  # of θ; Gauss-Newton keeps so many directions, and A
+    points = candidates_per_step(args) + (entries if args.optimizer == "gauss_newton" else 0)
     plan = memory.MemoryPlan(
         examples=candidates_per_pass(args) * args.train_batch_size,
         resolution=args.resolution,
@@ -1066,7 +1070,7 @@ def estimate_memory(args, base, compute):
         streamed=args.low_vram,
         openvino=args.unet_backend == "openvino",
         images=bool(args.validation_prompt),
-        coordinates=candidates_per_step(args) * args.num_vectors * base.word_width,
+        coordinates=points * entries,
     )
     return memory.predict_memory(*networks, BACKENDS[args.quantization], plan, base, compute)
 
@@ -1100,11 +1104,11 @@ RECIPES = {
         **WINDOW,
         "optimizer": "gauss_newton",
         "train_batch_size": 1,
-        "max_train_steps": 250,
-        "logging_steps": 5,
-        "validation_steps": 25,
-        "save_steps": 50,
-        "checkpointing_steps": 25,
+        "max_train_steps": 500,
+        "logging_steps": 10,
+        "validation_steps": 50,
+        "save_steps": 100,
+        "checkpointing_steps": 50,
     },
 }
 
@@ -1112,7 +1116,7 @@ RECIPES = {
 FLAGS_OF_OPTIMIZER = {
     "zo_adam": "num_perturbations gradient_estimator sg_window sg_threshold learning_rate scale_lr lr_scheduler"
     " lr_warmup_steps lr_num_cycles adam_beta1 adam_beta2 adam_weight_decay adam_epsilon".split(),
-    "gauss_newton": "subspace subspace_dimension subspace_growth subspace_words gn_ridge gn_memory gn_averaging"
+    "gauss_newton": "subspace subspace_dimension subspace_steps subspace_words gn_ridge gn_memory gn_averaging"
     " gn_max_step".split(),
 }
 
@@ -1263,25 +1267,25 @@ def add_zeroth_order_arguments(add):
         "--subspace",
         choices=["vocabulary", "prompt_words", "none"],
         default="vocabulary",
-        help="Where Gauss-Newton looks: along the main differences between the model's words (those with the longest"
-        " embeddings), between the words of the prompts, or everywhere.",
+        help="Where Gauss-Newton looks first: along the main differences between the model's words (those with the"
+        " longest embeddings), between the words of the prompts, or everywhere.",
     )
     add(
         "--subspace_dimension",
         type=int,
-        help="Directions of it per vector of the token, to begin with; twice as many where it holds less than half of"
-        " the gradient. Default: 32, or all without a subspace.",
+        help="Directions of it per vector of the token, and of a step afterwards. Default: 32, or all without a"
+        " subspace.",
     )
     add(
-        "--subspace_growth",
-        type=float,
-        default=2.75,
-        help="Steps for each direction until the subspace is doubled; 0: it keeps its size while it holds half of the"
-        " gradient.",
+        "--subspace_steps",
+        type=int,
+        default=30,
+        help="Steps in the subspace; afterwards each looks along random ones of all directions. Where it holds less"
+        " than half of the gradient it is left after 16.",
     )
     add("--subspace_words", type=int, default=80, help="How many words make the vocabulary's subspace.")
-    add("--gn_ridge", type=float, default=5.0, help="λ: weight of the start against what the pictures say.")
-    add("--gn_memory", type=float, default=0.9, help="ρ: share of older evidence that is kept from step to step.")
+    add("--gn_ridge", type=float, default=3.0, help="λ: weight of the start against what the pictures say.")
+    add("--gn_memory", type=float, default=0.8, help="ρ: share of older evidence that is kept from step to step.")
     add(
         "--gn_averaging",
         type=float,
@@ -1508,25 +1512,25 @@ def load_calibrated_unet(args, base, compute, model, learner, concept, pictures_
 
 @torch.inference_mode()
 def draw_calibration(args, model, learner, concept):
-    """Inputs of the UNet as in the first step of training: passes of θ and candidates, each on examples of its own."""
-    generator, inputs = torch.Generator().manual_seed(args.seed), []
+    """Inputs of the UNet as when training begins: passes of θ and candidates, each on examples of its own."""
+    directions, inputs = learner.rule.solver.directions, []
+    generator = torch.Generator().manual_seed(args.seed)
 
     def record(*given, return_dict, added_cond_kwargs=None):
         inputs.append((*given, *(added_cond_kwargs or {}).values()))
         return (torch.zeros_like(given[0]),)
 
-    directions = learner.rule.solver.directions
-    directions = torch.cat([directions, -directions])
     for _ in range(CALIBRATION_PASSES):
         batch = draw_batch(concept, choose_sampling(args), model.scheduler, generator).to(learner.theta.device)
         picks = torch.randint(len(directions), (candidates_per_pass(args) - 1,), generator=generator)
-        steps = args.perturbation_scale * F.normalize(directions[picks].flatten(1)).view(-1, *learner.theta.shape)
+        signs = torch.randint(2, (len(picks), 1, 1), generator=generator).to(directions) * 2 - 1
+        steps = args.perturbation_scale * signs * directions[picks]
         replace(model, unet=record).errors(torch.cat([learner.theta[None], learner.theta + steps]), batch)
     return inputs
 
 
 def choose_directions(args, base, placeholder, prompt_ids):
-    """All directions that Gauss-Newton may come to, `[d, d]`: those of `--subspace` first, in the order of their use.
+    """All directions of a vector, `[d, d]`, orthonormal: those of `--subspace` first.
 
     Args:
         args: resolved settings.
@@ -1558,9 +1562,9 @@ def start_gauss_newton(args, theta, directions):
     k, d = theta.shape
     of_vectors = torch.eye(k)[None, :, :, None] * directions[:, None, None, :]  # [d, k, k, d]: vector by vector
     of_vectors = of_vectors.reshape(-1, k, d).to(theta)
-    first = of_vectors[: k * args.subspace_dimension]
-    solver = GaussNewton(first, args.gn_memory, args.gn_ridge, args.gn_max_step)
-    return GaussNewtonUpdate(solver, of_vectors, args.perturbation_scale, args.subspace_growth, torch.zeros(2))
+    solver = GaussNewton(of_vectors, args.gn_memory, args.gn_ridge, args.gn_max_step)
+    steps = 0 if args.subspace == "none" else args.subspace_steps
+    return GaussNewtonUpdate(solver, args.perturbation_scale, k * args.subspace_dimension, steps, args.seed)
 
 
 def start_zeroth_order_adam(args, theta, num_processes):
@@ -1831,8 +1835,7 @@ def learn_concept(args, accelerator, base, placeholder, compute):
     base_model.check_weights(base)  # last of the checks: of a model on the Hub it downloads the weights
     directions = None
     if args.optimizer == "gauss_newton":
-        prompt_ids, _ = captions
-        directions = choose_directions(args, base, placeholder, prompt_ids)
+        directions = choose_directions(args, base, placeholder, captions[0])
     repo_id = None
     if args.push_to_hub and accelerator.is_main_process:
         wanted = args.hub_model_id or Path(args.output_dir).resolve().name

@@ -583,7 +583,7 @@ class TimedSteps(NamedTuple):
         times = len(range(0, steps, every)) + 1
         images = int(flags.get("num_validation_images") or 4) * int(flags.get("num_inference_steps") or 25)
         drawing = self.drawing * images / TRIAL["num_inference_steps"]
-        return self.start + steps * self.step * growth(steps, flags) + times * (self.held_out + drawing)
+        return self.start + steps * self.step + times * (self.held_out + drawing)
 
 
 def timed_steps(history, started, peak_memory):
@@ -601,15 +601,3 @@ def timed_steps(history, started, peak_memory):
     drawing = max(0.0, at[middle + 1] - at[middle] - held_out - step)
     start = max(0.0, at[1] - started - step - held_out - drawing)
     return TimedSteps(start, step, held_out, drawing, int(peak_memory["process_mb"]))
-
-
-def growth(steps, flags):
-    """By how much an average step is dearer than the first ones: Gauss-Newton doubles its subspace as it goes on."""
-    if flags.get("recipe") != "fast" and flags.get("optimizer") != "gauss_newton":
-        return 1.0
-    directions, per_direction = int(flags.get("subspace_dimension") or 32), float(flags.get("subspace_growth") or 2.75)
-    done, cost, first = 0, 0.0, directions
-    while done < steps:
-        now = min(steps - done, max(1, round(directions * per_direction)))
-        cost, done, directions = cost + now * directions, done + now, min(2 * directions, 768)
-    return cost / steps / first

@@ -269,7 +269,7 @@ RANGES = {
     "perturbation_scale": Range(0.0, 1.0, above=True),  # the precision of activations says what it is at least
     "max_candidates_per_forward": Range(1, 8192),
     "subspace_dimension": Range(1, 10**5),
-    "subspace_growth": Range(0.0, 1e6),
+    "subspace_steps": Range(1, 10**9),
     "subspace_words": Range(2, 10**6),
     "gn_ridge": Range(1e-9, 1e9),
     "gn_memory": Range(0.0, 1.0),

@@ -62,7 +62,7 @@ _SHARED = (
 _WORD = (
     "recipe optimizer num_vectors learnable_property repeats quantization unet_backend openvino_device"
     " openvino_precision low_vram torch_compile num_perturbations perturbation_scale allow_noisy_estimates"
-    " gradient_estimator max_candidates_per_forward sg_window sg_threshold subspace subspace_dimension subspace_growth"
+    " gradient_estimator max_candidates_per_forward sg_window sg_threshold subspace subspace_dimension subspace_steps"
     " subspace_words gn_ridge gn_memory gn_averaging gn_max_step puts_min_timestep puts_max_timestep"
     " num_validation_samples early_stopping_patience save_steps save_a1111"
 ).split()

@@ -334,16 +334,6 @@ def test_time_left_and_time_in_all():
         app_runs.timed_steps(app_runs.History([], []), 0, {"process_mb": 1})
 
 
-def test_gauss_newton_grows_dearer():
-    per_step, directions = [], 4
-    while len(per_step) < 50:  # so many directions, for so many steps each
-        per_step += [directions] * (2 * directions)
-        directions *= 2
-    flags = {"optimizer": "gauss_newton", "subspace_dimension": "4", "subspace_growth": "2"}
-    assert app_runs.growth(50, flags) == pytest.approx(sum(per_step[:50]) / 50 / 4)
-    assert app_runs.growth(50, {}) == 1.0
-
-
 @pytest.mark.parametrize(
     "seconds, words", [(3.4, "3 s"), (59.6, "1 min"), (83, "1 min 20 s"), (1500, "25 min"), (7800, "2 h 10 min")]
 )
