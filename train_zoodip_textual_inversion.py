@@ -277,7 +277,7 @@ class GaussNewton:
     A ← ρ A + K, then θ moves by -(A + λ tr(K₁)/n I)⁻¹ y along the directions. With ρ = 1 and errors linear in θ that
     is the posterior mean of a Gaussian prior at the start; errors are linear only nearby, so older evidence is
     forgotten. There is no learning rate. A step may look along some of the directions: it moves θ along those only,
-    and of A their block alone is forgotten and filled.
+    and of A their block alone is forgotten and filled. All of it is on the host: small, and the same on every device.
 
     Args:
         directions: `[n, *θ.shape]`, orthonormal; see `vocabulary_directions`.
@@ -286,7 +286,7 @@ class GaussNewton:
         max_step: the longest step of θ; longer ones are shortened to it.
 
     Attributes:
-        information: A, float64 `[n, n]` on the host: the solve is tiny, and there it is exact on every device.
+        information: A, float64 `[n, n]`.
         prior: λ tr(K₁)/n; None before the first evidence.
     """
 
@@ -762,7 +762,7 @@ class ZerothOrderAdam:
 def outside_direction(directions, generator):
     """A random direction of length one, orthogonal to directions `[n, k, d]` that are orthonormal themselves."""
     flat = directions.flatten(1)
-    draw = torch.randn(flat.shape[1], generator=generator).to(flat)
+    draw = torch.randn(flat.shape[1], generator=generator)
     for _ in range(2):  # once more, because rounding leaves a little of the first
         draw = F.normalize(draw - (draw @ flat.T) @ flat, dim=0)
     return draw.view_as(directions[0])
@@ -815,15 +815,15 @@ class GaussNewtonUpdate:
         if self.in_subspace:
             directions = torch.cat([directions, outside_direction(directions, generator)[None]])
         # A random sign for each: what curvature adds to a difference over h has either sign, and averages out.
-        signs = torch.randint(2, (len(directions),), generator=generator).to(theta) * 2 - 1
+        signs = torch.randint(2, (len(directions),), generator=generator) * 2 - 1
         error_fn = functools.partial(model.errors, batch=batch)
-        matrix, gradient, loss = gauss_newton_evidence(error_fn, theta, directions, self.step_size * signs)
+        matrix, gradient, loss = gauss_newton_evidence(error_fn, theta, directions.to(theta), self.step_size * signs)
         squares = torch.stack([gradient[:n].square().sum(), gradient[n:].square().sum() * outside])
         return (matrix[:n, :n], gradient[:n], squares), loss
 
     def update(self, theta, matrix, gradient, squares):
         """Moves θ."""
-        theta += self.solver.step(matrix, gradient, self.looked())
+        theta += self.solver.step(matrix, gradient, self.looked()).to(theta)
         was_inside, self.steps = self.in_subspace, self.steps + 1
         if was_inside:
             self.squares += squares.cpu()
@@ -915,8 +915,8 @@ def train_step(learner, model, concept, sampling, average=lambda tensor: tensor)
         average: takes the mean of a tensor over processes.
 
     Returns:
-        The mean loss of this process, a scalar on the device. Nothing here waits for the device but Gauss-Newton's
-        solve, once a step.
+        The mean loss of this process, a scalar on the device. Nothing here waits for the device but Gauss-Newton:
+        its directions come from the host, and its evidence goes there.
     """
     total, mean_loss = None, torch.zeros((), device=learner.theta.device)
     for _ in range(sampling.accumulation_steps):
@@ -1523,8 +1523,8 @@ def draw_calibration(args, model, learner, concept):
     for _ in range(CALIBRATION_PASSES):
         batch = draw_batch(concept, choose_sampling(args), model.scheduler, generator).to(learner.theta.device)
         picks = torch.randint(len(directions), (candidates_per_pass(args) - 1,), generator=generator)
-        signs = torch.randint(2, (len(picks), 1, 1), generator=generator).to(directions) * 2 - 1
-        steps = args.perturbation_scale * signs * directions[picks]
+        signs = torch.randint(2, (len(picks), 1, 1), generator=generator) * 2 - 1
+        steps = (args.perturbation_scale * signs * directions[picks]).to(learner.theta)
         replace(model, unet=record).errors(torch.cat([learner.theta[None], learner.theta + steps]), batch)
     return inputs
 
@@ -1561,7 +1561,7 @@ def start_gauss_newton(args, theta, directions):
     """A `GaussNewtonUpdate` before its first step; `directions` `[d, d]` serve each of θ's vectors `[k, d]`."""
     k, d = theta.shape
     of_vectors = torch.eye(k)[None, :, :, None] * directions[:, None, None, :]  # [d, k, k, d]: vector by vector
-    of_vectors = of_vectors.reshape(-1, k, d).to(theta)
+    of_vectors = of_vectors.reshape(-1, k, d)
     solver = GaussNewton(of_vectors, args.gn_memory, args.gn_ridge, args.gn_max_step)
     steps = 0 if args.subspace == "none" else args.subspace_steps
     return GaussNewtonUpdate(solver, args.perturbation_scale, k * args.subspace_dimension, steps, args.seed)
