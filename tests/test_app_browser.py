@@ -128,8 +128,8 @@ def test_from_pictures_to_a_download(browser, address, root, subject, tmp_path, 
         page.locator("#validation-steps input").fill("10")
         page.locator("#num-validation-images input").fill("2")
         others = page.locator("#others textarea, #others input").first
-        others.fill("--logging_steps 1 --num_perturbations 16 --checkpointing_steps 1000")
-        wait_until(page, lambda: "--num_perturbations 16" in page.locator("#command").inner_text())
+        others.fill("--logging_steps 1 --checkpointing_steps 1000")
+        wait_until(page, lambda: "--logging_steps 1" in page.locator("#command").inner_text())
     command = wait_until(page, lambda: "initializer" in (t := page.locator("#command").inner_text()) and t)
     assert "accelerate launch" in command and "<my-toy>" in command
     if SCREENSHOT:
