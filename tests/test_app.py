@@ -436,7 +436,7 @@ def test_how_a_run_ended_is_read_from_its_log(book, form, sleeping):
 def test_whole_life_of_a_run(book, form, tmp_path):
     """Started, found by another server, killed, resumed, stopped, resumed to the end, packed, drawn with."""
     flags = form.flags | {"max_train_steps": 10**6, "checkpointing_steps": 2, "validation_steps": 10**6}
-    flags |= {"lr_scheduler": "constant", "num_validation_samples": 2, "num_validation_images": 1}
+    flags |= {"num_validation_samples": 2, "num_validation_images": 1}
     run = book.start(replace(form, flags=flags, others="--logging_steps 1"), token="hf_secret")
     other = RunBook(Workspace(book.workspace.root, [REPO / "demo"]))
     found = other.open(run.name)
