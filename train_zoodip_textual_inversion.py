@@ -1040,8 +1040,7 @@ def resolve_settings(args, device):
     complete_for_precision(args, precision)
     complete_for_base(args, base)
     if not on_torch:
-        examples_per_pass = candidates_per_pass(args) * args.train_batch_size
-        openvino_unet.check_openvino(args.openvino_device, examples_per_pass, in_int8)
+        openvino_unet.check_openvino(args.openvino_device, candidates_per_pass(args) * args.train_batch_size, in_int8)
     word = args.placeholder_token, args.num_vectors, args.initializer_token
     return base, prompts.add_placeholder(base.tokenizer, *word, base.tokenizers[1:]), compute
 
@@ -1160,11 +1159,14 @@ def parse_args(input_args=None):
 
 
 def check_optimizer(parser, args, given):
-    """Ends with exit code 2 where a flag of the other optimizer was given (names)."""
+    """Ends with exit code 2 where a flag was given (names) that the optimizer or its subspace has no use for."""
     for optimizer, names in FLAGS_OF_OPTIMIZER.items():
         useless = [name for name in names if name in given and optimizer != args.optimizer]
         if useless:
             parser.error(f"--{useless[0]} belongs to --optimizer {optimizer}, this is {args.optimizer}: drop one.")
+    for name, without in (("subspace_steps", ("none",)), ("subspace_words", ("none", "prompt_words"))):
+        if name in given and args.subspace in without:
+            parser.error(f"--{name} does nothing with --subspace {args.subspace}: drop one.")
 
 
 def add_engine_arguments(add):
@@ -1273,15 +1275,13 @@ def add_zeroth_order_arguments(add):
     add(
         "--subspace_dimension",
         type=int,
-        help="Directions of it per vector of the token, and of a step afterwards. Default: 32, or all without a"
-        " subspace.",
+        help="Directions of it per vector of the token, and of later steps. Default: 32, or all with none.",
     )
     add(
         "--subspace_steps",
         type=int,
         default=30,
-        help="Steps in the subspace; afterwards each looks along random ones of all directions. Where it holds less"
-        " than half of the gradient it is left after 16.",
+        help="Steps in it (16 where it holds less than half of the gradient); later ones take random directions.",
     )
     add("--subspace_words", type=int, default=80, help="How many words make the vocabulary's subspace.")
     add("--gn_ridge", type=float, default=3.0, help="λ: weight of the start against what the pictures say.")

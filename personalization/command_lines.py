@@ -86,7 +86,7 @@ METHODS = {
         result_name="learned_embeds.safetensors",
         config_name="zoodip_config.json",
         predicts_memory=True,
-        defaults={"recipe": "fast", "max_train_steps": 250, "validation_steps": 25, "checkpointing_steps": 25},
+        defaults={"recipe": "fast", "max_train_steps": 500, "validation_steps": 50, "checkpointing_steps": 50},
         demo={
             "recipe": "fast",
             "max_train_steps": 125,

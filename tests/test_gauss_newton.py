@@ -267,6 +267,14 @@ def test_two_processes_stay_identical(basics, repo, tmp_path):
         ({"--optimizer": "gauss_newton", "--learning_rate": 1e-3}, "--learning_rate belongs to --optimizer zo_adam"),
         ({"--gn_ridge": 3}, "--gn_ridge belongs to --optimizer gauss_newton, this is zo_adam: drop one."),
         ({"--optimizer": "gauss_newton", "--gn_memory": 1.5}, "--gn_memory 1.5 must be"),
+        (
+            {"--optimizer": "gauss_newton", "--subspace": "none", "--subspace_steps": 9},
+            "--subspace_steps does nothing with --subspace none: drop one.",
+        ),
+        (
+            {"--optimizer": "gauss_newton", "--subspace": "prompt_words", "--subspace_words": 9},
+            "--subspace_words does nothing with --subspace prompt_words: drop one.",
+        ),
         ({"--optimizer": "sgd"}, "invalid choice: 'sgd'"),
     ],
     ids=str,
