@@ -240,15 +240,14 @@ def read_scales(given, label, folder, base):
     """
     try:
         config = json.loads((folder / tuneqdm.CONFIG_FILE).read_text(encoding="utf-8"))
-        tuneqdm.read_scale_config(config)
         word, trained_on = config["settings"]["subject_name"], config["base_model"]
+        tuneqdm.read_scales(folder / tuneqdm.SCALES_FILE)
         content = (folder / tuneqdm.SCALES_FILE).read_bytes()
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"--results {given!r} holds no scales that can be read ({error!r}).") from None
     check_word(given, word, tuneqdm.CONFIG_FILE)
     check_base(given, trained_on, base)
-    fingerprint = hashlib.sha256(content + json.dumps(config["scales"], sort_keys=True).encode()).hexdigest()[:16]
-    return Column(label, word, folder, fingerprint, "scales", base)
+    return Column(label, word, folder, hashlib.sha256(content).hexdigest()[:16], "scales", base)
 
 
 def read_lora(given, label, folder, base):

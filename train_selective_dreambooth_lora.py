@@ -939,8 +939,9 @@ def personalize(args, accelerator, base, compute):
         with accelerator.main_process_first():
             what = base, "unet", BACKENDS[args.quantization], compute, cache_dir
             class_pictures = dreambooth.read_class(args, base, compute, lambda: zoodip.load_frozen(*what)[0])
-    data = [*(p._replace(caption=text) for p, text in zip(pictures, texts)), *(class_pictures or [])]
-    settings = checkpoints.trajectory_settings(args, TRAJECTORY_SETTINGS, accelerator.num_processes, data)
+    captioned = [p._replace(caption=text) for p, text in zip(pictures, texts)]
+    data = base_model.weights_digest(base), accelerator.num_processes, [*captioned, *(class_pictures or [])]
+    settings = checkpoints.trajectory_settings(args, TRAJECTORY_SETTINGS, *data)
     checkpoint = checkpoints.find_checkpoint(args.resume_from_checkpoint, args.output_dir, settings)
 
     # 3. VAE and text encoder come and go; then the UNet arrives, quantized.

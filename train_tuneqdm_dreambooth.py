@@ -42,7 +42,6 @@ from accelerate.logging import get_logger
 from accelerate.utils import set_module_tensor_to_device
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
-from safetensors.torch import save
 
 import tuneqdm_pipeline as tuneqdm
 from personalization import (
@@ -267,9 +266,11 @@ def train_step(learner, model, subject, sampling, average=lambda tensor: tensor)
         scaler.scale(loss / sampling.accumulation_steps).backward()
         mean_loss += loss.detach() / sampling.accumulation_steps
     changes = list(learner.changes.values())
-    flat = average(torch.cat([change.grad.flatten() for change in changes]))  # one message, not one for every layer
+    # A layer that the model has and does not use gets no gradient. One message, not one for every layer.
+    gradients = [torch.zeros_like(change) if change.grad is None else change.grad for change in changes]
+    flat = average(torch.cat([gradient.flatten() for gradient in gradients]))
     for change, gradient in zip(changes, flat.split([change.numel() for change in changes])):
-        change.grad.copy_(gradient.view_as(change))
+        change.grad = gradient.view_as(change)
     scaler.unscale_(learner.optimizer)
     torch.nn.utils.clip_grad_norm_(changes, sampling.max_grad_norm)
     scaler.step(learner.optimizer)
@@ -394,7 +395,8 @@ def add_scale_arguments(add):
         "--calibration",
         choices=["minmax", "mse"],
         default="minmax",
-        help="Range of a channel's integers: all of it, or that with the least squared error (slower, once; for 4).",
+        help="Range of a channel's integers: all of it, or that with the least squared error, for 4 bits (slower: once"
+        " in training, and whenever the pipeline is loaded).",
     )
     add(
         "--scale_sets",
@@ -569,7 +571,7 @@ def check_finite(run, loss, last_good):
     if math.isfinite(loss) and all(bool(change.isfinite().all()) for change in run.learner.changes.values()):
         return
     if run.accelerator.is_main_process:
-        save_scales(run.results, last_good, run.args.save_half)
+        save_scales(run.results, last_good, describe_scales(run), run.args.save_half)
     raise DivergedError(
         f"the loss became {loss} at step {run.progress.step}: training stopped and the last good scales are in"
         f" {run.args.output_dir}/{PUBLICATION.result_name}; try a smaller --learning_rate than"
@@ -577,15 +579,21 @@ def check_finite(run, loss, last_good):
     )
 
 
-def save_scales(results, changes, half=False):
+def save_scales(results, changes, config, half=False):
     """Writes what was learned: `tuneqdm.change_shapes` names the tensors, changes relative to the base's scales.
+
+    Args:
+        results: `run_folder.ResultFolder`.
+        changes: name -> δ.
+        config: their `ScaleConfig`.
+        half: whether in float16.
 
     Raises:
         RunError: it is not in the run's folder; the message says where it is instead.
     """
     dtype = torch.float16 if half else torch.float32
     tensors = {name: change.detach().to("cpu", dtype).contiguous() for name, change in changes.items()}
-    embeddings.save_content(results, PUBLICATION.result_name, save(tensors, metadata={"format": "pt"}))
+    embeddings.save_content(results, PUBLICATION.result_name, tuneqdm.write_scales(tensors, config))
 
 
 def finish(run, pictures, components, repo_id):
@@ -601,27 +609,30 @@ def finish(run, pictures, components, repo_id):
         RunError: something could not be written; what could is there.
     """
     args, compute = run.args, run.model.compute
-    save_scales(run.results, run.learner.changes, args.save_half)
+    scales = describe_scales(run)
+    save_scales(run.results, run.learner.changes, scales, args.save_half)
     samples = draw_validation_images(run) or []
     figures = runs.describe_figures(run.progress, run.history, compute.device)
     figures["trained_scales"] = sum(change.numel() for change in run.learner.changes.values())
     base_license = hub.base_license(args.pretrained_model_name_or_path)
     method, name = "TuneQDM (arXiv 2401.04339)", args.subject_name or args.instance_prompt or "the subject"
     config = runs.describe_result(args, method, base_license, compute, components, figures, subject=name)
-    config |= {"run": run.id, "scales": describe_scales(args, run.base, run.model.unet)._asdict()}
+    config |= {"run": run.id, "scales": scales._asdict()}
     write_result(Result(name, None, None, run.history, samples, pictures, config), run.results, PUBLICATION, repo_id)
     return config
 
 
-def describe_scales(args, base, unet):
+def describe_scales(run):
     """The `ScaleConfig` of a run."""
+    args, unet = run.args, run.model.unet
     return ScaleConfig(
         bits=args.bits,
         calibration=args.calibration,
         scale_sets=args.scale_sets,
         scale_intervals=read_intervals(args.scale_intervals),
         train_input_scales=args.train_input_scales,
-        num_train_timesteps=base.scheduler.config.num_train_timesteps,
+        num_train_timesteps=run.base.scheduler.config.num_train_timesteps,
+        base_model=runs.public_settings(args)["pretrained_model_name_or_path"],
         base_sha256=tuneqdm.fingerprint(unet),
         base_sketch=tuneqdm.sketch(unet),
     )
@@ -675,8 +686,9 @@ def personalize(args, accelerator, base, compute, table):
         with accelerator.main_process_first():
             load_unet = functools.partial(load_quantized_unet, base, args.bits, args.calibration, compute, cache_dir)
             class_pictures = dreambooth.read_class(args, base, compute, lambda: load_unet()[0])
-    data = [*(p._replace(caption=text) for p, text in zip(pictures, texts)), *(class_pictures or [])]
-    settings = checkpoints.trajectory_settings(args, TRAJECTORY_SETTINGS, accelerator.num_processes, data)
+    captioned = [p._replace(caption=text) for p, text in zip(pictures, texts)]
+    data = base_model.weights_digest(base), accelerator.num_processes, [*captioned, *(class_pictures or [])]
+    settings = checkpoints.trajectory_settings(args, TRAJECTORY_SETTINGS, *data)
     checkpoint = checkpoints.find_checkpoint(args.resume_from_checkpoint, args.output_dir, settings)
 
     # 3. VAE and text encoder come and go; then the UNet arrives, quantized.

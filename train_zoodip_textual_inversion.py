@@ -759,13 +759,11 @@ class ZerothOrderAdam:
         self.subspace.load_state_dict(state["subspace"], device)
 
 
-def outside_direction(directions, generator):
-    """A random direction of length one, orthogonal to directions `[n, k, d]` that are orthonormal themselves."""
+def random_combination(directions, generator):
+    """A random direction of length one `[k, d]`, a combination of orthonormal ones `[n, k, d]`."""
     flat = directions.flatten(1)
-    draw = torch.randn(flat.shape[1], generator=generator)
-    for _ in range(2):  # once more, because rounding leaves a little of the first
-        draw = F.normalize(draw - (draw @ flat.T) @ flat, dim=0)
-    return draw.view_as(directions[0])
+    along = F.normalize(flat @ torch.randn(flat.shape[1], generator=generator), dim=0)
+    return (along @ flat).view_as(directions[0])
 
 
 @dataclass
@@ -774,7 +772,8 @@ class GaussNewtonUpdate:
 
     A run begins in a subspace, which learns fast; then every step looks along as many directions drawn from all, which
     learn further. In the subspace one random direction from outside goes along, which tells how much of the gradient
-    it holds: where that is too little, it is left at once.
+    it holds: where that is too little, it is left at once. Rounding adds to every direction alike and would be
+    multiplied with the one that stands for all outside, so bfloat16 and INT8 do not tell.
     """
 
     solver: GaussNewton  # with all directions, those of the subspace first
@@ -782,24 +781,25 @@ class GaussNewtonUpdate:
     inside: int  # directions of the subspace
     subspace_steps: int  # in it, before it is left
     seed: int  # of the draws of directions, which are the same in all processes
+    exact: bool = True  # whether activations are precise enough to tell the share
     squares: torch.Tensor = field(default_factory=lambda: torch.zeros(2))  # sums of |gradient|² inside, outside
     steps: int = 0
 
     @property
     def num_candidates(self):
         """Points of a step: θ, one for each direction of the subspace, and one more."""
-        return 1 + min(self.inside + 1, len(self.solver.directions))
+        return self.inside + 2
 
     @property
     def share(self):
-        """The share of the gradient's second moment that the subspace holds."""
+        """The share of the gradient's second moment that the subspace holds; None where it was not measured."""
         inside, outside = self.squares.tolist()
-        return inside / (inside + outside) if inside + outside > 0 else 1.0
+        return inside / (inside + outside) if inside + outside > 0 else None
 
     @property
     def in_subspace(self):
         """Whether the step at hand is one in the subspace."""
-        return self.steps < self.subspace_steps and self.inside < len(self.solver.directions)
+        return self.steps < self.subspace_steps
 
     def looked(self):
         """Numbers of the directions that the step at hand moves θ along, the same for all its batches."""
@@ -813,7 +813,8 @@ class GaussNewtonUpdate:
         directions = self.solver.directions[self.looked()]
         n, outside = len(directions), theta.numel() - self.inside
         if self.in_subspace:
-            directions = torch.cat([directions, outside_direction(directions, generator)[None]])
+            probe = random_combination(self.solver.directions[self.inside :], generator)
+            directions = torch.cat([directions, probe[None]])
         # A random sign for each: what curvature adds to a difference over h has either sign, and averages out.
         signs = torch.randint(2, (len(directions),), generator=generator) * 2 - 1
         error_fn = functools.partial(model.errors, batch=batch)
@@ -826,15 +827,17 @@ class GaussNewtonUpdate:
         theta += self.solver.step(matrix, gradient, self.looked()).to(theta)
         was_inside, self.steps = self.in_subspace, self.steps + 1
         if was_inside:
-            self.squares += squares.cpu()
-            if self.steps == SHARE_STEPS and self.share < LEAST_SHARE:
+            self.squares += squares.cpu() * self.exact
+            share = self.share
+            if self.steps == SHARE_STEPS and share is not None and share < LEAST_SHARE:
                 self.subspace_steps = SHARE_STEPS
             if not self.in_subspace:
-                logger.info(f"The subspace held {self.share:.0%} of the gradient: all directions from here on")
+                held = "" if share is None else f"The subspace held {share:.0%} of the gradient: "
+                logger.info(f"{held}all directions from here on")
 
     def figures(self):
         """What the log says of it."""
-        return {"subspace": self.inside, "share": self.share}
+        return {} if self.share is None else {"share": self.share}
 
     def state_dict(self):
         state = {"information": self.solver.information, "prior": self.solver.prior, "squares": self.squares}
@@ -888,8 +891,8 @@ class Learner:
 
     def load_state_dict(self, state):
         self.theta.copy_(state["theta"])
-        self.updates = state["updates"]
-        self.mean = None if state["mean"] is None else state["mean"].to(self.theta.device)
+        mean, self.updates = state.get("mean"), state.get("updates", 0)  # checkpoints of earlier versions have none
+        self.mean = None if mean is None else mean.to(self.theta.device)
         self.rule.load_state_dict(state, self.theta.device)
 
     def generators(self):
@@ -975,7 +978,7 @@ def candidates_per_pass(args):
 
 
 def complete_for_base(args, base):
-    """Fills in the defaults that depend on the base (`args.resolution`, `args.sg_window`) and checks them against it.
+    """Fills in the defaults that depend on the base (resolution, subspace, SG's window) and checks them against it.
 
     Raises:
         InputError: a setting does not fit the base.
@@ -990,27 +993,17 @@ def complete_for_base(args, base):
     args.resolution = base_model.check_resolution(base, args.resolution)
     dimension = base.word_width
     if args.optimizer == "gauss_newton":
-        complete_subspace(args, dimension)
+        args.subspace_dimension = args.subspace_dimension or min(32, dimension - 1)
+        if args.subspace_dimension >= dimension:  # every step takes one more
+            raise InputError(
+                f"--subspace_dimension {args.subspace_dimension} is too many for a token of this model, which has"
+                f" {dimension} entries: give at most {dimension - 1}."
+            )
     args.sg_window = min(128, dimension // 6) if args.sg_window is None else args.sg_window
     if args.sg_window > args.num_vectors * dimension:
         raise InputError(
             f"--sg_window {args.sg_window} (τ) is larger than the token's dimension {args.num_vectors * dimension}:"
             f" give at most {dimension // 6}, a sixth of it, as the paper does."
-        )
-
-
-def complete_subspace(args, dimension):
-    """Fills in how many directions Gauss-Newton starts with, of a token of `dimension` entries.
-
-    Raises:
-        InputError: there are not so many.
-    """
-    if args.subspace_dimension is None:
-        args.subspace_dimension = dimension if args.subspace == "none" else min(32, dimension)
-    if args.subspace_dimension > dimension:
-        raise InputError(
-            f"--subspace_dimension {args.subspace_dimension} is more than the {dimension} entries of a token of this"
-            f" model: give at most {dimension}."
         )
 
 
@@ -1093,23 +1086,23 @@ PUBLICATION = hub.Publication(
     tags=("zoodip", "textual_inversion", "diffusers-training", "stable-diffusion", "diffusers"),
 )
 
-# Sets of defaults, which flags overrule. "paper": ZOODiP's. "fast": what docs/results.md found. What is None follows
-# from the family of the base.
+# Sets of defaults, which flags overrule. "paper": ZOODiP's. "fast": what docs/results.md found; Gauss-Newton without a
+# recipe has them, too. What is None follows from the family of the base.
 WINDOW = {"puts_min_timestep": None, "puts_max_timestep": None}
 RECIPES = {
     "paper": {"optimizer": "zo_adam", "num_perturbations": 2, "learning_rate": None, "sg_threshold": 1e-3}
-    | {**WINDOW, "train_batch_size": 1, "max_train_steps": None},
+    | {**WINDOW, "train_batch_size": 1},
     "fast": {
         **WINDOW,
         "optimizer": "gauss_newton",
         "train_batch_size": 1,
-        "max_train_steps": 500,
         "logging_steps": 10,
         "validation_steps": 50,
         "save_steps": 100,
         "checkpointing_steps": 50,
     },
 }
+FAST_FORWARDS = 17_000  # of a run of Gauss-Newton, if it is not told how long: 500 steps of 34
 
 # Flags that one optimizer takes and the other has no use for.
 FLAGS_OF_OPTIMIZER = {
@@ -1149,9 +1142,10 @@ def parse_args(input_args=None):
     words = sys.argv[1:] if input_args is None else input_args
     args = arguments.parse(parser, words, REFUSED_FLAGS)
     given = arguments.given_flags(parser, words)
-    if args.recipe:
-        epochs = {"max_train_steps"} if args.num_train_epochs else set()  # a length, too
-        vars(args).update({name: value for name, value in RECIPES[args.recipe].items() if name not in given | epochs})
+    recipe = RECIPES[args.recipe or ("fast" if args.optimizer == "gauss_newton" else "paper")]
+    if args.recipe and "optimizer" in given and args.optimizer != recipe["optimizer"]:
+        parser.error(f"--recipe {args.recipe} is one of --optimizer {recipe['optimizer']}: drop one of the two.")
+    vars(args).update({name: value for name, value in recipe.items() if name not in given})
     if not args.push_only:
         check_arguments(parser, args)
         check_optimizer(parser, args, given)
@@ -1275,7 +1269,7 @@ def add_zeroth_order_arguments(add):
     add(
         "--subspace_dimension",
         type=int,
-        help="Directions of it per vector of the token, and of later steps. Default: 32, or all with none.",
+        help="Directions of it per vector of the token; each later step takes as many and one more. Default: 32.",
     )
     add(
         "--subspace_steps",
@@ -1476,12 +1470,12 @@ def assemble_model(args, base, placeholder, prompt_ids, text_encoder, unet, comp
     return model, initial.to(compute.device)
 
 
-CALIBRATION_PASSES = 24
+CALIBRATION_PASSES, CALIBRATION_CANDIDATES = 24, 9
 
 # Settings that decide what the calibration is drawn from, beside the pictures, their prompts and the base.
 CALIBRATION_SETTINGS = (
     "initializer_token num_vectors seed flip_probability perturbation_scale subspace subspace_dimension subspace_words"
-    " train_batch_size max_candidates_per_forward puts_min_timestep puts_max_timestep"
+    " train_batch_size puts_min_timestep puts_max_timestep pool_at_eos"
 ).split()
 
 
@@ -1522,7 +1516,7 @@ def draw_calibration(args, model, learner, concept):
 
     for _ in range(CALIBRATION_PASSES):
         batch = draw_batch(concept, choose_sampling(args), model.scheduler, generator).to(learner.theta.device)
-        picks = torch.randint(len(directions), (candidates_per_pass(args) - 1,), generator=generator)
+        picks = torch.randint(len(directions), (CALIBRATION_CANDIDATES - 1,), generator=generator)
         signs = torch.randint(2, (len(picks), 1, 1), generator=generator) * 2 - 1
         steps = (args.perturbation_scale * signs * directions[picks]).to(learner.theta)
         replace(model, unet=record).errors(torch.cat([learner.theta[None], learner.theta + steps]), batch)
@@ -1563,8 +1557,9 @@ def start_gauss_newton(args, theta, directions):
     of_vectors = torch.eye(k)[None, :, :, None] * directions[:, None, None, :]  # [d, k, k, d]: vector by vector
     of_vectors = of_vectors.reshape(-1, k, d)
     solver = GaussNewton(of_vectors, args.gn_memory, args.gn_ridge, args.gn_max_step)
-    steps = 0 if args.subspace == "none" else args.subspace_steps
-    return GaussNewtonUpdate(solver, args.perturbation_scale, k * args.subspace_dimension, steps, args.seed)
+    inside, steps = k * args.subspace_dimension, 0 if args.subspace == "none" else args.subspace_steps
+    exact = args.activations != "bfloat16" and args.openvino_precision != "int8"
+    return GaussNewtonUpdate(solver, args.perturbation_scale, inside, steps, args.seed, exact)
 
 
 def start_zeroth_order_adam(args, theta, num_processes):
@@ -1772,8 +1767,7 @@ def finish(run, pictures, components, repo_id):
     samples = draw_validation_images(run) or []
     figures = runs.describe_figures(run.progress, run.history, compute.device)
     if args.optimizer == "gauss_newton":
-        figures |= run.learner.rule.figures()
-        logger.info(f"The subspace of {figures['subspace']} directions held {figures['share']:.0%} of the gradient")
+        figures |= {"share": run.learner.rule.share}
     base_license = hub.base_license(args.pretrained_model_name_or_path)
     config = runs.describe_result(args, "ZOODiP (arXiv 2503.14868)", base_license, compute, components, figures)
     config["run"], run.model = run.id, None  # the full pipeline takes its place in memory
@@ -1824,15 +1818,17 @@ def learn_concept(args, accelerator, base, placeholder, compute):
     words = base.tokenizer, args.learnable_property, base.tokenizers[1:]
     captions = prompts.build_prompts(pictures, placeholder, *words)
     if args.max_train_steps is None:  # the last of the defaults, known once the pictures are
-        defaults = RECIPES["fast"] if args.optimizer == "gauss_newton" else base.family.paper
-        steps, per_epoch = defaults["max_train_steps"], len(pictures) * args.repeats
+        fast = max(1, FAST_FORWARDS // candidates_per_step(args))
+        steps = fast if args.optimizer == "gauss_newton" else base.family.paper["max_train_steps"]
+        per_epoch = len(pictures) * args.repeats
         args.max_train_steps = runs.training_length(args, per_epoch, accelerator.num_processes, steps)
     if args.recipe:
-        chosen = ", ".join(f"{name} {getattr(args, name)}" for name in RECIPES[args.recipe])
+        chosen = ", ".join(f"{name} {getattr(args, name)}" for name in {**RECIPES[args.recipe], "max_train_steps": 0})
         logger.info(f"Recipe {args.recipe}: {chosen}")
-    settings = checkpoints.trajectory_settings(args, TRAJECTORY_SETTINGS, accelerator.num_processes, pictures)
+    base_model.check_weights(base)  # of a model on the Hub it downloads the weights
+    data = base_model.weights_digest(base), accelerator.num_processes, pictures
+    settings = checkpoints.trajectory_settings(args, TRAJECTORY_SETTINGS, *data)
     checkpoint = checkpoints.find_checkpoint(args.resume_from_checkpoint, args.output_dir, settings)
-    base_model.check_weights(base)  # last of the checks: of a model on the Hub it downloads the weights
     directions = None
     if args.optimizer == "gauss_newton":
         directions = choose_directions(args, base, placeholder, captions[0])

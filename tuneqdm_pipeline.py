@@ -33,14 +33,18 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from huggingface_hub import hf_hub_download
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import save
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
 
-SCALES_FILE, CONFIG_FILE = "tuneqdm_scales.safetensors", "tuneqdm_config.json"
-# How far the sketches of one base may lie apart, by bits. On the demo base, rounding to bfloat16 before quantization
-# makes 0.005 (INT8) and 0.028 (INT4); another base, with weights 1 % away, 0.013 and 0.054.
-SAME_BASE = {8: 0.009, 4: 0.04}
+SCALES_FILE = "tuneqdm_scales.safetensors"
+CONFIG_FILE = "tuneqdm_config.json"  # how a run made them, for readers
+ABOUT = "tuneqdm"  # in the metadata of the file of scales: what it belongs to, as JSON
+# How far the sketches of one base may lie apart, by bits: more than rounding to bfloat16 before quantization makes of
+# weights with heavy tails (0.008 in INT8, 0.043 in INT4; on the demo base 0.005 and 0.028). Bases whose weights are
+# 1 % apart are one by this measure (0.013 and 0.054 on the demo base): the scales of one do on the other as at home.
+SAME_BASE = {8: 0.018, 4: 0.06}
 
 
 # =====================================================================================================
@@ -52,9 +56,9 @@ SHARES = tuple(1 - i / 50 for i in range(31))
 
 
 def affine(low, high, levels):
-    """Scale and zero point that lay integers 0 ... levels − 1 over [low, high]; a constant channel stays exact."""
+    """Scale and zero point that lay integers 0 ... levels − 1 over [low, high], where low ≤ 0 ≤ high."""
     scale = (high - low) / (levels - 1)
-    scale = torch.where(scale > 0, scale, torch.where(low == 0, 1.0, low.abs()))
+    scale = torch.where(scale > 0, scale, 1.0)
     return scale, (-low / scale).round()
 
 
@@ -68,15 +72,17 @@ def quantize(weight, bits, calibration="minmax"):
     Args:
         weight: `[out, ...]`, of any floating dtype.
         bits: 8 or 4.
-        calibration: "minmax" lays the integers over the whole range of a channel; "mse" over the share of it
-            (`SHARES`, of both ends alike) with the least squared error, cutting off outliers.
+        calibration: "minmax" lays the integers over the whole range of a channel, and 0 (so that every zero point is
+            one of them, which half precision can hold); "mse" over the share of it (`SHARES`, of both ends alike) with
+            the least squared error, cutting off outliers.
 
     Returns:
         Integers, uint8 like `weight`; scale and zero point, float32 `[out, 1, ...]`.
     """
     weight, levels = weight.float(), 2**bits
     inside = tuple(range(1, weight.dim()))
-    low, high = weight.amin(inside, keepdim=True), weight.amax(inside, keepdim=True)
+    low = weight.amin(inside, keepdim=True).clamp(max=0)
+    high = weight.amax(inside, keepdim=True).clamp(min=0)
     scale, zero = affine(low, high, levels)
     if calibration == "mse":
         least = torch.full_like(scale, torch.inf)
@@ -137,6 +143,14 @@ def set_of_timestep(num_timesteps, num_sets=1, intervals=None):
     for first, end in intervals:
         inside[first:end] = True
     return inside.long() - 1
+
+
+class Quantized(NamedTuple):
+    """What `quantize_unet` leaves on a UNet as its attribute `tuneqdm`."""
+
+    selection: "Selection"
+    bits: int
+    calibration: str
 
 
 class Selection:
@@ -293,7 +307,11 @@ class QuantizedLayer(torch.nn.Module):
         return self
 
     def dequantize(self, dtype):
-        """W₀ = (W_int − z) s, in memory that the next layer overwrites."""
+        """W₀ = (W_int − z) s, in memory that the next layer overwrites; a compiler plans the memory itself."""
+        if torch.compiler.is_compiling():
+            new = torch.empty(self.shape.numel(), dtype=dtype, device=self.integers.device)
+            integers = unpack(self.integers, new).view(self.shape) if self.bits == 4 else self.integers.to(dtype)
+            return ((integers - self.zero).to(dtype) * self.scale).to(dtype)
         space = self.selection.space(self.shape.numel(), dtype, self.integers.device)
         if self.bits == 4:
             space = unpack(self.integers, space).view(self.shape)
@@ -355,12 +373,12 @@ def replace_layers(unet, bits):
 
 
 def quantized_layers(unet):
-    """Name -> `QuantizedLayer`."""
-    return {name: layer for name, layer in unet.named_modules() if isinstance(layer, QuantizedLayer)}
+    """Name -> `QuantizedLayer`; known by what they hold, as diffusers may load this file more than once."""
+    return {name: layer for name, layer in unet.named_modules() if hasattr(layer, "integers")}
 
 
 def quantize_unet(unet, bits, calibration):
-    """Quantizes a UNet in place; returns its `Selection`.
+    """Quantizes a UNet in place, which afterwards says so (`Quantized`) and cannot be saved; returns its `Selection`.
 
     Raises:
         ValueError: half a sentence; a weight holds NaN or infinity.
@@ -373,7 +391,17 @@ def quantize_unet(unet, bits, calibration):
     selection = replace_layers(unet, bits)
     for name, layer in quantized_layers(unet).items():
         layer.integers, layer.scale, layer.zero = encode(weights.pop(name).detach(), bits, calibration)
+    unet.tuneqdm, unet.save_pretrained = Quantized(selection, bits, calibration), refuse_to_save
     return selection
+
+
+def refuse_to_save(*_, **__):
+    """In the place of a quantized UNet's `save_pretrained`: diffusers could not load it again.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError("a UNet with tuned scales cannot be saved as a model: share the file of scales instead.")
 
 
 def fingerprint(unet):
@@ -416,9 +444,9 @@ def change_shapes(unet, num_sets, input_scales):
         num_sets: N.
         input_scales: whether there are scales of input channels.
     """
-    shapes, kinds = {}, (torch.nn.Linear, torch.nn.Conv2d, QuantizedLayer)
+    shapes = {}
     for name, layer in unet.named_modules():
-        if isinstance(layer, kinds):
+        if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)) or hasattr(layer, "integers"):
             linear = hasattr(layer, "in_features")
             shapes[f"{name}.out"] = (num_sets, layer.out_features if linear else layer.out_channels)
             if input_scales:
@@ -438,7 +466,7 @@ def attach(unet, changes):
 
 
 class ScaleConfig(NamedTuple):
-    """What `tuneqdm_config.json` says of the scales, under "scales"."""
+    """What a file of scales belongs to; `tuneqdm_config.json` repeats it under "scales"."""
 
     bits: int
     calibration: str
@@ -446,41 +474,57 @@ class ScaleConfig(NamedTuple):
     scale_intervals: list | None  # pairs [first, end), see `set_of_timestep`
     train_input_scales: bool
     num_train_timesteps: int  # T of the base
+    base_model: str  # its name
     base_sha256: str  # `fingerprint` of the quantized base
     base_sketch: list  # its `sketch`
 
 
-def read_scale_config(content):
-    """The `ScaleConfig` in the content of a config file.
+def write_scales(changes, config):
+    """The content of a file of scales: tensors as `change_shapes` names them, and their `ScaleConfig` as metadata."""
+    # One entry only: safetensors writes several in an order that changes from process to process.
+    return save(changes, metadata={ABOUT: json.dumps(config._asdict())})
+
+
+def read_scales(path):
+    """The `ScaleConfig` and the changes, in float32, of a file of scales.
 
     Raises:
-        ValueError: half a sentence; there is none in it.
+        ValueError: half a sentence; the file is damaged, or holds something else.
     """
     try:
-        config = ScaleConfig(**content["scales"])
+        with safe_open(path, framework="pt") as file:
+            about = (file.metadata() or {}).get(ABOUT)
+            changes = {name: file.get_tensor(name).float() for name in file.keys()}
+    except Exception as error:  # safetensors and OS errors alike
+        raise ValueError(f"it cannot be read: {error}") from None
+    if about is None:
+        raise ValueError(f"its metadata have no {ABOUT!r}, which says what the scales belong to")
+    try:
+        config = ScaleConfig(**json.loads(about))
         counts = [config.bits, config.scale_sets, config.num_train_timesteps]
         good = all(type(count) is int and 0 < count <= 10**6 for count in counts) and config.bits in (4, 8)
-        good = good and config.calibration in ("minmax", "mse") and isinstance(config.base_sha256, str)
+        good = good and config.calibration in ("minmax", "mse")
+        good = good and isinstance(config.base_model, str) and isinstance(config.base_sha256, str)
         good = good and all(math.isfinite(value) for value in config.base_sketch)
         good = good and type(config.train_input_scales) is bool
         for first, end in config.scale_intervals or []:
             good = good and type(first) is type(end) is int and 0 <= first < end <= config.num_train_timesteps
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f'its "scales" cannot be read: {error!r}'[:200]) from None
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"its metadata {ABOUT!r} cannot be read: {error!r}"[:200]) from None
     if not good or config.scale_intervals == []:
-        raise ValueError('its "scales" make no sense')
-    return config
+        raise ValueError(f"its metadata {ABOUT!r} make no sense")
+    return config, changes
 
 
 class TuneQDMPipeline(StableDiffusionPipeline):
     """`StableDiffusionPipeline` with the keyword `tuneqdm_scales`; everything else is inherited.
 
     Args:
-        tuneqdm_scales: a folder with `tuneqdm_scales.safetensors` and `tuneqdm_config.json`, that safetensors file, or
-            a repository on the Hub. The UNet is quantized in place to fit it.
+        tuneqdm_scales: a folder with `tuneqdm_scales.safetensors`, that file, or a repository on the Hub. The UNet is
+            quantized in place to fit it; pipelines that share the UNet share its scales.
 
     Attributes:
-        scale_config: `ScaleConfig` of the scales in use; None while there are none.
+        scale_config: `ScaleConfig` of the scales that this pipeline has loaded; None while there are none.
     """
 
     def __init__(
@@ -507,45 +551,39 @@ class TuneQDMPipeline(StableDiffusionPipeline):
             image_encoder=image_encoder,
             requires_safety_checker=requires_safety_checker,
         )
-        self.scale_config = self._selection = None
+        self.scale_config = None
         if tuneqdm_scales is not None:
             self.load_scales(tuneqdm_scales)
 
     def load_scales(self, tuneqdm_scales):
-        """Loads scales, in the place of those in use; the UNet is quantized if it is not yet.
+        """Loads scales, in the place of those in use; the UNet is quantized if it is not yet, and stays so.
 
         Raises:
-            OSError: there are no such files.
-            ValueError: they are damaged, or of another base, or of other bits than this UNet is quantized to.
+            OSError: there is no such file.
+            ValueError: it is damaged, or of another base, or of other bits than this UNet is quantized to.
         """
         source = f"tuneqdm_scales {str(tuneqdm_scales)!r}"
-        scales_path, config_path = _find(tuneqdm_scales, source)
+        path = _find(tuneqdm_scales, source)
         try:
-            content = json.loads(Path(config_path).read_text(encoding="utf-8"))
-            config = read_scale_config(content)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{source}: {CONFIG_FILE} is damaged ({error}): get it again.") from None
-        try:
-            changes = {name: change.float() for name, change in load_file(scales_path).items()}
-        except Exception as error:  # safetensors and OS errors alike
-            raise ValueError(f"{source}: {Path(scales_path).name} cannot be read ({error}): get it again.") from None
-        self._check(source, config, changes, content.get("base_model"))
-        if self._selection is None:
+            config, changes = read_scales(path)
+        except ValueError as error:
+            raise ValueError(f"{source}: {Path(path).name} is damaged ({error}): get it again.") from None
+        self._check(source, config, changes)
+        if self._quantized is None:
             try:
-                self._selection = quantize_unet(self.unet, config.bits, config.calibration)
+                quantize_unet(self.unet, config.bits, config.calibration)
             except ValueError as error:
                 raise ValueError(f"{source}: the UNet holds {error}: get this base model again.") from None
-            self._quantized_as, self._fingerprint = (config.bits, config.calibration), fingerprint(self.unet)
-        exact = self._fingerprint == config.base_sha256  # as it is when loaded in the same precision
+        exact = fingerprint(self.unet) == config.base_sha256  # as it is when loaded in the same precision
         if not exact and not same_base(sketch(self.unet), config.base_sketch, config.bits):
             raise ValueError(
-                f"{source} was trained on another base{_named(content.get('base_model'))} than this one, quantized to"
+                f"{source} was trained on another base ({config.base_model!r}) than this one, quantized to"
                 f" {config.bits} bits: load that base."
             )
         attach(self.unet, {name: change.to(self.unet.device) for name, change in changes.items()})
         intervals = config.scale_intervals
-        self._selection.use(set_of_timestep(config.num_train_timesteps, config.scale_sets, intervals))
-        self._selection.enabled, self.scale_config = True, config
+        self._quantized.selection.use(set_of_timestep(config.num_train_timesteps, config.scale_sets, intervals))
+        self._quantized.selection.enabled, self.scale_config = True, config
 
     def use_scales(self, enabled):
         """Switches the scales on, or off: then this is the quantized base with its original scales.
@@ -553,29 +591,31 @@ class TuneQDMPipeline(StableDiffusionPipeline):
         Raises:
             ValueError: there are none.
         """
-        if self._selection is None:
+        if self._quantized is None:
             raise ValueError("there are no scales to switch: give tuneqdm_scales, or call load_scales.")
-        self._selection.enabled = bool(enabled)
+        self._quantized.selection.enabled = bool(enabled)
 
-    def save_pretrained(self, *_, **__):
-        """Refuses: diffusers could not load a quantized UNet again.
+    def save_pretrained(self, *arguments, **options):
+        """Refuses once the UNet is quantized, before anything is written (`refuse_to_save`)."""
+        if self._quantized is not None:
+            refuse_to_save()
+        return super().save_pretrained(*arguments, **options)
 
-        Raises:
-            ValueError: always, once the UNet is quantized.
-        """
-        if self._selection is not None:
-            raise ValueError("a UNet with tuned scales cannot be saved as a model: share the file of scales instead.")
-        return super().save_pretrained(*_, **__)
+    @property
+    def _quantized(self):
+        """What the UNet, which other pipelines may share, says of itself: `Quantized`, or None."""
+        return getattr(self.unet, "tuneqdm", None)
 
-    def _check(self, source, config, changes, base_model):
+    def _check(self, source, config, changes):
         """What can be judged before the UNet is quantized."""
+        home = f"load the base it was trained on ({config.base_model!r})"
         wanted = change_shapes(self.unet, config.scale_sets, config.train_input_scales)
         found = {name: tuple(change.shape) for name, change in changes.items()}
         if different := sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)):
             first = different[0]
             raise ValueError(
                 f"{source} does not fit this base model: it has {found.get(first, 'nothing')} for {first!r}, where"
-                f" {wanted.get(first, 'nothing')} belongs; load the base it was trained on{_named(base_model)}."
+                f" {wanted.get(first, 'nothing')} belongs; {home}."
             )
         if not all(change.isfinite().all() for change in changes.values()):
             raise ValueError(f"{source} holds NaN or infinity, the sign of a training that diverged: train it again.")
@@ -583,37 +623,33 @@ class TuneQDMPipeline(StableDiffusionPipeline):
         if timesteps != config.num_train_timesteps:
             raise ValueError(
                 f"{source} does not fit this base model: it was trained for {config.num_train_timesteps} timesteps and"
-                f" the scheduler has {timesteps}; load the base it was trained on{_named(base_model)}."
+                f" the scheduler has {timesteps}; {home}."
             )
-        if self._selection is not None and self._quantized_as != (config.bits, config.calibration):
-            bits, calibration = self._quantized_as
+        if self._quantized is not None and self._quantized[1:] != (config.bits, config.calibration):
+            _, bits, calibration = self._quantized
             raise ValueError(
                 f"{source} belongs to {config.bits} bits ({config.calibration}) and this UNet is quantized to {bits}"
                 f" ({calibration}): load the base model anew with these scales."
             )
 
 
-def _named(base_model):
-    return f" ({base_model!r})" if isinstance(base_model, str) and base_model else ""
-
-
 def _find(source, shown):
-    """The paths of scales and config.
+    """The path of the file of scales.
 
     Raises:
-        OSError: they are not there.
+        OSError: it is not there.
     """
     path = Path(source)
-    if path.is_dir() or path.is_file():
-        folder, name = (path, SCALES_FILE) if path.is_dir() else (path.parent, path.name)
-        missing = [file for file in (name, CONFIG_FILE) if not (folder / file).is_file()]
-        if missing:
-            raise OSError(f"{shown} has no {missing[0]}: give the folder of a finished run.")
-        return folder / name, folder / CONFIG_FILE
+    if path.is_dir():
+        path = path / SCALES_FILE
+        if not path.is_file():
+            raise OSError(f"{shown} has no {SCALES_FILE}: give the folder of a finished run.")
+    if path.is_file():
+        return path
     try:
-        return hf_hub_download(str(source), SCALES_FILE), hf_hub_download(str(source), CONFIG_FILE)
+        return hf_hub_download(str(source), SCALES_FILE)
     except Exception as error:  # Hub and OS errors alike
         reason = " ".join(str(error).split())[:300]
         raise OSError(
-            f"{shown} is neither a folder nor a repository on the Hub with {SCALES_FILE} and {CONFIG_FILE} ({reason})."
+            f"{shown} is neither a folder nor a repository on the Hub with {SCALES_FILE} ({reason})."
         ) from error

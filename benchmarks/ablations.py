@@ -148,7 +148,7 @@ ABLATIONS = {
             "gn_steps_60": ours("60 steps in the subspace", "--subspace_steps 60"),
             "gn_fixed": ours("the subspace to the end", "--subspace_steps 1000000"),
             "gn_random": ours("no subspace: 33 of all 128 directions", "--subspace none --subspace_dimension 32"),
-            "gn_everywhere": ours("no subspace: all 128 directions", "--subspace none"),
+            "gn_everywhere": ours("no subspace: all 128 directions", "--subspace none --subspace_dimension 127"),
             "gn_16": ours("16 directions", "--subspace_dimension 16"),
             "gn_64": ours("64 directions", "--subspace_dimension 64"),
             "gn_prompt_words": ours("the prompts' words", "--subspace prompt_words"),

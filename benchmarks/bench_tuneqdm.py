@@ -42,6 +42,7 @@ SCRIPT = ROOT / "train_tuneqdm_dreambooth.py"
 RESULTS = HERE / "results"
 KEY = ("row", "resolution", "batch_size")
 STEPS = 2  # the second has AdamW's moments beside it
+BATCH_SIZE = 1  # the official layers have one set of scales for a batch
 IMPORTS = "import train_tuneqdm_dreambooth; from personalization import memory; print(memory.process_memory())"
 bench_memory.PHASES["scales in"] = "training"  # the script's line before its loop
 
@@ -63,7 +64,8 @@ ROWS = {  # flags, and whether the layers are the official ones
 def official_forward(self, input):
     """A `QuantizedLayer` as the official code computes it: one set for the batch, the weight under autograd."""
     if self.bits == 4:
-        integers = tuneqdm.unpack(self.integers, torch.empty(self.shape.numel())).view(self.shape).to(input.dtype)
+        space = torch.empty(self.shape.numel(), dtype=input.dtype, device=input.device)
+        integers = tuneqdm.unpack(self.integers, space).view(self.shape)
     else:
         integers = self.integers.to(input.dtype)
     out_change, in_change = (self.selection.choose(change) for change in (self.out_change, self.in_change))
@@ -91,7 +93,7 @@ def make_pictures(folder):
         Image.fromarray(generator.integers(256, size=(64, 64, 3), dtype=np.uint8)).save(folder / f"{i}.png")
 
 
-def measure(name, resolution, batch_size, base, device, imports):
+def measure(name, resolution, base, device, imports):
     """One row: command, `Watched` and what to store."""
     flags, official = ROWS[name]
     CACHE.mkdir(exist_ok=True)
@@ -105,7 +107,7 @@ def measure(name, resolution, batch_size, base, device, imports):
             "output_dir": scratch / "output",
             "quantized_cache_dir": CACHE / "quantized",
             "resolution": resolution,
-            "train_batch_size": batch_size,
+            "train_batch_size": BATCH_SIZE,
             "max_train_steps": STEPS,
             "report_to": "none",
             **flags,
@@ -145,7 +147,6 @@ def parse_args():
     add = parser.add_argument
     add("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), help="Which.")
     add("--resolution", type=int, default=512, help="Of the pictures.")
-    add("--batch_size", type=int, default=1, help="Examples a step.")
     add("--base", type=Path, help="Folder by random_base.py. Default: made in benchmarks/.cache.")
     add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu", help="Of models.")
     add("--output", type=Path, help="Default: benchmarks/results/tuneqdm_memory.json, or ..._cuda.json.")
@@ -173,12 +174,12 @@ def main():
     for name in args.rows:
         free = psutil.virtual_memory().available // bench_memory.MB
         try:
-            command, watched, result = measure(name, args.resolution, args.batch_size, base, args.device, imports)
+            command, watched, result = measure(name, args.resolution, base, args.device, imports)
         except RuntimeError as error:  # out of memory, say: the other rows go on
             failed[name] = str(error)
             print(f"{name} failed: {error}", flush=True)
             continue
-        entry = {"row": name, "resolution": args.resolution, "batch_size": args.batch_size, **facts, **result}
+        entry = {"row": name, "resolution": args.resolution, "batch_size": BATCH_SIZE, **facts, **result}
         entry |= {"command": relative(command), "date": date, "seconds": round(watched.seconds, 1)}
         store(args.output, entry | {"free_before_mb": free})
         measured = result["measured"]

@@ -44,6 +44,7 @@ PICTURE = ROOT / "docs" / "tuneqdm_tradeoff.png"
 NAMES = {"CLIP-I": "CLIP-I", "DINO": "identity", "CLIP-T": "CLIP-T"}  # the scorer's stand-in for DINO is its own
 IMAGES, GUIDANCE, INFERENCE_STEPS, IMAGE_SEED = 4, 4.0, 25, 0
 KEY = ("variant", "bits", "learning_rate", "subject", "seed")
+BATCH_SIZE, CALIBRATION = 4, "minmax"
 
 # Flags of the script; None: all weights of the UNet, unquantized, are trained.
 VARIANTS = {
@@ -71,9 +72,9 @@ def script_args(subject, seed, bits, variant, learning_rate, args):
         "subject_name": world.SUBJECTS[subject].shape,
         "seed": seed,
         "bits": bits or 8,
-        "calibration": args.calibration,
+        "calibration": CALIBRATION,
         "learning_rate": learning_rate,
-        "train_batch_size": args.train_batch_size,
+        "train_batch_size": BATCH_SIZE,
         "max_train_steps": max(args.steps),
         "report_to": "none",
         **(VARIANTS[variant] or {}),
@@ -146,13 +147,13 @@ def train_and_judge(settings, bits, subject, judge, lengths):
     return scores, round(seconds, 1)
 
 
-def judge_bases(judge, subjects, calibration):
+def judge_bases(judge, subjects):
     """What the base draws for the plain word, unquantized and quantized: subject -> bits -> scores."""
     scores = {subject: {} for subject in subjects}
     for bits in (0, 8, 4):
         unet = base_model.load_component(base_model.open_base(base_model.ModelSource(str(DEMO / "base"))), "unet")
         if bits:
-            quantize_unet(unet, bits, calibration)
+            quantize_unet(unet, bits, CALIBRATION)
         for subject in subjects:
             scores[subject][str(bits)] = judge(unet, subject)
     return scores
@@ -225,10 +226,8 @@ def parse_args():
     add("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="Which.")
     add("--bits", nargs="+", type=int, choices=[8, 4], default=[8, 4], help="Of quantized variants.")
     add("--steps", nargs="+", type=int, default=[50, 100, 200, 400], help="Lengths at which to judge.")
-    add("--train_batch_size", type=int, default=4, help="Examples a step.")
     add("--learning_rates", nargs="+", type=float, default=[1e-2], help="Relative, of quantized variants.")
     add("--full_learning_rates", nargs="+", type=float, default=[FULL_LEARNING_RATE], help="Of full fine-tuning.")
-    add("--calibration", choices=["minmax", "mse"], default="minmax", help="Of the quantizer.")
     add("--output", type=Path, default=RESULT, help="JSON file that is added to.")
     add("--plot_only", action="store_true", help="Train nothing, draw the picture from what is there.")
     return parser.parse_args()
@@ -258,7 +257,7 @@ def compare(args):
     """Trains and judges what is not there yet."""
     judge, lengths = Judge(), {str(step) for step in args.steps}
     if missing := [name for name in args.subjects if name not in read_result(args.output)["bases"]]:
-        store(args.output, bases=judge_bases(judge, missing, args.calibration))
+        store(args.output, bases=judge_bases(judge, missing))
     for key in list_runs(args):
         done = {tuple(e[name] for name in KEY): e for e in read_result(args.output)["entries"]}
         if key in done and lengths <= done[key]["scores"].keys():
@@ -267,7 +266,8 @@ def compare(args):
         settings = script_args(subject, seed, bits, variant, rate, args)
         scores, seconds = train_and_judge(settings, bits, subject, judge, args.steps)
         entry = {**dict(zip(KEY, key)), "scores": scores, "training_seconds": seconds}
-        entry |= {"train_batch_size": args.train_batch_size, "calibration": args.calibration}
+        entry["scores"] = done.get(key, {}).get("scores", {}) | scores  # those of other lengths stay
+        entry |= {"train_batch_size": BATCH_SIZE, "calibration": CALIBRATION}
         entry |= {"hardware": {"name": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}}
         entry |= {"command": shlex.join(["python", "benchmarks/compare_tuneqdm.py", *sys.argv[1:]])}
         store(args.output, entry)

@@ -319,6 +319,10 @@ def check_shared_arguments(parser, args, folder="train_data_dir", ranges=RANGES)
         )
     if (getattr(args, folder) is None) == (args.dataset_name is None):
         parser.error(f"give either --{folder}, a folder of images, or --dataset_name, a dataset on the Hub.")
+    if args.lr_warmup_steps and args.lr_scheduler == "constant":
+        parser.error("--lr_warmup_steps is not for --lr_scheduler constant: choose constant_with_warmup, or drop it.")
+    if args.lr_num_cycles != 1 and args.lr_scheduler != "cosine_with_restarts":
+        parser.error("--lr_num_cycles is for --lr_scheduler cosine_with_restarts: choose that or drop it.")
     check_tracker(parser, args)
 
 

@@ -23,12 +23,13 @@ MANIFEST = "manifest.json"  # {"run": id, "step": N, "files": {name: {"size", "s
 PROCESSES = "number of processes"
 
 
-def trajectory_settings(args, names, num_processes, pictures):
+def trajectory_settings(args, names, weights, num_processes, pictures):
     """What decides a run's trajectory: a checkpoint only resumes under the same.
 
     Args:
         args: resolved settings.
         names: which of them count; the length of the run does too where the learning rate depends on it.
+        weights: `base_model.weights_digest`.
         num_processes: processes of the launch.
         pictures: `images.Picture`s, which are told apart by pixels and caption.
 
@@ -40,7 +41,8 @@ def trajectory_settings(args, names, num_processes, pictures):
         digest.update(picture.pixels.numpy().tobytes() + repr(picture.caption).encode())
     names = [*names] if args.lr_scheduler.startswith("constant") else [*names, "max_train_steps"]
     settings = {name: getattr(args, name) for name in names}
-    return {**settings, PROCESSES: num_processes, "training data": digest.hexdigest()[:16]}
+    found = {PROCESSES: num_processes, "weights of the model": weights, "training data": digest.hexdigest()[:16]}
+    return settings | found
 
 
 def new_run_id():

@@ -29,6 +29,8 @@ RANGES = {
     "max_grad_norm": Range(0.0, 1e30, above=True),
 }
 
+PRIOR_DEFAULTS = {"num_class_images": 100, "prior_loss_weight": 1.0}  # where the prior is preserved
+
 REFUSED_FLAGS = {
     "--train_text_encoder": "the text encoder is frozen, and leaves once the prompts are encoded: drop it.",
     "--pre_compute_text_embeddings": "prompts are always encoded once, before training: drop it.",
@@ -38,6 +40,9 @@ REFUSED_FLAGS = {
     "--placeholder_token": "no word is added: --subject_name is any words that the model can read.",
     "--enable_xformers_memory_efficient_attention": "PyTorch's own fused attention is always on: drop the flag.",
     "--dataloader_num_workers": "latents are computed once, before training, so nothing is loaded in a step: drop it.",
+    "--snr_gamma": "the loss weighs all timesteps alike, as the paper's: drop it.",
+    "--offset_noise": "noise is as the base was trained with: drop it.",
+    "--lr_power": "--lr_scheduler polynomial has the power 1: drop it.",
     "--validation_epochs": "use --validation_steps.",
     "--local_rank": "accelerate launch sets the rank: drop the flag.",
 }
@@ -53,10 +58,11 @@ def add_subject_arguments(add):
     add(
         "--num_class_images",
         type=int,
-        default=100,
-        help="Class images; missing ones are drawn by the quantized base, with the settings of validation images.",
+        help="Class images; missing ones are drawn by the quantized base, with the settings of validation images."
+        f" Default: {PRIOR_DEFAULTS['num_class_images']}.",
     )
-    add("--prior_loss_weight", type=float, default=1.0, help="λ: weight of the class images' loss.")
+    words = f"λ: weight of the class images' loss. Default: {PRIOR_DEFAULTS['prior_loss_weight']:g}."
+    add("--prior_loss_weight", type=float, help=words)
 
 
 def add_backward_arguments(add):
@@ -72,12 +78,19 @@ def check_subject_arguments(parser, args):
             parser.error(f"--{name} is for --with_prior_preservation: add that or drop it.")
         if value is None and args.with_prior_preservation:
             parser.error(f"--with_prior_preservation needs --{name}.")
+    for name, default in PRIOR_DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+        elif not args.with_prior_preservation:
+            parser.error(f"--{name} is for --with_prior_preservation: add that or drop it.")
     for name in ("instance_prompt", "subject_name", "class_prompt"):
         value = getattr(args, name)
         if value is not None and not value.strip():
             parser.error(f"--{name} is empty: drop it or say something.")
     if args.subject_name is not None and "{}" in args.subject_name:
         parser.error("--subject_name is what {} stands for: give words without {}.")
+    if "{}" in (args.class_prompt or ""):
+        parser.error("--class_prompt is of the class and {} the subject: name the class, as in a photo of a dog.")
 
 
 def check_class_folder(args):
@@ -114,7 +127,7 @@ def instance_texts(pictures, instance_prompt, subject_name):
         List of strings.
 
     Raises:
-        InputError: a picture has neither, or {} is said and there is no name for it.
+        InputError: a picture has neither, {} is said and there is no name for it, or the name is never said.
     """
     if instance_prompt is None and subject_name is not None:
         instance_prompt = "a photo of a {}"
@@ -126,6 +139,11 @@ def instance_texts(pictures, instance_prompt, subject_name):
                 raise InputError(f"{plain(picture.name)} has no caption: give --instance_prompt or --subject_name.")
             text, what = instance_prompt, "--instance_prompt"
         texts.append(fill_in(text, subject_name, what))
+    if subject_name is not None and not any(subject_name.lower() in text.lower() for text in texts):
+        raise InputError(
+            f"--subject_name {subject_name[:80]!r} is in no caption and not in --instance_prompt: say {{}} there, or"
+            " call the subject as they do."
+        )
     return texts
 
 
@@ -210,16 +228,16 @@ def read_class(args, base, compute, load_unet):
         logger.info(f"Drawing {missing} class images of {args.class_prompt!r} into {folder}")
         unet = load_unet()
         text_encoder = base_model.load_component(base, "text_encoder", compute.dtype).to(compute.device)
+        pipeline = validation.open_pipeline(base, text_encoder, unet, compute)
         paths = ((number, folder / f"class-{number:06d}.png") for number in itertools.count())
         free = itertools.islice(((number, path) for number, path in paths if not path.exists()), missing)
         for number, path in tqdm(free, desc="Class images", total=missing):
             seed = args.seed + CLASS_SEEDS + number
             with torch.inference_mode():
-                what = args.class_prompt, 1, seed
-                (image,) = validation.draw_images(base, text_encoder, unet, compute, *what, **drawing_options(args))
+                image = validation.draw_image(pipeline, args.class_prompt, seed, **drawing_options(args))
             with runs.atomic_path(path) as temporary:
                 image.save(temporary)
-        del unet, text_encoder
+        del unet, text_encoder, pipeline
         memory.release_freed_memory()
     return read_class_folder(args, args.resolution)
 

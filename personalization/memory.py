@@ -248,8 +248,8 @@ def predict_memory(text_encoder, unet, vae, backend, plan, base, compute):
     except (RuntimeError, OverflowError, TypeError) as error:  # PyTorch cannot count that far
         raise InputError(
             f"--resolution {plan.resolution} and {plan.examples} examples a pass make tensors too large to be counted"
-            f" ({str(error).splitlines()[0][:200].rstrip('.')}): choose a smaller --resolution, --num_perturbations or"
-            " --train_batch_size."
+            f" ({str(error).splitlines()[0][:200].rstrip('.')}): choose a smaller --resolution, --train_batch_size"
+            " or --num_perturbations (Gauss-Newton: --max_candidates_per_forward)."
         ) from None
     if backend.hidden_copies:  # a dequantized layer and its transposed copy, which the meta device does not see
         activations += 2 * largest_weights * dtype.itemsize
@@ -348,7 +348,7 @@ def warn_if_too_large(args, smaller, predict, device):
     flags, changes, fix = (
         [],
         {},
-        "no choice of flags makes it fit; try a smaller --resolution, --num_perturbations or --train_batch_size.",
+        "no choice of flags makes it fit; try a smaller --resolution, --train_batch_size or --num_vectors.",
     )
     for name, value in smaller.items():
         if getattr(args, name) == value:

@@ -9,18 +9,13 @@ from .base_model import load_vae
 from .runs import atomic_path, tolerated, tracking
 
 
-def draw_images(base, text_encoder, unet, compute, prompt, count, seed, **options):
-    """Draws a prompt `count` times, with the seeds from `seed` on; the VAE is here only while it decodes.
+def open_pipeline(base, text_encoder, unet, compute):
+    """The family's pipeline around models in training, with a VAE that leaves with it.
 
     Args:
         base: `Base`.
         text_encoder, unet: as trained, in place; the first all of the family's, joined.
         compute: `Compute`.
-        prompt, count, seed: what and how often.
-        options: of the pipeline's call.
-
-    Returns:
-        PIL images.
     """
     family = base.family
     pipeline = family.pipeline(
@@ -32,8 +27,18 @@ def draw_images(base, text_encoder, unet, compute, prompt, count, seed, **option
         **family.pipeline_options,
     )
     pipeline.set_progress_bar_config(disable=True)
-    generators = [torch.Generator().manual_seed(seed + i) for i in range(count)]
-    return [pipeline(prompt, generator=generator, **options).images[0] for generator in generators]
+    return pipeline
+
+
+def draw_image(pipeline, prompt, seed, **options):
+    """A PIL image of a prompt from the noise of a seed; `options` are of the pipeline's call."""
+    return pipeline(prompt, generator=torch.Generator().manual_seed(seed), **options).images[0]
+
+
+def draw_images(base, text_encoder, unet, compute, prompt, count, seed, **options):
+    """`count` images of a prompt, with the seeds from `seed` on; see `open_pipeline` and `draw_image`."""
+    pipeline = open_pipeline(base, text_encoder, unet, compute)
+    return [draw_image(pipeline, prompt, seed + i, **options) for i in range(count)]
 
 
 def show(accelerator, results, step, draw):

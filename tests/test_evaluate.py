@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import as_arguments
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import evaluate_personalization as evaluation
 from personalization.embeddings import save_embeds
@@ -213,12 +214,20 @@ def test_scales_are_a_column_too(flags, results, demo_base, repo):
 
     config = json.loads((scales / "tuneqdm_config.json").read_text())
     for change, expected in (
-        ({"scales": config["scales"] | {"bits": 4}}, "was trained on another base"),
         ({"settings": config["settings"] | {"subject_name": None}}, "does not say what its subject is called"),
         ({"base_model": "other/model"}, "was learned on 'other/model' and not on"),
-        ({"scales": None}, "holds no scales that can be read"),
     ):
         write_json(scales / "tuneqdm_config.json", config | change)
+        with pytest.raises(InputError, match=expected):
+            run(flags, f"tuned={scales}")
+    write_json(scales / "tuneqdm_config.json", config)
+    of_another = config["scales"] | {"base_sha256": "", "base_sketch": [0.0] * len(config["scales"]["base_sketch"])}
+    path = scales / "tuneqdm_scales.safetensors"
+    for metadata, expected in (
+        ({"tuneqdm": json.dumps(of_another)}, "was trained on another base"),
+        (None, "holds no scales that can be read"),
+    ):
+        save_file(load_file(path), path, metadata)
         with pytest.raises(InputError, match=expected):
             run(flags, f"tuned={scales}")
 

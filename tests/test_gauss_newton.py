@@ -94,11 +94,11 @@ def test_fewer_words_than_directions_forbid_none():
 
 
 def test_the_direction_from_outside_is_outside():
-    inside = torch.linalg.qr(torch.randn(24, 10, generator=generator()))[0].T.reshape(10, 2, 12)
-    probe = zoodip.outside_direction(inside, generator(1))
+    basis = torch.linalg.qr(torch.randn(24, 24, generator=generator()))[0].reshape(24, 2, 12)
+    probe = zoodip.random_combination(basis[10:], generator(1))
     assert probe.shape == (2, 12) and probe.norm() == pytest.approx(1)
-    assert (inside.flatten(1) @ probe.flatten()).abs().max() < 1e-6
-    assert not torch.equal(probe, zoodip.outside_direction(inside, generator(2)))
+    assert (basis[:10].flatten(1) @ probe.flatten()).abs().max() < 1e-6
+    assert not torch.equal(probe, zoodip.random_combination(basis[10:], generator(2)))
 
 
 # ------------------------------------------------------------------------------------------------ on a diffusion model
@@ -162,6 +162,37 @@ def test_a_batch_of_two_is_the_mean_of_its_examples(demo_loss):  # noqa: F811
             torch.testing.assert_close(whole, (one + two) / 2, rtol=1e-4, atol=1e-7)
 
 
+def test_two_processes_move_theta_as_one_with_both_examples(demo_loss, monkeypatch):  # noqa: F811
+    """Of K, y and the share each process has its own example's; `average` is what accelerate's mean would do."""
+    _, start, (text_encoder, unet, batch, first) = demo_loss
+    other = batch._replace(noisy_latents=batch.noisy_latents.flip(-1), timesteps=batch.timesteps + 90)
+    both = type(batch)(*(torch.cat(pair) for pair in zip(batch, other)))
+
+    class Model:
+        scheduler = None
+
+        def errors(self, candidates, batch):
+            return errors_of((text_encoder, unet, batch, first), candidates)
+
+    def learner():
+        solver = GaussNewton(torch.eye(start.shape[1])[:, None, :], 0.8, 3.0, 1.0)
+        rule = zoodip.GaussNewtonUpdate(solver, 2e-2, inside=6, subspace_steps=5, seed=0)
+        return zoodip.Learner(start.clone(), rule, generator(), generator(3))
+
+    def step(one, batch, **average):
+        monkeypatch.setattr(zoodip, "draw_batch", lambda *_: batch)
+        zoodip.train_step(one, Model(), None, zoodip.Sampling(500, 900, len(batch.timesteps)), **average)
+        return one
+
+    alone = step(learner(), both)
+    with torch.inference_mode():
+        of_the_second = iter(learner().rule.evidence(Model(), start, other, generator(3))[0])
+    shared = step(learner(), batch, average=lambda part: (part + next(of_the_second)) / 2)
+    assert not torch.equal(alone.theta, start)
+    torch.testing.assert_close(shared.theta - start, alone.theta - start, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(shared.rule.solver.information, alone.rule.solver.information, rtol=1e-3, atol=1e-6)
+
+
 # ---------------------------------------------------------------------------------------------------------------- runs
 
 SHORT = {"optimizer": "gauss_newton", "subspace_dimension": 4, "logging_steps": 1, "num_validation_samples": 0}
@@ -186,13 +217,22 @@ def test_runs(train, flags):
     examples = flags.get("train_batch_size", 1) * flags.get("gradient_accumulation_steps", 1)
     assert figures(out)["forward_passes"] == 2 * candidates * examples
     settings = json.loads((out / "zoodip_config.json").read_text())["settings"]
-    assert settings["activations"] == ("bfloat16" if "unet_backend" in flags else "float32")
+    low = "unet_backend" in flags
+    assert settings["activations"] == ("bfloat16" if low else "float32")
+    assert (figures(out)["share"] is None) == low  # which rounding would fake
 
 
-def test_without_a_subspace_all_directions_are_taken(train, demo_base):
-    out = train(max_train_steps=1, **SHORT | {"subspace": "none", "subspace_dimension": 128})
+def test_without_a_subspace_directions_are_random_and_no_share_is_measured(train, demo_base):
+    out = train(max_train_steps=1, checkpointing_steps=1, **SHORT | {"subspace": "none", "subspace_dimension": 127})
     dimension = json.loads((Path(demo_base) / "text_encoder" / "config.json").read_text())["hidden_size"]
-    assert figures(out)["forward_passes"] == dimension + 1  # none from outside
+    assert figures(out)["forward_passes"] == dimension + 1 and len(directions_met(out, 1)) == dimension
+    assert figures(out)["share"] is None and "none, 127 directions |" in (out / "README.md").read_text()
+    assert len(directions_met(train(max_train_steps=1, checkpointing_steps=1, **SHORT | {"subspace": "none"}), 1)) == 5
+
+
+def test_how_long_a_run_is_follows_from_its_forwards(train, monkeypatch):
+    monkeypatch.setattr(zoodip, "FAST_FORWARDS", 43)
+    assert figures(train(max_train_steps=None, num_vectors=2, **SHORT))["steps"] == 43 // (2 * 4 + 2)
 
 
 def directions_met(out, step):
@@ -206,7 +246,7 @@ def test_the_subspace_is_left_for_all_directions(train):
     flags = SHORT | {"subspace_steps": 2, "checkpointing_steps": 1}
     whole = train(max_train_steps=4, **flags)
     assert directions_met(whole, 2) == [0, 1, 2, 3] and len(directions_met(whole, 3)) > 6
-    assert figures(whole)["forward_passes"] == 4 * 6 and figures(whole)["subspace"] == 4
+    assert figures(whole)["forward_passes"] == 4 * 6 and 0 < figures(whole)["share"] < 1
     parts = train(max_train_steps=3, **flags)
     train(max_train_steps=4, output_dir=parts, resume_from_checkpoint="latest", **flags)
     first, second = (load_file(out / "learned_embeds.safetensors")["<my-toy>"] for out in (whole, parts))
@@ -276,6 +316,8 @@ def test_two_processes_stay_identical(basics, repo, tmp_path):
             "--subspace_words does nothing with --subspace prompt_words: drop one.",
         ),
         ({"--optimizer": "sgd"}, "invalid choice: 'sgd'"),
+        ({"--optimizer": "zo_adam", "--recipe": "fast"}, "--recipe fast is one of --optimizer gauss_newton: drop one"),
+        ({"--optimizer": "gauss_newton", "--recipe": "paper"}, "--recipe paper is one of --optimizer zo_adam: drop"),
     ],
     ids=str,
 )
@@ -298,7 +340,7 @@ def test_captions_without_words_make_no_subspace(train, subject, tmp_path):
 @pytest.mark.parametrize(
     "flags, sentence",
     [
-        ({"--subspace_dimension": 129}, "--subspace_dimension 129 is more than the 128 entries of a token"),
+        ({"--subspace_dimension": 128}, "--subspace_dimension 128 is too many for a token of this model"),
         ({"--perturbation_scale": 1e-9}, "--perturbation_scale 1e-09 is too small for float32 activations"),
     ],
     ids=str,
@@ -318,8 +360,9 @@ def test_recipes_are_defaults_that_flags_overrule(basics):
         return zoodip.parse_args(as_arguments(plain) + list(words))
 
     fast = parsed("--recipe", "fast", "--train_batch_size", "2")
-    assert (fast.optimizer, fast.max_train_steps, fast.train_batch_size) == ("gauss_newton", 500, 2)
-    assert parsed("--recipe=fast", "--num_train_epochs", "1").max_train_steps is None
+    assert (fast.optimizer, fast.checkpointing_steps, fast.train_batch_size) == ("gauss_newton", 50, 2)
+    without = parsed("--optimizer", "gauss_newton", "--train_batch_size", "2")
+    assert vars(without) | {"recipe": "fast"} == vars(fast)
     paper, default = parsed("--recipe", "paper"), parsed()
     differ = {name for name, value in vars(paper).items() if getattr(default, name) != value}
     assert differ == {"recipe"}  # the paper's settings are the defaults, the rest of both follows from the model

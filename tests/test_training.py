@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import torch
 from conftest import SCRIPT, as_arguments
 from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 import train_zoodip_textual_inversion as zoodip
@@ -344,6 +345,25 @@ def test_resume_under_other_settings_is_refused(train, tmp_path):
     with pytest.raises(InputError, match="is not a checkpoint"):
         train(resume_from_checkpoint=str(tmp_path / "nowhere"))
     train(resume_from_checkpoint="checkpoint-1", max_train_steps=3)  # a longer run is not another run
+
+
+def test_a_checkpoint_knows_the_weights_it_was_trained_on(train, demo_base, tmp_path):
+    base = Path(shutil.copytree(demo_base, tmp_path / "base"))
+    train(max_train_steps=1, checkpointing_steps=1, pretrained_model_name_or_path=base)
+    path = base / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({name: 1.01 * weight for name, weight in load_file(path).items()}, path, metadata={"format": "pt"})
+    with pytest.raises(InputError, match="other settings: weights of the model"):
+        train(max_train_steps=2, pretrained_model_name_or_path=base, resume_from_checkpoint="latest")
+
+
+def test_a_checkpoint_from_before_averaging_is_resumed(train):
+    out = train(max_train_steps=1, checkpointing_steps=1)
+    path = out / "checkpoint-1" / "state.pt"
+    state = torch.load(path, weights_only=True)
+    del state["mean"], state["updates"]
+    torch.save(state, path)
+    (out / "checkpoint-1" / "manifest.json").unlink()  # older than manifests
+    train(max_train_steps=2, resume_from_checkpoint="latest")
 
 
 def test_checkpoints_are_rotated(train):

@@ -95,6 +95,16 @@ def test_a_constant_channel_is_exact_and_outliers_are_cut_off():
     assert (error("mse") < 0.8 * error("minmax")).all()
 
 
+def test_zero_points_are_integers_of_the_range():
+    """Half precision holds those, and not what a channel far from 0 would have."""
+    for offset in (-1.0, 1.0):
+        weight = offset + 1e-3 * torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
+        for calibration in ("minmax", "mse"):
+            integers, scale, zero = tuneqdm.quantize(weight, 8, calibration)
+            assert (zero >= 0).all() and (zero <= 255).all()
+            assert ((integers - zero) * scale - weight).abs().le(scale).all()
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_weights_that_are_no_numbers_are_refused(value):
     weight = torch.ones(2, 3)
@@ -326,6 +336,20 @@ def test_gradient_checkpointing_changes_no_gradient(unet):
         unet.enable_gradient_checkpointing()
     for one, other in zip(*found):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_compiled_model_predicts_the_same(unet, bits, dtype):
+    """As far as the graph of operations goes; what a compiler then makes of it differs by rounding."""
+    tuned(unet, tuneqdm.set_of_timestep(1000, 2), num_sets=2, bits=bits)
+    unet.to(dtype)
+    batch = inputs([100, 900])
+    given = [batch["sample"].to(dtype), batch["timestep"], batch["encoder_hidden_states"].to(dtype)]
+    with torch.no_grad():
+        expected = unet(*given).sample
+        found = torch.compile(unet, backend="aot_eager")(*given).sample
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def learner_of(unet, table, dtype=torch.float32, **flags):

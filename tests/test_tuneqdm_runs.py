@@ -16,10 +16,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPO, _run, as_arguments
-from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, UNet2DConditionModel
+from diffusers import (
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    StableDiffusionImg2ImgPipeline,
+    UNet2DConditionModel,
+)
 from hub_server import TOKEN, HubServer, Repo
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save, save_file
 from tiny_base import build_pictures, build_tiny_base
 
 import train_tuneqdm_dreambooth as script
@@ -68,6 +74,14 @@ def train(basics):
 
 def read_config(folder):
     return json.loads((folder / CONFIG).read_text())
+
+
+def change_scales(folder, edit=lambda changes: changes, **about):
+    """Writes a folder's scales anew: the tensors changed by a function, what they belong to by keywords."""
+    path = folder / SCALES
+    with safe_open(path, framework="pt") as file:
+        said = json.loads(file.metadata()["tuneqdm"])
+    path.write_bytes(save(edit(load_file(path)), metadata={"tuneqdm": json.dumps(said | about)}))
 
 
 def launch(flags, expect=0, launcher=("-m", "accelerate.commands.launch"), env=None):
@@ -121,6 +135,7 @@ def test_launch_writes_everything(basics):
         "scale_intervals": None,
         "train_input_scales": True,
         "num_train_timesteps": 1000,
+        "base_model": "base",
         "base_sha256": tuneqdm.fingerprint(unet),
         "base_sketch": tuneqdm.sketch(unet),
     }
@@ -169,6 +184,22 @@ def test_other_settings_are_not_resumed(train):
     train(checkpointing_steps=1)
     with pytest.raises(InputError, match="belongs to other settings"):
         train(resume_from_checkpoint="latest", scale_sets=2)
+
+
+def change_weights(base):
+    """Other weights of the same shapes under the same name."""
+    path = base / "unet" / "diffusion_pytorch_model.safetensors"
+    weights, g = load_file(path), torch.Generator().manual_seed(0)
+    weights = {name: w * (1 + 0.05 * torch.randn(w.shape, generator=g)) for name, w in weights.items()}
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def test_a_run_is_not_resumed_on_other_weights(train, tiny, tmp_path):
+    base = shutil.copytree(tiny / "base", tmp_path / "base")
+    train(checkpointing_steps=1, pretrained_model_name_or_path=base)
+    change_weights(base)
+    with pytest.raises(InputError, match="belongs to other settings: weights of the model"):
+        train(resume_from_checkpoint="latest", pretrained_model_name_or_path=base)
 
 
 def test_two_processes_stay_identical(basics, tmp_path):
@@ -220,6 +251,26 @@ def test_nan_stops_and_keeps_the_last_good_scales(train, tmp_path):
     assert all(scale.isfinite().all() for scale in load_file(tmp_path / "out" / SCALES).values())
 
 
+def test_what_a_diverged_run_leaves_can_be_drawn_with(train, tiny):
+    """In the folder of an older run of other bits: the file of scales says itself what it belongs to."""
+    out = train()
+    with pytest.raises(DivergedError):
+        train(learning_rate=1e30, max_train_steps=40, logging_steps=1, bits=4, calibration="mse")
+    assert read_config(out)["scales"]["bits"] == 8
+    assert from_pretrained(tiny / "base", out).scale_config[:2] == (4, "mse")
+
+
+def test_layers_that_the_model_does_not_use_do_not_stop_it(train, tiny, tmp_path):
+    """`time_cond_proj_dim`, as in models distilled for guidance; nothing is given to that layer in training."""
+    base = shutil.copytree(tiny / "base", tmp_path / "base")
+    config = json.loads((base / "unet" / "config.json").read_text()) | {"time_cond_proj_dim": 8}
+    (base / "unet" / "config.json").write_text(json.dumps(config))
+    unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(base / "unet"))
+    unet.save_pretrained(base / "unet")
+    scales = load_file(train(pretrained_model_name_or_path=base) / SCALES)
+    assert not scales["time_embedding.cond_proj.out"].any() and scales["conv_in.out"].any()
+
+
 def test_prior_preservation_draws_missing_class_images_once(train, tmp_path, monkeypatch):
     folder = tmp_path / "class"
     flags = {"with_prior_preservation": True, "class_data_dir": folder, "class_prompt": "a photo of a star"}
@@ -233,7 +284,7 @@ def test_prior_preservation_draws_missing_class_images_once(train, tmp_path, mon
     assert config["settings"]["instance_data_dir"] == "pictures"
     train(num_class_images=3, output_dir=tmp_path / "more", **flags)
     assert {name: (folder / name).read_bytes() for name in drawn} == drawn and len(list(folder.iterdir())) == 3
-    monkeypatch.setattr(script.dreambooth.validation, "draw_images", lambda *_, **__: pytest.fail("there are enough"))
+    monkeypatch.setattr(script.dreambooth.validation, "open_pipeline", lambda *_: pytest.fail("there are enough"))
     train(num_class_images=3, output_dir=tmp_path / "more", resume_from_checkpoint="latest", **flags)
 
 
@@ -273,6 +324,8 @@ def test_captions_and_prompts():
     assert script.instance_texts(pictures, None, "dog") == ["my dog", "a photo of a dog", "a dog"]
     with pytest.raises(InputError, match="the caption of a, 'my {}', says {} .* give --subject_name"):
         script.instance_texts(pictures, "sks dog", None)
+    with pytest.raises(InputError, match="--subject_name 'my cat' is in no caption and not in --instance_prompt"):
+        script.instance_texts(pictures[1:], "a photo of sks dog", "my cat")
     with pytest.raises(InputError, match="b has no caption: give --instance_prompt"):
         script.instance_texts(pictures[1:], None, None)
 
@@ -327,10 +380,16 @@ def test_trainer_and_pipeline_predict_the_same_to_the_last_bit(tiny, finished, m
             assert torch.equal(ours, theirs)
 
 
-def test_validation_images_are_what_the_pipeline_draws(train, tiny):
-    """With three sets, of which each is used at its own timesteps."""
+@pytest.mark.parametrize(
+    "scales",
+    [
+        {"scale_sets": 3},  # of which each is used at its own timesteps
+        {"scale_intervals": "300-800", "bits": 4, "calibration": "mse", "train_input_scales": True},
+    ],
+)
+def test_validation_images_are_what_the_pipeline_draws(train, tiny, scales):
     flags = {"validation_prompt": "a {} on the beach", "num_validation_images": 1, "num_inference_steps": 6}
-    out = train(scale_sets=3, learning_rate=0.2, max_train_steps=6, train_batch_size=2, **flags)
+    out = train(learning_rate=0.2, max_train_steps=6, train_batch_size=2, **flags, **scales)
     pipeline = from_pretrained(tiny / "base", out)
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     options = {"num_inference_steps": 6, "guidance_scale": 7.5, "generator": torch.Generator().manual_seed(0)}
@@ -341,10 +400,13 @@ def test_validation_images_are_what_the_pipeline_draws(train, tiny):
 
 def test_the_set_of_each_timestep_is_used(tiny, scales):
     """Where only the scales of late timesteps change anything, only those timesteps are drawn differently."""
-    changes = load_file(scales / SCALES)
-    for change in changes.values():
-        change[:2] = 0
-    save_file(changes, scales / SCALES)
+
+    def only_late(changes):
+        for change in changes.values():
+            change[:2] = 0
+        return changes
+
+    change_scales(scales, only_late)
     pipeline = from_pretrained(tiny / "base", scales)
     sample, text = torch.randn(2, 4, 8, 8), torch.randn(2, 32, 16)
     found = {}
@@ -370,8 +432,7 @@ def test_one_file_and_half_precision(tiny, scales):
     expected = draw(from_pretrained(tiny / "base", scales))
     assert np.array_equal(draw(from_pretrained(tiny / "base", scales / SCALES)), expected)
     assert np.array_equal(draw(from_pretrained(str(tiny / "base"), str(scales))), expected)
-    half = {name: change.half() for name, change in load_file(scales / SCALES).items()}
-    save_file(half, scales / SCALES)
+    change_scales(scales, lambda changes: {name: change.half() for name, change in changes.items()})
     assert np.abs(draw(from_pretrained(tiny / "base", scales)) - expected).max() < 0.01
 
 
@@ -386,6 +447,24 @@ def test_a_pipeline_without_scales_is_plain_stable_diffusion(tiny, scales):
         pipeline.save_pretrained(scales / "whole")
 
 
+def test_pipelines_that_share_the_unet_share_its_scales(tiny, scales, tmp_path):
+    first = from_pretrained(tiny / "base", scales)
+    expected, plain = draw(first), None
+    other = from_pretrained(tiny / "base", scales, unet=first.unet)
+    another = tuneqdm.TuneQDMPipeline(**first.components, requires_safety_checker=False, tuneqdm_scales=scales)
+    third = tuneqdm.TuneQDMPipeline.from_pipe(first)
+    for pipeline in (other, another, third):
+        pipeline.set_progress_bar_config(disable=True)
+        assert np.array_equal(draw(pipeline), expected)
+        pipeline.use_scales(False)
+        plain = draw(pipeline)
+        assert not np.array_equal(plain, expected) and np.array_equal(draw(first), plain)
+        pipeline.use_scales(True)
+    for pipeline in (another, StableDiffusionImg2ImgPipeline.from_pipe(first)):
+        with pytest.raises(ValueError, match="cannot be saved as a model"):
+            pipeline.save_pretrained(tmp_path / "whole")
+
+
 def refused(base, scales, expected, error=ValueError):
     with pytest.raises(error, match=expected) as caught:
         from_pretrained(base, scales)
@@ -394,10 +473,7 @@ def refused(base, scales, expected, error=ValueError):
 
 def test_scales_of_another_base_are_refused(tiny, scales, tmp_path):
     other = shutil.copytree(tiny / "base", tmp_path / "other")
-    path = other / "unet" / "diffusion_pytorch_model.safetensors"
-    weights, g = load_file(path), torch.Generator().manual_seed(0)
-    weights = {name: w * (1 + 0.05 * torch.randn(w.shape, generator=g)) for name, w in weights.items()}
-    save_file(weights, path, metadata={"format": "pt"})
+    change_weights(other)
     refused(other, scales, r"was trained on another base \('base'\) than this one, quantized to 8 bits")
 
 
@@ -431,42 +507,43 @@ def test_scales_of_a_base_of_another_shape_are_refused(demo_base, scales):
 def test_scales_of_other_bits_are_refused(tiny, scales, tmp_path):
     pipeline = from_pretrained(tiny / "base", scales)
     four = shutil.copytree(scales, tmp_path / "four")
-    config = read_config(four)
-    config["scales"]["bits"] = 4
-    write_json(four / CONFIG, config)
+    change_scales(four, bits=4)
     with pytest.raises(ValueError, match=r"belongs to 4 bits \(minmax\) and this UNet is quantized to 8"):
         pipeline.load_scales(four)
-    refused(tiny / "base", four, "another base .* quantized to 4 bits")
 
 
 @pytest.mark.parametrize(
     "damage, expected",
     [
-        (lambda folder: (folder / SCALES).write_bytes(b"x" * 20), "cannot be read"),
-        (lambda folder: (folder / CONFIG).write_text("{"), "tuneqdm_config.json is damaged"),
-        (lambda folder: (folder / CONFIG).write_text("[" * 10**5), "tuneqdm_config.json is damaged"),
-        (lambda folder: (folder / CONFIG).write_text('{"scales": {"bits": 8}}'), "tuneqdm_config.json is damaged"),
+        (lambda path: path.write_bytes(b"x" * 20), "cannot be read"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "cannot be read"),
+        (lambda path: save_file(load_file(path), path), "its metadata have no 'tuneqdm'"),
+        (lambda path: save_file(load_file(path), path, {"tuneqdm": "{"}), "its metadata 'tuneqdm' cannot be read"),
+        (lambda path: save_file(load_file(path), path, {"tuneqdm": "[" * 10**5}), "'tuneqdm' cannot be read"),
+        (lambda path: save_file(load_file(path), path, {"tuneqdm": '{"bits": 8}'}), "'tuneqdm' cannot be read"),
     ],
 )
 def test_damaged_scales_are_refused(tiny, scales, damage, expected):
-    damage(scales)
-    refused(tiny / "base", scales, expected)
+    damage(scales / SCALES)
+    refused(tiny / "base", scales, f"{SCALES} is damaged .*{expected}")
 
 
 @pytest.mark.parametrize(
     "change", [{"bits": 3}, {"scale_sets": 0}, {"scale_intervals": []}, {"scale_intervals": [[5, 2]]}]
 )
 def test_a_config_that_makes_no_sense_is_refused(tiny, scales, change):
-    config = read_config(scales)
-    write_json(scales / CONFIG, config | {"scales": config["scales"] | change})
-    refused(tiny / "base", scales, "tuneqdm_config.json is damaged .*make no sense")
+    change_scales(scales, **change)
+    refused(tiny / "base", scales, f"{SCALES} is damaged .*make no sense")
 
 
 def test_scales_that_are_not_there_or_no_numbers_are_refused(tiny, scales, tmp_path):
     refused(tiny / "base", tmp_path / "nowhere", "is neither a folder nor a repository", OSError)
-    changes = load_file(scales / SCALES)
-    changes["conv_in.out"][0, 0] = torch.nan
-    save_file(changes, scales / SCALES)
+
+    def no_number(changes):
+        changes["conv_in.out"][0, 0] = torch.nan
+        return changes
+
+    change_scales(scales, no_number)
     refused(tiny / "base", scales, "holds NaN or infinity")
     (scales / SCALES).unlink()
     refused(tiny / "base", scales, f"has no {SCALES}", OSError)
@@ -607,6 +684,12 @@ PRIOR = {"with_prior_preservation": True, "class_prompt": "a star"}
         ({"scale_sets": 0}, "--scale_sets 0 must be at least 1"),
         ({"bits": 3}, "argument --bits: invalid choice: 3"),
         ({"calibration": "best"}, "argument --calibration: invalid choice"),
+        ({"num_class_images": 5}, "--num_class_images is for --with_prior_preservation"),
+        ({"prior_loss_weight": 1.0}, "--prior_loss_weight is for --with_prior_preservation"),
+        (PRIOR | {"class_data_dir": "x", "class_prompt": "a {}"}, "--class_prompt is of the class and {} the subject"),
+        ({"lr_warmup_steps": 5}, "--lr_warmup_steps is not for --lr_scheduler constant"),
+        ({"lr_num_cycles": 2, "lr_scheduler": "cosine"}, "--lr_num_cycles is for --lr_scheduler cosine_with_restarts"),
+        ({"snr_gamma": 5}, "--snr_gamma means nothing here"),
         ({"class_prompt": "a star"}, "--class_prompt is for --with_prior_preservation"),
         ({"class_data_dir": "x"}, "--class_data_dir is for --with_prior_preservation"),
         (PRIOR, "--with_prior_preservation needs --class_data_dir"),
