@@ -64,7 +64,7 @@ evaluate: $(VENV)/.installed-dev
 
 # The paper's ablations on the demo base, one table after the other (projected: 3 hours on 2 free cores). It goes on where
 # it was and says at each table how many runs are missing and how long they take.
-ABLATIONS := sg_puts n mu rge_spsa tau_nu sampling precision timesteps gauss_newton
+ABLATIONS := sg_puts n mu rge_spsa tau_nu sampling precision timesteps gauss_newton ideas
 ABLATION_FLAGS ?= --processes 2
 ablations: $(VENV)/.installed-dev
 	for grid in $(ABLATIONS); do $(BIN)/python benchmarks/compare_methods.py --grid $$grid $(ABLATION_FLAGS) || exit 1; done

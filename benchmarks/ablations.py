@@ -18,12 +18,13 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
+from benchmarks import ideas  # noqa: E402
 from benchmarks.methods import PAPER, PUTS, UNIFORM, FlagshipLearner, Method  # noqa: E402
 from evaluate_personalization import bootstrap_interval  # noqa: E402
 
 
 FOLDER = "ablations"  # of the runs of all grids: cells with the same name are the same
-BUDGET, STEPS = 4500, 1500  # example-forwards of a run, and the updates that the paper's setting makes with them
+BUDGET, STEPS = ideas.BUDGET, 1500  # example-forwards of a run, and the updates of the paper's setting with them
 SUBJECTS = ["striped_star", "striped_cross", "dotted_heart"]
 SEEDS = [0, 1]
 RUN_SECONDS = 50  # CPU time of a run until one is finished: 1,500 steps of 21 ms and 13 s of judging, as measured
@@ -47,9 +48,9 @@ class Ablation:
     published: dict = field(default_factory=dict)
 
 
-def cell(title, changes="", timesteps=PUTS):
-    """The paper's setting, changed by flags, of which the last counts."""
-    return Method(title, " ".join(f"{PAPER} {changes} {timesteps}".split()))
+def cell(title, changes="", timesteps=PUTS, learner="flagship", **options):
+    """The paper's setting, changed by flags, of which the last counts, or by a learner of `ideas`."""
+    return Method(title, " ".join(f"{PAPER} {changes} {timesteps}".split()), learner, options)
 
 
 def timestep_range(least, most):
@@ -62,6 +63,14 @@ def timestep_range(least, most):
 def ours(title, changes="", precision="--mixed_precision bf16"):
     """Gauss-Newton, changed by flags."""
     return Method(title, f"--recipe fast --quantization int8 --train_batch_size 1 {precision} {changes} {PUTS}")
+
+
+FLOAT32 = ours("Gauss-Newton in float32, h = 3e-4", precision="--mixed_precision no")
+
+
+def idea(title, learner):
+    """Gauss-Newton in float32, changed by a learner of `ideas`."""
+    return Method(title, FLOAT32.flags, learner)
 
 
 def number(flag, letter, paper, values):
@@ -143,7 +152,7 @@ ABLATIONS = {
         {
             REFERENCE: cell("ZOODiP (paper)"),
             "gn": ours("Gauss-Newton, as the fast recipe has it"),
-            "gn_float32": ours("float32, h = 3e-4", precision="--mixed_precision no"),
+            "gn_float32": FLOAT32,
             "gn_steps_15": ours("15 steps in the subspace", "--subspace_steps 15"),
             "gn_steps_60": ours("60 steps in the subspace", "--subspace_steps 60"),
             "gn_fixed": ours("the subspace to the end", "--subspace_steps 1000000"),
@@ -159,6 +168,21 @@ ABLATIONS = {
             "gn_memory_90": ours("ρ = 0.9", "--gn_memory 0.9"),
             "gn_last": ours("the last θ, no average", "--gn_averaging 0"),
             "gn_batch_2": ours("two examples a step", "--gradient_accumulation_steps 2"),
+        },
+    ),
+    "ideas": Ablation(
+        "none",
+        {
+            REFERENCE: cell("ZOODiP (paper)"),
+            "radazo": cell("ZOODiP with R-AdaZO", learner="radazo"),
+            "n_8": cell("ZOODiP, n = 8", "--num_perturbations 8"),
+            "fzoo_2e-3": cell("FZOO, n = 8, η = 2e-3", "--num_perturbations 8", learner="fzoo", learning_rate=2e-3),
+            "fzoo_1e-2": cell("FZOO, n = 8, η = 1e-2", "--num_perturbations 8", learner="fzoo", learning_rate=1e-2),
+            "gn_float32": FLOAT32,
+            "gn_fixed_norm": idea("the norm fixed at the vocabulary's", "fixed_norm"),
+            "gn_summed_words": idea("from the sum of the subject's words", "summed_words"),
+            "gn_falling_steps": idea("steps shortened along a cosine", "falling_steps"),
+            "gn_informed_timesteps": idea("timesteps by information", "informed_timesteps"),
         },
     ),
     "timesteps": Ablation("Fig. 7", dict(timestep_range(*limits) for limits in TIMESTEPS)),

@@ -857,6 +857,7 @@ def targets(steps, memories, signals, scores):
     return table(TARGET_HEADER, rows)
 
 
+ABLATIONS = "sg_puts tau_nu sampling rge_spsa mu n precision timesteps gauss_newton ideas".split()
 TABLES = {
     "evidence": (evidence, "benchmarks/results/signal.json"),
     "demo_scores": (demo_scores, "docs/demo_scores.json"),
@@ -869,10 +870,7 @@ TABLES = {
     "signal_float32": (signal, "benchmarks/results/signal_float32.json"),
     "methods": (methods, "benchmarks/results/methods.json"),
     "methods_pilots": (methods, "benchmarks/results/methods_pilots.json"),
-    **{
-        f"ablation_{name}": (ablation, f"benchmarks/results/ablation_{name}.json")
-        for name in ("sg_puts", "tau_nu", "sampling", "rge_spsa", "mu", "n", "precision", "timesteps", "gauss_newton")
-    },
+    **{f"ablation_{name}": (ablation, f"benchmarks/results/ablation_{name}.json") for name in ABLATIONS},
     "quality": (quality, "benchmarks/results/quality.json"),
     "step": (step, "benchmarks/results/step_cpu.json"),
     "scaling": (scaling, "benchmarks/results/step_cpu.json", "benchmarks/results/memory_cpu.json"),

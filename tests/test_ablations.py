@@ -14,7 +14,7 @@ from conftest import REPO
 from PIL import Image
 
 import train_zoodip_textual_inversion as zoodip
-from benchmarks import ablations, compare_methods, make_tables, methods, plot_methods
+from benchmarks import ablations, compare_methods, ideas, make_tables, methods, plot_methods
 from evaluate_personalization import bootstrap_interval
 
 
@@ -42,10 +42,9 @@ def test_every_cell_is_a_valid_command_line_that_differs_from_the_others(grid):
         precision = args.mixed_precision or "no"
         zoodip.complete_for_precision(args, precision)  # raises where μ drowns in the activations' rounding
         parsed[name] = vars(args)
-        assert method.learner == "flagship" and not method.options
-    assert "paper" in cells and len({str(args) for args in parsed.values()}) == len(cells)
-    for name in cells.keys() - {"paper"}:
-        assert parsed[name] != parsed["paper"]
+        assert grid == "ideas" or method.learner == "flagship" and not method.options
+    told_apart = {(str(parsed[name]), method.learner, str(method.options)) for name, method in cells.items()}
+    assert "paper" in cells and len(told_apart) == len(cells)
     assert ablations.ABLATIONS[grid].published.keys() <= cells.keys()
 
 
@@ -53,10 +52,38 @@ def test_cells_of_one_name_are_the_same_and_paper_is_the_papers():
     flags = {}
     for cells in ablations.GRIDS.values():
         for name, method in cells.items():
-            assert flags.setdefault(name, method.flags) == method.flags
+            what = method.flags, method.learner, str(method.options)
+            assert flags.setdefault(name, what) == what
             assert re.fullmatch(r"[a-z0-9_-]+", name)
-    assert flags["paper"].split() == methods.GRIDS["main"]["paper"].flags.split()
+    assert flags["paper"][0].split() == methods.GRIDS["main"]["paper"].flags.split()
     assert len(set(flags.values())) == len(flags)
+
+
+@pytest.mark.parametrize("name", [name for name, m in ablations.GRIDS["ideas"].items() if m.learner != "flagship"])
+def test_ideas_move_theta_at_the_cost_that_they_state(tmp_path, name):
+    PartialState(cpu=True)
+    (tmp_path / "weights").mkdir()
+    run = run_of(name)
+    task = methods.prepare([*compare_methods.common_flags(run, tmp_path), *run.method.flags.split()])
+    learner, count = run.method.make(task), methods.ForwardCount(task.model.unet)
+    start = learner.theta.clone()
+    for _ in range(2):
+        assert np.isfinite(learner.step().item())
+    assert count.total == 2 * run.method.forwards_per_step(task.args)
+    assert learner.theta.isfinite().all() and not torch.equal(learner.theta, start)
+
+
+def test_r_adazo_against_its_formula():
+    theta, gradients = torch.zeros(3), torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    optimizer = ideas.RAdaZO([theta], 0.1, (0.9, 0.99), 1e-3)
+    m, v, expected = np.zeros(3), np.zeros(3), np.zeros(3)
+    for t, gradient in enumerate(gradients, start=1):
+        theta.grad = gradient
+        optimizer.step()
+        m = 0.9 * m + 0.1 * gradient.double().numpy()
+        v = 0.99 * v + 0.01 * (m / (1 - 0.9**t)) ** 2
+        expected -= 0.1 * m / (1 - 0.9**t) / (np.sqrt(v / (1 - 0.99**t)) + 1e-3)
+    np.testing.assert_allclose(theta.numpy(), expected, rtol=1e-5)
 
 
 def test_a_grid_without_further_flags_is_the_whole_table():
