@@ -19,6 +19,7 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import ideas  # noqa: E402
+from benchmarks.make_tables import spread_over_seeds  # noqa: E402
 from benchmarks.methods import PAPER, PUTS, UNIFORM, FlagshipLearner, Method  # noqa: E402
 from evaluate_personalization import bootstrap_interval  # noqa: E402
 
@@ -224,20 +225,6 @@ def watch_subspace(learner):
 # =====================================================================================================
 # Tables
 # =====================================================================================================
-
-
-def spread_over_seeds(values, subjects):
-    """Standard deviation of the seeds' means; None unless two seeds have all subjects.
-
-    Args:
-        values: (subject, seed) -> value.
-        subjects: names.
-    """
-    by_seed = {}
-    for (_, seed), value in values.items():
-        by_seed.setdefault(seed, []).append(value)
-    means = [statistics.fmean(found) for found in by_seed.values() if len(found) == len(subjects)]
-    return statistics.stdev(means) if len(means) > 1 else None
 
 
 def paired_difference(values, reference):

@@ -77,7 +77,7 @@ class Row(NamedTuple):
 
 
 OPENVINO = {"quantization": "int8", "unet_backend": "openvino"}
-GAUSS_NEWTON = {"quantization": "int8", "optimizer": "gauss_newton", "max_candidates_per_forward": 3}  # as n = 2 has
+GAUSS_NEWTON = {"quantization": "int8", "optimizer": "gauss_newton"}
 VALIDATION = {"validation_prompt": "a photo of {}", "num_validation_images": 1, "num_inference_steps": 1}
 ROWS = {
     "int8-first": Row("script", {"quantization": "int8"}, "fresh"),
@@ -87,7 +87,8 @@ ROWS = {
     "int8-low-vram": Row("script", {"quantization": "int8", "low_vram": True}),
     "int8-images": Row("script", {"quantization": "int8", **VALIDATION}),
     "int8-n8": Row("script", {"quantization": "int8"}, num_perturbations=8),
-    "int8-gauss-newton": Row("script", GAUSS_NEWTON),
+    "int8-gauss-newton": Row("script", {**GAUSS_NEWTON, "max_candidates_per_forward": 3}),  # as n = 2 has
+    "int8-gauss-newton-default": Row("script", GAUSS_NEWTON),
     "int8-n8-split": Row("script", {"quantization": "int8", "max_candidates_per_forward": 1}, num_perturbations=8),
     "nf4": Row("script", {"quantization": "nf4"}),
     "quanto-int8": Row("script", {"quantization": "quanto-int8"}),

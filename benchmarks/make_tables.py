@@ -10,6 +10,7 @@ import argparse
 import json
 import math
 import re
+import statistics
 import sys
 from pathlib import Path
 
@@ -348,6 +349,7 @@ MEMORY_NAMES = {
     "int8-no-cache": "ours, INT8, `--quantized_cache_dir none`",
     "int8-low-vram": "ours, INT8, `--low_vram`",
     "int8-gauss-newton": "ours, INT8, Gauss-Newton with 32 directions, 3 candidates a pass",
+    "int8-gauss-newton-default": "the same, 9 candidates a pass (its default)",
     "int8-n8": "ours, INT8, n = 8",
     "int8-n8-split": "ours, INT8, n = 8, `--max_candidates_per_forward 1`",
     "nf4": "ours, NF4 + INT8 convolutions",
@@ -393,6 +395,20 @@ def memory(result):
     return table(header, rows) + "\n\n" + note
 
 
+def spread_over_seeds(values, subjects):
+    """Standard deviation of the seeds' means; None unless two seeds have all subjects.
+
+    Args:
+        values: (subject, seed) -> value.
+        subjects: names.
+    """
+    by_seed = {}
+    for (_, seed), value in values.items():
+        by_seed.setdefault(seed, []).append(value)
+    means = [statistics.fmean(found) for found in by_seed.values() if len(found) == len(subjects)]
+    return statistics.stdev(means) if len(means) > 1 else None
+
+
 TUNEQDM_ROWS = {
     "int8": "**ours, PEQA, INT8**",
     "int8-checkpointing": "**the same, gradient checkpointing**",
@@ -422,13 +438,20 @@ def tuneqdm_memory(result):
         rows.append([*cells, f"{anonymous:.0f} MB", f"{entry['seconds_per_step']:.0f} s{busy}"])
     header = ["", "process", "peak of the whole process", "of the official way", "anonymous, above imports", "step"]
     first = chosen[0]
+    peaks = {e["row"]: e["measured"]["peak_rss_mb"] for e in chosen}
+    both = {
+        words: f"{peaks[f'int8{ours}-checkpointing'] / peaks[f'official-{kind}-checkpointing']:.0%} ({words})"
+        for words, ours, kind in (("PEQA", "", "peqa"), ("4 sets and input scales", "-tuneqdm", "tuneqdm"))
+        if f"official-{kind}-checkpointing" in peaks
+    }
+    alike = f"; with checkpointing on both sides they are {' and '.join(both.values())}" if both else ""
     note = (
         "Stable Diffusion 1.5 architecture, random weights, float32 activations, batch 1, two steps; fresh processes"
         f" from start to end, {first['hardware']['cores']} cores of {first['hardware']['name']}, torch"
         f" {first['versions']['torch']}. A process that only imports the libraries has {imports['peak_rss_mb']:.0f}"
         " MB. Official way: the same script and integer weights, the weight of each layer dequantized under autograd;"
-        " shares are of its row without checkpointing. The peak counts mapped pages of the weight file (860 MB), which"
-        " the system can drop. MB = 2^20. By `benchmarks/bench_tuneqdm.py`."
+        f" shares are of its row without checkpointing{alike}. The peak counts mapped pages of the weight file (860"
+        " MB), which the system can drop. MB = 2^20. By `benchmarks/bench_tuneqdm.py`."
     )
     return table(header, rows) + "\n\n" + note
 
@@ -456,23 +479,28 @@ def tuneqdm_quality(result):
         groups.setdefault((entry["bits"], entry["variant"], entry["learning_rate"]), []).append(entry)
     rows, order = [], list(TUNEQDM_VARIANTS)
 
-    def add(bits, what, length, scores, runs):
-        means = (f"{sum(score[name] for score in scores) / len(scores):.3f}" for name in names)
-        rows.append([f"INT{bits}" if bits else "float32", what, length, *means, runs])
+    def add(bits, what, length, scores):
+        """`scores`: (subject, seed) -> metric -> value."""
+        cells = []
+        for name in names:
+            values = {run: score[name] for run, score in scores.items()}
+            spread = spread_over_seeds(values, result["bases"])
+            cells.append(f"{statistics.fmean(values.values()):.3f}" + ("" if spread is None else f" ± {spread:.3f}"))
+        rows.append([f"INT{bits}" if bits else "float32", what, length, *cells, len(scores)])
 
     for bits in (0, 8, 4):
-        plain = [scores[str(bits)] for scores in result["bases"].values()]
-        add(bits, "nothing: the plain word", 0, plain, len(plain))
+        add(bits, "nothing: the plain word", 0, {(name, 0): s[str(bits)] for name, s in result["bases"].items()})
         for key in sorted((key for key in groups if key[0] == bits), key=lambda key: (order.index(key[1]), key[2])):
             entries, rates = groups[key], {other[2] for other in groups if other[:2] == key[:2]}
             what = TUNEQDM_VARIANTS[key[1]] + (f", rate {key[2]:g}" if len(rates) > 1 else "")
             for length in (200, 400):  # the picture has the others
-                if scores := [entry["scores"][str(length)] for entry in entries if str(length) in entry["scores"]]:
-                    add(bits, what, length, scores, len(scores))
+                long = [entry for entry in entries if str(length) in entry["scores"]]
+                if long:
+                    add(bits, what, length, {(e["subject"], e["seed"]): e["scores"][str(length)] for e in long})
     note = (
-        f"Means over runs, of {len(result['bases'])} subjects; CLIP-I and identity: mean cosine of (reference,"
-        " generated) pairs, CLIP-T: prompt against image, all by `demo/scorer`. By `benchmarks/compare_tuneqdm.py` on"
-        f" {result['entries'][0]['hardware']['name']}."
+        f"Means over runs, of {len(result['bases'])} subjects, ± one standard deviation of the seeds' means; CLIP-I"
+        " and identity: mean cosine of (reference, generated) pairs, CLIP-T: prompt against image, all by `demo/scorer`. By"
+        f" `benchmarks/compare_tuneqdm.py` on {result['entries'][0]['hardware']['name']}."
     )
     return table(["weights", "trained", "steps", *names, "runs"], rows) + "\n\n" + note
 
@@ -758,7 +786,7 @@ def method_targets(learned, scales_memory, lora_memory, loras, speeds):
     for row, most in (("int8", "half"), ("int8-checkpointing", "a third")):
         share = peaks[row] / peaks["official-peqa"]
         what = "TuneQDM (PEQA), 512 px: peak of the process, of the official way's"
-        what += ", gradient checkpointing" if row != "int8" else ""
+        what += ", ours with gradient checkpointing, it without" if row != "int8" else ""
         rows.append(judged(what, f"at most {most}", share, f"{share:.0%}", at_most={"half": 1 / 2}.get(most, 1 / 3)))
 
     peaks = {e["row"]: e["measured"]["peak_rss_mb"] for e in lora_memory["entries"] if e["resolution"] == 512}
