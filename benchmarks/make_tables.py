@@ -499,8 +499,8 @@ def tuneqdm_quality(result):
                     add(bits, what, length, {(e["subject"], e["seed"]): e["scores"][str(length)] for e in long})
     note = (
         f"Means over runs, of {len(result['bases'])} subjects, ± one standard deviation of the seeds' means; CLIP-I"
-        " and identity: mean cosine of (reference, generated) pairs, CLIP-T: prompt against image, all by `demo/scorer`. By"
-        f" `benchmarks/compare_tuneqdm.py` on {result['entries'][0]['hardware']['name']}."
+        " and identity: mean cosine of (reference, generated) pairs, CLIP-T: prompt against image, all by"
+        f" `demo/scorer`. By `benchmarks/compare_tuneqdm.py` on {result['entries'][0]['hardware']['name']}."
     )
     return table(["weights", "trained", "steps", *names, "runs"], rows) + "\n\n" + note
 
