@@ -832,8 +832,8 @@ class GaussNewtonUpdate:
             if self.steps == SHARE_STEPS and share is not None and share < LEAST_SHARE:
                 self.subspace_steps = SHARE_STEPS
             if not self.in_subspace:
-                held = "" if share is None else f"The subspace held {share:.0%} of the gradient: "
-                logger.info(f"{held}all directions from here on")
+                held = "" if share is None else f", the subspace held {share:.0%} of the gradient"
+                logger.info(f"All directions from here on{held}")
 
     def figures(self):
         """What the log says of it."""
