@@ -338,6 +338,7 @@ def test_gradient_checkpointing_changes_no_gradient(unet):
         assert torch.equal(one, other)
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call")  # in diffusers
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_compiled_model_predicts_the_same(unet, bits, dtype):
