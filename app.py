@@ -27,8 +27,10 @@ from pathlib import Path
 
 import gradio as gr
 
-from personalization import app_runs, arguments
-from personalization.app_words import (
+from personalization import flags
+from personalization.errors import InputError, run_script
+from personalization.web import app_runs
+from personalization.web.app_words import (
     CSS,
     GLYPHS,
     card,
@@ -41,7 +43,7 @@ from personalization.app_words import (
     status_card,
     strip,
 )
-from personalization.command_lines import (
+from personalization.web.command_lines import (
     DEMO_BASE,
     METHODS,
     REPO,
@@ -53,8 +55,7 @@ from personalization.command_lines import (
     read_others,
     shown,
 )
-from personalization.errors import InputError, run_script
-from personalization.workspace import Workspace, model_resolution, safe_name
+from personalization.web.workspace import Workspace, model_resolution, safe_name
 
 
 SUBJECTS = REPO / "demo" / "subjects"
@@ -726,7 +727,7 @@ def result_step():
 
 def parse_args(words=None):
     """Parses the command line."""
-    parser = arguments.new_parser(__file__, "A web page that trains with the scripts beside it.", "%(prog)s [options]")
+    parser = flags.new_parser(__file__, "A web page that trains with the scripts beside it.", "%(prog)s [options]")
     add = parser.add_argument
     add(
         "--workspace",

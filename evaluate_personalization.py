@@ -44,8 +44,12 @@ from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, CLIPModel
 
 import tuneqdm_pipeline as tuneqdm
-from personalization import arguments, base_model, embeddings, families, images, runs, weight_cache
+from personalization import flags
+from personalization.data import images
 from personalization.errors import InputError, run_script
+from personalization.files import atomic_path, check_writable, write_json
+from personalization.models import base_model, families, weight_cache
+from personalization.runs import embeddings, provenance
 
 
 # =====================================================================================================
@@ -335,7 +339,7 @@ def claim_images(output_dir, columns, drawing):
             for path in (Path(output_dir) / "images" / column.label).glob("*.png"):
                 path.unlink()
     fingerprints = known | {column.label: column.fingerprint for column in columns}
-    runs.write_json(settings, {"drawing": asdict(drawing), "fingerprints": fingerprints})
+    write_json(settings, {"drawing": asdict(drawing), "fingerprints": fingerprints})
 
 
 def draw_missing(output_dir, columns, drawing, pipeline, batch_size):
@@ -354,7 +358,7 @@ def draw_missing(output_dir, columns, drawing, pipeline, batch_size):
                 prompts = [drawing.prompts[p].replace("{}", column.word) for p, _ in cells]
                 generators = [torch.Generator().manual_seed(seed_of(drawing, *cell)) for cell in cells]
                 for cell, image in zip(cells, draw(prompts, generator=generators, **options).images):
-                    with runs.atomic_path(image_path(output_dir, column, *cell)) as temporary:
+                    with atomic_path(image_path(output_dir, column, *cell)) as temporary:
                         image.save(temporary)
                 bar.update(len(cells))
     bar.close()
@@ -535,14 +539,14 @@ def write_report(output_dir, args, columns, drawing, scores, references, open_im
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "settings": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
         "drawing": asdict(drawing),
-        "versions": runs.installed_versions(),
+        "versions": provenance.installed_versions(),
         "fingerprints": {column.label: column.fingerprint for column in columns},
         "scores": {label: {name: asdict(value) for name, value in row.items()} for label, row in scores.items()},
     }
-    runs.write_json(output_dir / "evaluation.json", content)
-    with runs.atomic_path(output_dir / "evaluation.md") as temporary:
+    write_json(output_dir / "evaluation.json", content)
+    with atomic_path(output_dir / "evaluation.md") as temporary:
         temporary.write_text(markdown_table(scores), encoding="utf-8")
-    with runs.atomic_path(output_dir / "contact_sheet.png") as temporary:
+    with atomic_path(output_dir / "contact_sheet.png") as temporary:
         contact_sheet(references, columns, drawing, open_image).save(temporary)
 
 
@@ -557,7 +561,7 @@ def push_scores(column, scores):
         raise InputError(f"--push: {str(column.folder)!r} has no {path.name} to write the scores into.")
     config = json.loads(path.read_text(encoding="utf-8"))
     values = {name: f"{s.mean:.3f} ({s.low:.3f} to {s.high:.3f})" for name, s in scores.items()}
-    runs.write_json(path, {**config, "scores": values})
+    write_json(path, {**config, "scores": values})
     command = [sys.executable, str(column.trainer), "--push_only", "--output_dir", str(column.folder)]
     done = subprocess.run(command)
     if done.returncode:
@@ -571,7 +575,7 @@ def push_scores(column, scores):
 
 def parse_args(input_args=None):
     """Parses and checks the command line; bad input exits with code 2."""
-    parser = arguments.new_parser(
+    parser = flags.new_parser(
         __file__,
         "Judge learned concepts by CLIP-T, CLIP-I, DINO and diversity.",
         "%(prog)s --pretrained_model_name_or_path MODEL --reference_images FOLDER --class_word WORD"
@@ -597,8 +601,8 @@ def parse_args(input_args=None):
     add("--output_dir", default="evaluation", help="Where everything is written.")
     add("--push", action="store_true", help="Write each result's scores into its config and card, and push it.")
     args = parser.parse_args(input_args)
-    more = {"num_images_per_prompt": arguments.Range(1, 1000), "batch_size": arguments.Range(1, 1024)}
-    arguments.check_ranges(parser, args, arguments.RANGES | more)
+    more = {"num_images_per_prompt": flags.Range(1, 1000), "batch_size": flags.Range(1, 1024)}
+    flags.check_ranges(parser, args, flags.RANGES | more)
     if not args.class_word.strip():
         parser.error("--class_word must be a word, such as dog.")
     if (args.reference_images is None) != args.draw_only:
@@ -620,7 +624,7 @@ def main(args):
         pictures = images.read_folder(args.reference_images, resolution, True, "--reference_images")
         references = [Image.fromarray(picture.pixels.permute(1, 2, 0).numpy()) for picture in pictures]
         encoders = Encoders(args.clip_model, args.dino_model, args.trust_remote_code, device, args.batch_size)
-    runs.check_writable("--output_dir", args.output_dir)
+    check_writable("--output_dir", args.output_dir)
     drawing = Drawing(
         weight_cache.source_key(base_model.find_weight_files(base, "unet")),
         prompts,

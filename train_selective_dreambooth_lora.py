@@ -51,26 +51,16 @@ from safetensors.torch import save
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import train_zoodip_textual_inversion as zoodip
-from personalization import (
-    arguments,
-    base_model,
-    checkpoints,
-    dreambooth,
-    embeddings,
-    examples,
-    hub,
-    images,
-    memory,
-    run_folder,
-    runs,
-    weight_cache,
-    windows,
-)
-from personalization.base_model import Base, StoredModel
-from personalization.compute import Compute, choose_compute
-from personalization.dreambooth import denoising_errors, draw_validation_images, dreambooth_loss, fill_in
+from personalization import flags
+from personalization.data import examples, images
 from personalization.errors import DivergedError, InputError, run_script
-from personalization.results import Result, write_result
+from personalization.methods import dreambooth, windows
+from personalization.methods.dreambooth import denoising_errors, draw_validation_images, dreambooth_loss, fill_in
+from personalization.models import base_model, memory, weight_cache
+from personalization.models.base_model import Base, StoredModel
+from personalization.models.compute import Compute, choose_compute
+from personalization.runs import checkpoints, embeddings, hub, launch, loop, provenance, run_folder
+from personalization.runs.results import Result, write_result
 
 
 logger = get_logger(__name__)
@@ -520,14 +510,14 @@ REFUSED_FLAGS = dreambooth.REFUSED_FLAGS | {
     "--snr_gamma": "timesteps are weighed by which kind of step they get: drop it.",
 }
 
-RANGES = arguments.RANGES | dreambooth.RANGES
+RANGES = flags.RANGES | dreambooth.RANGES
 RANGES |= {
-    "rank": arguments.Range(1, 1024),
-    "lora_alpha": arguments.Range(1, 10**6),
-    "low_resolution": arguments.RANGES["resolution"],
-    "zo_learning_rate": arguments.RANGES["learning_rate"],
-    **dict.fromkeys(("bp_timestep_midpoint", "bp_progress_midpoint"), arguments.Range(-1e6, 1e6)),
-    **dict.fromkeys(("bp_timestep_width", "bp_progress_width"), arguments.Range(1e-6, 1e6)),
+    "rank": flags.Range(1, 1024),
+    "lora_alpha": flags.Range(1, 10**6),
+    "low_resolution": flags.RANGES["resolution"],
+    "zo_learning_rate": flags.RANGES["learning_rate"],
+    **dict.fromkeys(("bp_timestep_midpoint", "bp_progress_midpoint"), flags.Range(-1e6, 1e6)),
+    **dict.fromkeys(("bp_timestep_width", "bp_progress_width"), flags.Range(1e-6, 1e6)),
 }
 
 
@@ -537,30 +527,30 @@ MIDPOINTS = {"scaled": (0.6, 0.9), "window": (100.0, 100.0)}
 
 def parse_args(input_args=None):
     """Parses and checks the command line (of the process, or a list of strings); bad input exits with code 2."""
-    parser = arguments.new_parser(
+    parser = flags.new_parser(
         __file__,
         "LoRA by backpropagation at a low resolution and forward passes at the full one, on a quantized UNet.",
         "%(prog)s --pretrained_model_name_or_path MODEL --instance_data_dir FOLDER --instance_prompt PROMPT [options]",
     )
-    add_adapter_arguments(arguments.add_model_arguments(parser, predicts_memory=False).add_argument)
+    add_adapter_arguments(flags.add_model_arguments(parser, predicts_memory=False).add_argument)
     concept = "{} stands for --subject_name"
-    dreambooth.add_subject_arguments(arguments.add_data_arguments(parser, "instance_data_dir", concept).add_argument)
+    dreambooth.add_subject_arguments(flags.add_data_arguments(parser, "instance_data_dir", concept).add_argument)
     add_selection_arguments(parser.add_argument_group("BP-low and ZO-high").add_argument)
-    dreambooth.add_backward_arguments(arguments.add_training_arguments(parser).add_argument)
+    dreambooth.add_backward_arguments(flags.add_training_arguments(parser).add_argument)
     adapt_training_arguments(parser)
-    arguments.add_validation_arguments(parser)
-    arguments.add_saving_arguments(parser).add_argument(
+    flags.add_validation_arguments(parser)
+    flags.add_saving_arguments(parser).add_argument(
         "--output_kohya_format",
         action="store_true",
         help=f"Also save {KOHYA_FILE}, as AUTOMATIC1111, ComfyUI and others read it.",
     )
-    arguments.add_hub_arguments(parser)
-    args = arguments.parse(parser, sys.argv[1:] if input_args is None else input_args, REFUSED_FLAGS)
+    flags.add_hub_arguments(parser)
+    args = flags.parse(parser, sys.argv[1:] if input_args is None else input_args, REFUSED_FLAGS)
     for name, midpoint in zip(("bp_timestep_midpoint", "bp_progress_midpoint"), MIDPOINTS[args.bp_view]):
         if getattr(args, name) is None:
             setattr(args, name, midpoint)
     if not args.push_only:
-        arguments.check_shared_arguments(parser, args, "instance_data_dir", RANGES)
+        flags.check_shared_arguments(parser, args, "instance_data_dir", RANGES)
         dreambooth.check_subject_arguments(parser, args)
     return args
 
@@ -611,7 +601,7 @@ def add_selection_arguments(add):
 
 def adapt_training_arguments(parser):
     """Defaults that are this method's."""
-    adapt = functools.partial(arguments.adapt, parser)
+    adapt = functools.partial(flags.adapt, parser)
     adapt("output_dir", "selective-lora-model", "Where everything is written.")
     adapt("seed", 0, "Of adapters, data, noise, kinds of steps, directions and class images.")
     adapt("max_train_steps", None, f"Updates in all. Default: {DEFAULT_STEPS}, as in diffusers' example.")
@@ -646,8 +636,8 @@ class Run:
     settings: dict  # what a checkpoint compares
     id: str = field(default_factory=checkpoints.new_run_id)  # kept over resumes
     results: run_folder.ResultFolder | None = None  # what it writes for others to read
-    progress: runs.Progress = field(default_factory=runs.Progress)
-    history: runs.History = field(default_factory=runs.History)
+    progress: loop.Progress = field(default_factory=loop.Progress)
+    history: loop.History = field(default_factory=loop.History)
 
     @property
     def output_dir(self):
@@ -783,8 +773,8 @@ def train(run):
     has_prior = run.subjects[ZO_HIGH].prior is not None
     examples_per_step = args.train_batch_size * (1 + has_prior) * args.gradient_accumulation_steps
     passes = {BP_LOW: 2 if args.bp_view == "window" else 1, ZO_HIGH: args.num_perturbations + 1}
-    bar = runs.progress_bar(accelerator, progress.step, args.max_train_steps)
-    with runs.stop_requests(accelerator) as stop_requested, bar:
+    bar = loop.progress_bar(accelerator, progress.step, args.max_train_steps)
+    with loop.stop_requests(accelerator) as stop_requested, bar:
         while progress.step < args.max_train_steps:
             done = progress.step / args.max_train_steps
             kind, loss = train_step(learner, run.model, run.subjects, run.sampling, done, run.average)
@@ -823,7 +813,7 @@ def read_out(run, interval, losses, speed, bar):
     of_kinds = {f"loss_{kind}": loss for kind, loss in losses.items()}
     bar.set_postfix(loss=f"{mean_loss:.4f}", bp_low=f"{share:.0%}", zo_high=f"{1 - share:.0%}")
     figures = {"loss": mean_loss, **of_kinds, "share_bp_low": share, "share_zo_high": 1 - share, **rates}
-    runs.log(run.accelerator, figures | {"steps_per_second": speed}, step)
+    loop.log(run.accelerator, figures | {"steps_per_second": speed}, step)
 
 
 def check_finite(run, losses, last_good):
@@ -881,12 +871,12 @@ def finish(run, pictures, components, repo_id):
         content = save(kohya_tensors(unet, args.lora_alpha), metadata={"format": "pt"})
         embeddings.save_content(run.results, KOHYA_FILE, content)
     samples = draw_validation_images(run) or []
-    figures = runs.describe_figures(run.progress, run.history, compute.device)
+    figures = provenance.describe_figures(run.progress, run.history, compute.device)
     figures |= {"trained_weights": run.learner.theta.numel(), "updates": run.learner.updates}
     base_license = hub.base_license(args.pretrained_model_name_or_path)
     method = "BP-low / ZO-high (arXiv 2507.10029)"
     name = args.subject_name or args.instance_prompt or "the subject"
-    config = runs.describe_result(args, method, base_license, compute, components, figures, subject=name)
+    config = provenance.describe_result(args, method, base_license, compute, components, figures, subject=name)
     config["run"] = run.id
     write_result(Result(name, None, None, run.history, samples, pictures, config), run.results, PUBLICATION, repo_id)
     return config
@@ -903,14 +893,14 @@ def main(args):
             print(f"Pushed to {hub.push_only(args, PUBLICATION)}")
         return
     memory.keep_freed_blocks(1)
-    accelerator = runs.start(args.output_dir, args.logging_dir, args.report_to, args.allow_tf32)
+    accelerator = launch.start(args.output_dir, args.logging_dir, args.report_to, args.allow_tf32)
     base, compute = resolve_settings(args, accelerator.device)
     for name in ("instance_data_dir", "class_data_dir"):
         if getattr(args, name) is not None:
             images.check_apart(getattr(args, name), args.output_dir, f"--{name}")
-    runs.check_folders(args.output_dir, args.logging_dir)
+    launch.check_folders(args.output_dir, args.logging_dir)
     if args.quantized_cache_dir != "none":
-        options = args.quantized_cache_dir, arguments.DEFAULT_CACHE, args.output_dir
+        options = args.quantized_cache_dir, flags.DEFAULT_CACHE, args.output_dir
         args.quantized_cache_dir = weight_cache.open_cache(*options)
     with run_folder.occupied(args.output_dir, accelerator), run_folder.saying_what_is_safe(args.output_dir):
         personalize(args, accelerator, base, compute)
@@ -924,7 +914,7 @@ def personalize(args, accelerator, base, compute):
     texts = dreambooth.instance_texts(pictures, args.instance_prompt, args.subject_name)
     fill_in(args.validation_prompt or "", args.subject_name, "--validation_prompt")
     if args.max_train_steps is None:  # the last of the defaults, known once the pictures are
-        args.max_train_steps = runs.training_length(args, len(pictures), accelerator.num_processes, DEFAULT_STEPS)
+        args.max_train_steps = launch.training_length(args, len(pictures), accelerator.num_processes, DEFAULT_STEPS)
     if args.with_prior_preservation:
         dreambooth.check_class_folder(args)
     base_model.check_weights(base)  # of a model on the Hub it downloads the weights
@@ -951,7 +941,7 @@ def personalize(args, accelerator, base, compute):
         model, unet = load_model(args, base, compute, conditioning, cache_dir)
     components = {"vae": vae, "text_encoder": text_encoder, "unet": unet}
     memory.release_freed_memory()
-    runs.log_components(components)
+    loop.log_components(components)
 
     # 4. What is learned: the adapters, from their start or from a checkpoint.
     learner = start_learner(args, model, accelerator.num_processes, accelerator.process_index)
@@ -962,7 +952,7 @@ def personalize(args, accelerator, base, compute):
         resume(run, checkpoint)
     run.results = run_folder.open_results(run.output_dir, PUBLICATION, run.id, checkpoint is not None)
     if args.report_to != "none":
-        runs.start_trackers(accelerator, "selective", args)
+        launch.start_trackers(accelerator, "selective", args)
     view = "in windows of" if args.bp_view == "window" else "at"
     sizes = f"BP-low {view} {args.low_resolution} px, ZO-high at {args.resolution} px"
     count = f"{learner.theta.numel()} adapter weights in {len(model.weights)} tensors"
@@ -973,7 +963,7 @@ def personalize(args, accelerator, base, compute):
     config = None
     if accelerator.is_main_process:
         config = finish(run, pictures, components, repo_id)
-    runs.end(accelerator)
+    loop.end(accelerator)
     if repo_id is not None:
         logger.info(f"Pushed to {hub.push_to_hub(args.output_dir, config, PUBLICATION, repo_id, args.hub_token)}")
 
@@ -982,7 +972,7 @@ def resume(run, checkpoint):
     """Takes up a run where a `Checkpoint` has it."""
     state = checkpoints.load_checkpoint(checkpoint, run.learner.generators(), run.accelerator.process_index)
     run.learner.load_state_dict(state)
-    run.progress, run.history = runs.Progress(**state["progress"]), runs.History(**state["history"])
+    run.progress, run.history = loop.Progress(**state["progress"]), loop.History(**state["history"])
     run.id = checkpoint.run or run.id
     logger.info(f"Resumed from {checkpoint.path} at step {run.progress.step}")
     if run.progress.step >= run.args.max_train_steps:

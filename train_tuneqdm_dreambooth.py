@@ -44,23 +44,11 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 
 import tuneqdm_pipeline as tuneqdm
-from personalization import (
-    arguments,
-    base_model,
-    checkpoints,
-    dreambooth,
-    embeddings,
-    examples,
-    hub,
-    images,
-    memory,
-    run_folder,
-    runs,
-    weight_cache,
-)
-from personalization.base_model import Base, StoredModel
-from personalization.compute import Compute, choose_compute
-from personalization.dreambooth import (
+from personalization import flags
+from personalization.data import examples, images
+from personalization.errors import DivergedError, InputError, run_script
+from personalization.methods import dreambooth
+from personalization.methods.dreambooth import (
     Subject,
     check_class_folder,
     denoising_errors,
@@ -70,8 +58,11 @@ from personalization.dreambooth import (
     instance_texts,
     read_instances,
 )
-from personalization.errors import DivergedError, InputError, run_script
-from personalization.results import Result, write_result
+from personalization.models import base_model, memory, weight_cache
+from personalization.models.base_model import Base, StoredModel
+from personalization.models.compute import Compute, choose_compute
+from personalization.runs import checkpoints, embeddings, hub, launch, loop, provenance, run_folder
+from personalization.runs.results import Result, write_result
 from tuneqdm_pipeline import ScaleConfig
 
 
@@ -361,29 +352,29 @@ REFUSED_FLAGS = dreambooth.REFUSED_FLAGS | {
     "--quantization": "weights are always integers: give --bits 8 or 4.",
 }
 
-RANGES = arguments.RANGES | dreambooth.RANGES
-RANGES |= {"bits": arguments.Range(4, 8), "scale_sets": arguments.Range(1, 1000)}
+RANGES = flags.RANGES | dreambooth.RANGES
+RANGES |= {"bits": flags.Range(4, 8), "scale_sets": flags.Range(1, 1000)}
 
 
 def parse_args(input_args=None):
     """Parses and checks the command line (of the process, or a list of strings); bad input exits with code 2."""
-    parser = arguments.new_parser(
+    parser = flags.new_parser(
         __file__,
         "TuneQDM: DreamBooth on a quantized Stable Diffusion, of which only the scales are trained.",
         "%(prog)s --pretrained_model_name_or_path MODEL --instance_data_dir FOLDER --instance_prompt PROMPT [options]",
     )
-    arguments.add_model_arguments(parser, predicts_memory=False)
+    flags.add_model_arguments(parser, predicts_memory=False)
     add_scale_arguments(parser.add_argument_group("quantization and scales").add_argument)
     concept = "{} stands for --subject_name"
-    dreambooth.add_subject_arguments(arguments.add_data_arguments(parser, "instance_data_dir", concept).add_argument)
-    dreambooth.add_backward_arguments(arguments.add_training_arguments(parser).add_argument)
+    dreambooth.add_subject_arguments(flags.add_data_arguments(parser, "instance_data_dir", concept).add_argument)
+    dreambooth.add_backward_arguments(flags.add_training_arguments(parser).add_argument)
     adapt_training_arguments(parser)
-    arguments.add_validation_arguments(parser)
-    arguments.add_saving_arguments(parser).add_argument(
+    flags.add_validation_arguments(parser)
+    flags.add_saving_arguments(parser).add_argument(
         "--save_half", action="store_true", help="Save the scales in float16: half the size."
     )
-    arguments.add_hub_arguments(parser)
-    args = arguments.parse(parser, sys.argv[1:] if input_args is None else input_args, REFUSED_FLAGS)
+    flags.add_hub_arguments(parser)
+    args = flags.parse(parser, sys.argv[1:] if input_args is None else input_args, REFUSED_FLAGS)
     if not args.push_only:
         check_arguments(parser, args)
     return args
@@ -414,7 +405,7 @@ def add_scale_arguments(add):
 
 def adapt_training_arguments(parser):
     """Defaults that are TuneQDM's: those of the official code, the learning rate relative to the scales."""
-    adapt = functools.partial(arguments.adapt, parser)
+    adapt = functools.partial(flags.adapt, parser)
     adapt("output_dir", "tuneqdm-model", "Where everything is written.")
     adapt("seed", 0, "Of data, noise and class images.")
     adapt("max_train_steps", None, f"Updates in all. Default: {OFFICIAL_STEPS}, as in the official code.")
@@ -429,7 +420,7 @@ OFFICIAL_STEPS = 400
 
 def check_arguments(parser, args):
     """Everything that can be judged without looking at a file; each fault is one sentence and exit code 2."""
-    arguments.check_shared_arguments(parser, args, "instance_data_dir", RANGES)
+    flags.check_shared_arguments(parser, args, "instance_data_dir", RANGES)
     if args.scale_intervals is not None and args.scale_sets > 1:
         parser.error("--scale_intervals (S1) has one set of scales: drop it or --scale_sets (S2).")
     try:
@@ -460,8 +451,8 @@ class Run:
     settings: dict  # what a checkpoint compares
     id: str = field(default_factory=checkpoints.new_run_id)  # kept over resumes
     results: run_folder.ResultFolder | None = None  # what it writes for others to read
-    progress: runs.Progress = field(default_factory=runs.Progress)
-    history: runs.History = field(default_factory=runs.History)
+    progress: loop.Progress = field(default_factory=loop.Progress)
+    history: loop.History = field(default_factory=loop.History)
 
     @property
     def output_dir(self):
@@ -534,8 +525,8 @@ def train(run):
         draw_validation_images(run)
     per_batch = args.train_batch_size * (2 if run.subject.prior else 1)
     passes = per_batch * args.gradient_accumulation_steps * accelerator.num_processes
-    bar = runs.progress_bar(accelerator, progress.step, args.max_train_steps)
-    with runs.stop_requests(accelerator) as stop_requested, bar:
+    bar = loop.progress_bar(accelerator, progress.step, args.max_train_steps)
+    with loop.stop_requests(accelerator) as stop_requested, bar:
         while progress.step < args.max_train_steps:
             progress.forward_passes += passes
             interval_loss += train_step(learner, run.model, run.subject, run.sampling, run.average)
@@ -553,7 +544,7 @@ def train(run):
                 rate = learner.lr_scheduler.get_last_lr()[0]
                 speed = (step - resumed_at) / (time.perf_counter() - started)
                 bar.set_postfix(loss=f"{mean_loss:.4f}", lr=f"{rate:.1e}")
-                runs.log(accelerator, {"loss": mean_loss, "lr": rate, "steps_per_second": speed}, step)
+                loop.log(accelerator, {"loss": mean_loss, "lr": rate, "steps_per_second": speed}, step)
                 interval_loss.zero_()
                 interval = 0
             progress.seconds = seconds_before + time.perf_counter() - started
@@ -612,11 +603,11 @@ def finish(run, pictures, components, repo_id):
     scales = describe_scales(run)
     save_scales(run.results, run.learner.changes, scales, args.save_half)
     samples = draw_validation_images(run) or []
-    figures = runs.describe_figures(run.progress, run.history, compute.device)
+    figures = provenance.describe_figures(run.progress, run.history, compute.device)
     figures["trained_scales"] = sum(change.numel() for change in run.learner.changes.values())
     base_license = hub.base_license(args.pretrained_model_name_or_path)
     method, name = "TuneQDM (arXiv 2401.04339)", args.subject_name or args.instance_prompt or "the subject"
-    config = runs.describe_result(args, method, base_license, compute, components, figures, subject=name)
+    config = provenance.describe_result(args, method, base_license, compute, components, figures, subject=name)
     config |= {"run": run.id, "scales": scales._asdict()}
     write_result(Result(name, None, None, run.history, samples, pictures, config), run.results, PUBLICATION, repo_id)
     return config
@@ -632,7 +623,7 @@ def describe_scales(run):
         scale_intervals=read_intervals(args.scale_intervals),
         train_input_scales=args.train_input_scales,
         num_train_timesteps=run.base.scheduler.config.num_train_timesteps,
-        base_model=runs.public_settings(args)["pretrained_model_name_or_path"],
+        base_model=provenance.public_settings(args)["pretrained_model_name_or_path"],
         base_sha256=tuneqdm.fingerprint(unet),
         base_sketch=tuneqdm.sketch(unet),
     )
@@ -649,14 +640,14 @@ def main(args):
             print(f"Pushed to {hub.push_only(args, PUBLICATION)}")
         return
     memory.keep_freed_blocks(1)
-    accelerator = runs.start(args.output_dir, args.logging_dir, args.report_to, args.allow_tf32)
+    accelerator = launch.start(args.output_dir, args.logging_dir, args.report_to, args.allow_tf32)
     base, compute, table = resolve_settings(args, accelerator.device)
     for name in ("instance_data_dir", "class_data_dir"):
         if getattr(args, name) is not None:
             images.check_apart(getattr(args, name), args.output_dir, f"--{name}")
-    runs.check_folders(args.output_dir, args.logging_dir)
+    launch.check_folders(args.output_dir, args.logging_dir)
     if args.quantized_cache_dir != "none":
-        options = args.quantized_cache_dir, arguments.DEFAULT_CACHE, args.output_dir
+        options = args.quantized_cache_dir, flags.DEFAULT_CACHE, args.output_dir
         args.quantized_cache_dir = weight_cache.open_cache(*options)
     with run_folder.occupied(args.output_dir, accelerator), run_folder.saying_what_is_safe(args.output_dir):
         personalize(args, accelerator, base, compute, table)
@@ -671,7 +662,7 @@ def personalize(args, accelerator, base, compute, table):
     fill_in(args.validation_prompt or "", args.subject_name, "--validation_prompt")
     if args.max_train_steps is None:  # the last of the defaults, known once the pictures are
         options = len(pictures), accelerator.num_processes, OFFICIAL_STEPS
-        args.max_train_steps = runs.training_length(args, *options)
+        args.max_train_steps = launch.training_length(args, *options)
     if args.with_prior_preservation:
         check_class_folder(args)
     base_model.check_weights(base)  # of a model on the Hub it downloads the weights
@@ -699,7 +690,7 @@ def personalize(args, accelerator, base, compute, table):
     with accelerator.local_main_process_first():  # the first process fills the cache, the others read it
         model, changes, components["unet"] = load_model(args, base, compute, table, conditioning, cache_dir)
     memory.release_freed_memory()
-    runs.log_components(components)
+    loop.log_components(components)
 
     # 4. What is learned: the changes of the scales, from zero or from a checkpoint.
     learner = start_learner(args, changes, compute, accelerator.num_processes, accelerator.process_index)
@@ -709,7 +700,7 @@ def personalize(args, accelerator, base, compute, table):
         resume(run, checkpoint)
     run.results = run_folder.open_results(run.output_dir, PUBLICATION, run.id, checkpoint is not None)
     if args.report_to != "none":
-        runs.start_trackers(accelerator, "tuneqdm", args)
+        launch.start_trackers(accelerator, "tuneqdm", args)
     count = sum(change.numel() for change in changes.values())
     logger.info(f"{len(pictures)} images, {len(conditioning)} prompts, {count} scales in {len(changes)} tensors")
 
@@ -720,7 +711,7 @@ def personalize(args, accelerator, base, compute, table):
     config = None
     if accelerator.is_main_process:
         config = finish(run, pictures, components, repo_id)
-    runs.end(accelerator)
+    loop.end(accelerator)
     if repo_id is not None:
         logger.info(f"Pushed to {hub.push_to_hub(args.output_dir, config, PUBLICATION, repo_id, args.hub_token)}")
 
@@ -729,7 +720,7 @@ def resume(run, checkpoint):
     """Takes up a run where a `Checkpoint` has it."""
     state = checkpoints.load_checkpoint(checkpoint, run.learner.generators(), run.accelerator.process_index)
     run.learner.load_state_dict(state)
-    run.progress, run.history = runs.Progress(**state["progress"]), runs.History(**state["history"])
+    run.progress, run.history = loop.Progress(**state["progress"]), loop.History(**state["history"])
     run.id = checkpoint.run or run.id
     logger.info(f"Resumed from {checkpoint.path} at step {run.progress.step}")
     if run.progress.step >= run.args.max_train_steps:

@@ -45,29 +45,17 @@ from diffusers import DDPMScheduler
 from diffusers.hooks import apply_group_offloading
 from diffusers.optimization import get_scheduler
 
-from personalization import (
-    arguments,
-    base_model,
-    checkpoints,
-    embeddings,
-    examples,
-    families,
-    hub,
-    images,
-    memory,
-    openvino_unet,
-    prompts,
-    run_folder,
-    runs,
-    validation,
-    weight_cache,
-)
-from personalization.base_model import Base
-from personalization.compute import DTYPES, Compute, choose_compute
+from personalization import flags
+from personalization.data import examples, images, prompts
+from personalization.data.examples import Batch, Concept
+from personalization.data.prompts import Placeholder
 from personalization.errors import DivergedError, InputError, run_script
-from personalization.examples import Batch, Concept
-from personalization.prompts import Placeholder
-from personalization.results import Result, write_result
+from personalization.files import temporary_folder
+from personalization.models import base_model, families, memory, openvino_unet, weight_cache
+from personalization.models.base_model import Base
+from personalization.models.compute import DTYPES, Compute, choose_compute
+from personalization.runs import checkpoints, embeddings, hub, launch, loop, provenance, run_folder, validation
+from personalization.runs.results import Result, write_result
 
 
 logger = get_logger(__name__)
@@ -1124,24 +1112,24 @@ REFUSED_FLAGS = {
 
 def parse_args(input_args=None):
     """Parses and checks the command line (of the process, or a list of strings); bad input exits with code 2."""
-    parser = arguments.new_parser(
+    parser = flags.new_parser(
         __file__,
         "ZOODiP: textual inversion on a quantized Stable Diffusion with forward passes only.",
         "%(prog)s --pretrained_model_name_or_path MODEL --train_data_dir FOLDER --placeholder_token TOKEN"
         " --initializer_token WORD [options]",
     )
-    add_engine_arguments(arguments.add_model_arguments(parser).add_argument)
-    add_concept_arguments(arguments.add_data_arguments(parser).add_argument)
+    add_engine_arguments(flags.add_model_arguments(parser).add_argument)
+    add_concept_arguments(flags.add_data_arguments(parser).add_argument)
     add_zeroth_order_arguments(parser.add_argument_group("zeroth-order optimization").add_argument)
-    arguments.add_training_arguments(parser)
+    flags.add_training_arguments(parser)
     rate = "Learning rate of ZO-Adam. Default: the paper's, 5e-3 (Stable Diffusion 2.x: 1e-2)."
-    arguments.adapt(parser, "learning_rate", None, rate)
-    add_held_out_arguments(arguments.add_validation_arguments(parser).add_argument)
-    add_result_arguments(arguments.add_saving_arguments(parser).add_argument)
-    arguments.add_hub_arguments(parser)
+    flags.adapt(parser, "learning_rate", None, rate)
+    add_held_out_arguments(flags.add_validation_arguments(parser).add_argument)
+    add_result_arguments(flags.add_saving_arguments(parser).add_argument)
+    flags.add_hub_arguments(parser)
     words = sys.argv[1:] if input_args is None else input_args
-    args = arguments.parse(parser, words, REFUSED_FLAGS)
-    given = arguments.given_flags(parser, words)
+    args = flags.parse(parser, words, REFUSED_FLAGS)
+    given = flags.given_flags(parser, words)
     recipe = RECIPES[args.recipe or ("fast" if args.optimizer == "gauss_newton" else "paper")]
     if args.recipe and "optimizer" in given and args.optimizer != recipe["optimizer"]:
         parser.error(f"--recipe {args.recipe} is one of --optimizer {recipe['optimizer']}: drop one of the two.")
@@ -1312,7 +1300,7 @@ def add_result_arguments(add):
 
 def check_arguments(parser, args):
     """Everything that can be judged without looking at a file; each fault is one sentence and exit code 2."""
-    arguments.check_shared_arguments(parser, args)
+    flags.check_shared_arguments(parser, args)
     if args.sg_window == 1:
         parser.error("--sg_window 1 holds no trajectory: give at least 2, or 0 to switch Subspace Gradient off.")
     if args.unet_backend == "openvino" and not BACKENDS[args.quantization].flexible:
@@ -1356,8 +1344,8 @@ class Run:
     id: str = field(default_factory=checkpoints.new_run_id)  # kept over resumes
     results: run_folder.ResultFolder | None = None  # what it writes for others to read
     best: torch.Tensor | None = None  # θ with the least held-out loss
-    progress: runs.Progress = field(default_factory=runs.Progress)
-    history: runs.History = field(default_factory=runs.History)
+    progress: loop.Progress = field(default_factory=loop.Progress)
+    history: loop.History = field(default_factory=loop.History)
 
     @property
     def output_dir(self):
@@ -1647,8 +1635,8 @@ def train(run):
         validate(run)
         draw_validation_images(run)
     examples_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    bar = runs.progress_bar(accelerator, progress.step, args.max_train_steps)
-    with runs.stop_requests(accelerator) as stop_requested, bar:
+    bar = loop.progress_bar(accelerator, progress.step, args.max_train_steps)
+    with loop.stop_requests(accelerator) as stop_requested, bar:
         while not is_over(run):
             progress.forward_passes += learner.rule.num_candidates * examples_per_step
             interval_loss += train_step(learner, run.model, run.concept, run.sampling, average)
@@ -1668,7 +1656,7 @@ def train(run):
                 figures = learner.rule.figures()
                 speed = (step - resumed_at) / (time.perf_counter() - started)
                 bar.set_postfix(loss=f"{mean_loss:.4f}", **{name: f"{x:.2g}" for name, x in figures.items()})
-                runs.log(accelerator, {"loss": mean_loss, **figures, "steps_per_second": speed}, step)
+                loop.log(accelerator, {"loss": mean_loss, **figures, "steps_per_second": speed}, step)
                 interval_loss.zero_()
                 interval = 0
             if step % args.validation_steps == 0 or last:
@@ -1716,7 +1704,7 @@ def validate(run):
     loss = held_out_loss(run.model, theta, run.held_out) if run.accelerator.is_main_process else None
     loss = broadcast_object_list([loss])[0]  # processes that differ in the last bit must stop at the same step
     run.history.validation_loss.append((step, loss))
-    runs.log(run.accelerator, {"validation_loss": loss}, step)
+    loop.log(run.accelerator, {"validation_loss": loss}, step)
     progress.validations_without_gain += 1
     if loss < progress.best_loss:
         progress.best_loss, progress.best_step, progress.validations_without_gain = loss, step, 0
@@ -1765,11 +1753,11 @@ def finish(run, pictures, components, repo_id):
     args, theta, compute = run.args, run.learner.result, run.model.compute
     run.save(PUBLICATION.result_name, theta)
     samples = draw_validation_images(run) or []
-    figures = runs.describe_figures(run.progress, run.history, compute.device)
+    figures = provenance.describe_figures(run.progress, run.history, compute.device)
     if args.optimizer == "gauss_newton":
         figures |= {"share": run.learner.rule.share}
     base_license = hub.base_license(args.pretrained_model_name_or_path)
-    config = runs.describe_result(args, "ZOODiP (arXiv 2503.14868)", base_license, compute, components, figures)
+    config = provenance.describe_result(args, "ZOODiP (arXiv 2503.14868)", base_license, compute, components, figures)
     config["run"], run.model = run.id, None  # the full pipeline takes its place in memory
     family, widths = run.base.family, run.base.word_widths
     config["family"] = family.name
@@ -1791,7 +1779,7 @@ def main(args):
             print(f"Pushed to {hub.push_only(args, PUBLICATION)}")
         return
     memory.keep_freed_blocks(1)
-    accelerator = runs.start(args.output_dir, args.logging_dir, args.report_to, args.allow_tf32)
+    accelerator = launch.start(args.output_dir, args.logging_dir, args.report_to, args.allow_tf32)
     base, placeholder, compute = resolve_settings(args, accelerator.device)
     if args.estimate_memory:
         if accelerator.is_main_process:
@@ -1800,9 +1788,9 @@ def main(args):
         return
     if args.train_data_dir is not None:
         images.check_apart(args.train_data_dir, args.output_dir)
-    runs.check_folders(args.output_dir, args.logging_dir)
+    launch.check_folders(args.output_dir, args.logging_dir)
     if args.quantized_cache_dir != "none":
-        options = args.quantized_cache_dir, arguments.DEFAULT_CACHE, args.output_dir
+        options = args.quantized_cache_dir, flags.DEFAULT_CACHE, args.output_dir
         args.quantized_cache_dir = weight_cache.open_cache(*options)
     with run_folder.occupied(args.output_dir, accelerator), run_folder.saying_what_is_safe(args.output_dir):
         learn_concept(args, accelerator, base, placeholder, compute)
@@ -1821,7 +1809,7 @@ def learn_concept(args, accelerator, base, placeholder, compute):
         fast = max(1, FAST_FORWARDS // candidates_per_step(args))
         steps = fast if args.optimizer == "gauss_newton" else base.family.paper["max_train_steps"]
         per_epoch = len(pictures) * args.repeats
-        args.max_train_steps = runs.training_length(args, per_epoch, accelerator.num_processes, steps)
+        args.max_train_steps = launch.training_length(args, per_epoch, accelerator.num_processes, steps)
     if args.recipe:
         chosen = ", ".join(f"{name} {getattr(args, name)}" for name in {**RECIPES[args.recipe], "max_train_steps": 0})
         logger.info(f"Recipe {args.recipe}: {chosen}")
@@ -1839,7 +1827,7 @@ def learn_concept(args, accelerator, base, placeholder, compute):
 
     # 2. The VAE comes and goes; then text encoder and UNet arrive, frozen and quantized.
     concept, stored_vae = examples.load_concept(pictures, captions, base, args.flip_probability, compute)
-    layers_dir = runs.temporary_folder(args.output_dir) if args.low_vram and compute.device.type == "cpu" else None
+    layers_dir = temporary_folder(args.output_dir) if args.low_vram and compute.device.type == "cpu" else None
     with accelerator.local_main_process_first():  # the first process fills the cache, the others read it
         text_encoder, unet, *stored = load_networks(args, base, compute, layers_dir)
     model, initial = assemble_model(args, base, placeholder, concept.prompt_ids, text_encoder, unet, compute)
@@ -1854,7 +1842,7 @@ def learn_concept(args, accelerator, base, placeholder, compute):
             model.unet, stored[1] = load_calibrated_unet(*what)
         memory.release_freed_memory()
     components = {"vae": stored_vae, **dict(zip(("text_encoder", "unet"), stored))}
-    runs.log_components(components)
+    loop.log_components(components)
     sampling = choose_sampling(args)
     held_out = draw_held_out(args, concept, sampling, base.scheduler)
     run = Run(args, accelerator, base, placeholder, concept, model, learner, sampling, held_out, settings)
@@ -1862,7 +1850,7 @@ def learn_concept(args, accelerator, base, placeholder, compute):
         resume(run, checkpoint)
     run.results = run_folder.open_results(run.output_dir, PUBLICATION, run.id, checkpoint is not None)
     if args.report_to != "none":
-        runs.start_trackers(accelerator, "zoodip", args)
+        launch.start_trackers(accelerator, "zoodip", args)
     counts = f"{len(pictures)} images, {len(concept.prompt_ids)} prompts"
     logger.info(f"{counts}, {candidates_per_step(args)} candidates a step ({candidates_per_pass(args)} a pass)")
 
@@ -1873,7 +1861,7 @@ def learn_concept(args, accelerator, base, placeholder, compute):
         logger.warning(f"Nothing was learned: {placeholder.token} is {args.initializer_token!r} to the last bit.")
     if accelerator.is_main_process:
         config = finish(run, pictures, components, repo_id)
-    runs.end(accelerator)
+    loop.end(accelerator)
     if repo_id is not None:
         logger.info(f"Pushed to {hub.push_to_hub(args.output_dir, config, PUBLICATION, repo_id, args.hub_token)}")
 
@@ -1882,7 +1870,7 @@ def resume(run, checkpoint):
     """Takes up a run where a `Checkpoint` has it."""
     state = checkpoints.load_checkpoint(checkpoint, run.learner.generators(), run.accelerator.process_index)
     run.learner.load_state_dict(state)
-    run.progress, run.history = runs.Progress(**state["progress"]), runs.History(**state["history"])
+    run.progress, run.history = loop.Progress(**state["progress"]), loop.History(**state["history"])
     run.best, run.id = state.get("best"), checkpoint.run or run.id
     logger.info(f"Resumed from {checkpoint.path} at step {run.progress.step}")
     if is_over(run):

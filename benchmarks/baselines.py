@@ -22,9 +22,9 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent))  # the training script lies beside this folder
 
-from personalization import families  # noqa: E402
-from personalization.examples import Batch  # noqa: E402
-from personalization.memory import keep_freed_blocks, release_freed_memory  # noqa: E402
+from personalization.data.examples import Batch  # noqa: E402
+from personalization.models import families  # noqa: E402
+from personalization.models.memory import keep_freed_blocks, release_freed_memory  # noqa: E402
 from train_zoodip_textual_inversion import SubspaceGradient, normalize_estimate, sample_puts_timesteps  # noqa: E402
 
 

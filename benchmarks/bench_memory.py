@@ -44,9 +44,10 @@ ROOT = HERE.parent
 sys.path.append(str(ROOT))
 
 import train_zoodip_textual_inversion as zoodip  # noqa: E402
-from personalization import memory, runs  # noqa: E402
-from personalization.base_model import ModelSource, empty_model, open_base  # noqa: E402
-from personalization.compute import choose_compute  # noqa: E402
+from personalization.files import write_json  # noqa: E402
+from personalization.models import memory  # noqa: E402
+from personalization.models.base_model import ModelSource, empty_model, open_base  # noqa: E402
+from personalization.models.compute import choose_compute  # noqa: E402
 
 
 CACHE = HERE / ".cache"  # on disk: a folder in memory would count as somebody's memory
@@ -419,7 +420,7 @@ def store(path, entry):
     entries = [old for old in entries if any(old[name] != entry[name] for name in KEY)]
     entries.append(entry)
     entries.sort(key=lambda e: [str(e[name] or "").rjust(6, "0") for name in KEY])
-    runs.write_json(path, {"unit": "MB = 2**20 bytes", "steps": STEPS, "entries": entries})
+    write_json(path, {"unit": "MB = 2**20 bytes", "steps": STEPS, "entries": entries})
 
 
 def relative(command):

@@ -40,7 +40,7 @@ sys.path.insert(0, str(ROOT))
 
 import train_selective_dreambooth_lora as script  # noqa: E402
 import train_zoodip_textual_inversion as zoodip  # noqa: E402
-from personalization import runs  # noqa: E402
+from personalization.files import write_json  # noqa: E402
 
 
 RESULTS = HERE / "results"
@@ -139,7 +139,7 @@ def store(path, entry):
     entries = [old for old in entries if any(old[name] != entry[name] for name in KEY)]
     order = ["imports", *ROWS]
     entries = sorted([*entries, entry], key=lambda e: (e["resolution"] or 0, order.index(e["row"])))
-    runs.write_json(path, {"unit": "MB = 2**20 bytes", "entries": entries})
+    write_json(path, {"unit": "MB = 2**20 bytes", "entries": entries})
 
 
 def parse_args():

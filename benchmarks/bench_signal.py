@@ -43,7 +43,9 @@ BASE, SUBJECTS = ROOT / "demo" / "base", ROOT / "demo" / "subjects"
 sys.path.append(str(ROOT))
 
 import train_zoodip_textual_inversion as zoodip  # noqa: E402
-from personalization import base_model, examples, prompts, runs  # noqa: E402
+from personalization.data import examples, prompts  # noqa: E402
+from personalization.files import write_json  # noqa: E402
+from personalization.models import base_model  # noqa: E402
 
 
 class Row(NamedTuple):
@@ -383,7 +385,7 @@ def main():
                     found = measure_evidence(cells, subspace, step, model, exact_matrices)
                 evidence_of_row.append({**label, "step": step, **found})
                 print(evidence_of_row[-1], flush=True)
-            runs.write_json(finished, {"rows": of_row, "evidence": evidence_of_row})
+            write_json(finished, {"rows": of_row, "evidence": evidence_of_row})
             results, evidence = results + of_row, evidence + evidence_of_row
         except Exception as error:  # not installed, or without kernels for this machine: the other rows go on
             left_out[", ".join(label.values())] = f"{type(error).__name__}: {error}"
@@ -394,7 +396,7 @@ def main():
     settings = {key: value for key, value in vars(args).items() if key not in ("output", "cache_dir")}
     settings["learned"] = args.learned and str(args.learned)
     hardware = {"name": torch.cuda.get_device_name() if cuda else cpu_name(), "threads": torch.get_num_threads()}
-    runs.write_json(
+    write_json(
         args.output,
         {
             "command": shlex.join(["python", "benchmarks/bench_signal.py", *sys.argv[1:]]),

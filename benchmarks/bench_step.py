@@ -48,8 +48,10 @@ from bench_real_photos import cpu_name  # noqa: E402
 from bench_signal import installed  # noqa: E402
 
 import train_zoodip_textual_inversion as zoodip  # noqa: E402
-from personalization import examples, families, memory, prompts, runs  # noqa: E402
-from personalization.base_model import ModelSource, empty_model, open_base  # noqa: E402
+from personalization.data import examples, prompts  # noqa: E402
+from personalization.files import temporary_folder, write_json  # noqa: E402
+from personalization.models import families, memory  # noqa: E402
+from personalization.models.base_model import ModelSource, empty_model, open_base  # noqa: E402
 
 
 CACHE, SUBJECT = HERE / ".cache", ROOT / "demo" / "subjects" / "striped_star"
@@ -82,7 +84,7 @@ class OurStep:
     ):
         self.base_name, self.flags, self.device, self.cache_dir = base, list(flags), torch.device(device), cache_dir
         Path(cache_dir).mkdir(parents=True, exist_ok=True)
-        self.layers_dir = runs.temporary_folder(cache_dir)  # of --low_vram
+        self.layers_dir = temporary_folder(cache_dir)  # of --low_vram
         self.model = self.made_for = None
         self.configure(resolution, batch_size, num_perturbations)
 
@@ -524,7 +526,7 @@ def merge(path, rows=(), left_out=(), processes=()):
 
     done = {key_of(row) for row in rows}
     failed = [entry for entry in content.get("left_out", []) if key_of(entry) not in done]
-    runs.write_json(
+    write_json(
         path,
         {
             "rows": merged(content.get("rows", []), rows, KEY),

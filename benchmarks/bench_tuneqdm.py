@@ -35,7 +35,7 @@ from random_base import build
 
 import train_tuneqdm_dreambooth as script
 import tuneqdm_pipeline as tuneqdm
-from personalization import runs
+from personalization.files import write_json
 
 
 SCRIPT = ROOT / "train_tuneqdm_dreambooth.py"
@@ -137,7 +137,7 @@ def store(path, entry):
     entries = [old for old in entries if any(old[name] != entry[name] for name in KEY)]
     order = ["imports", *ROWS]
     entries = sorted([*entries, entry], key=lambda e: (e["resolution"] or 0, order.index(e["row"])))
-    runs.write_json(path, {"unit": "MB = 2**20 bytes", "steps": STEPS, "entries": entries})
+    write_json(path, {"unit": "MB = 2**20 bytes", "steps": STEPS, "entries": entries})
 
 
 def parse_args():

@@ -59,8 +59,10 @@ from benchmarks.make_tables import ablation as ablation_table  # noqa: E402
 from benchmarks.make_tables import methods as methods_table  # noqa: E402
 from benchmarks.methods import ForwardCount, Method, prepare  # noqa: E402
 from benchmarks.plot_methods import contact_sheet, plot, plot_kept, plot_timesteps  # noqa: E402
-from personalization import arguments, embeddings, runs  # noqa: E402
+from personalization import flags  # noqa: E402
 from personalization.errors import RunError, run_script  # noqa: E402
+from personalization.files import atomic_path, sha256, write_json  # noqa: E402
+from personalization.runs import embeddings, provenance  # noqa: E402
 
 
 BASE, SUBJECTS, SCORER = ROOT / "demo" / "base", ROOT / "demo" / "subjects", ROOT / "demo" / "scorer"
@@ -214,12 +216,12 @@ def perform(run, cache_dir):
         thetas[str(milestone)] = base64.b64encode(theta.float().numpy().tobytes()).decode()
     path = run.path(cache_dir)
     if strip is not None:
-        with runs.atomic_path(path.with_suffix(".png")) as temporary:
+        with atomic_path(path.with_suffix(".png")) as temporary:
             strip.save(temporary)
     whole = time.process_time() - started
     times = {"training": round(seconds, 1), "whole": round(whole, 1)}
     content = {"settings": run.settings(), "curve": curve, "thetas": thetas, "steps": steps, "seconds": times}
-    runs.write_json(path, content if kept is None else {**content, "kept": kept})
+    write_json(path, content if kept is None else {**content, "kept": kept})
 
 
 # =====================================================================================================
@@ -256,7 +258,7 @@ def finished(run, cache_dir):
 def fingerprint(*folders):
     """Of the content of all files in folders."""
     files = sorted(path for folder in folders for path in folder.rglob("*.*") if path.suffix != ".pyc")
-    known = [(path.relative_to(ROOT).as_posix(), runs.sha256(path)) for path in files]
+    known = [(path.relative_to(ROOT).as_posix(), sha256(path)) for path in files]
     return hashlib.sha256(repr(known).encode()).hexdigest()[:16]
 
 
@@ -407,7 +409,7 @@ def collect(listed, cache_dir, subjects):
             "base": longest.base,
         },
         "hardware": {"name": cpu_name(), "cores": os.cpu_count()},
-        "versions": runs.installed_versions("torch diffusers transformers openvino cma"),
+        "versions": provenance.installed_versions("torch diffusers transformers openvino cma"),
         "summary": summarise([content for _, content in pairs], names, subjects),
         "runs": curves,
     }
@@ -430,7 +432,7 @@ def write_compact(path, content):
         if isinstance(value, list) and key == "runs" and value:
             shown = "[\n" + ",\n".join(json.dumps(row) for row in value) + "\n]"
         lines.append(f"{json.dumps(key)}: {shown}")
-    with runs.atomic_path(path) as temporary:
+    with atomic_path(path) as temporary:
         temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
 
@@ -442,7 +444,7 @@ def write_compact(path, content):
 def parse_args(input_args=None):
     """Parses and checks the command line; bad input exits with code 2."""
     known = sorted(path.parent.name for path in SUBJECTS.glob("*/metadata.jsonl"))
-    parser = arguments.new_parser(__file__, "Compare ways to learn a token at equal cost.", "%(prog)s [options]")
+    parser = flags.new_parser(__file__, "Compare ways to learn a token at equal cost.", "%(prog)s [options]")
     add = parser.add_argument
     add("--grid", choices=list(GRIDS), default="main", help="Which set of methods, see methods.py.")
     add("--methods", nargs="+", help="Of the grid; default: all.")
@@ -467,9 +469,9 @@ def parse_args(input_args=None):
     add("--cache_dir", type=Path, default=HERE / ".cache" / "compare", help="Where runs and weights are kept.")
     add("--output_dir", type=Path, help="Of results and figures. Default: benchmarks/results and docs.")
     args = parser.parse_args(input_args)
-    several = arguments.Range(1, 10**9)
-    limits = {"processes": arguments.Range(1, 64), "num_inference_steps": arguments.Range(1, 1000)}
-    limits |= {"milestones": several, "image_milestones": several, "seeds": arguments.Range(0, 10**5)}
+    several = flags.Range(1, 10**9)
+    limits = {"processes": flags.Range(1, 64), "num_inference_steps": flags.Range(1, 1000)}
+    limits |= {"milestones": several, "image_milestones": several, "seeds": flags.Range(0, 10**5)}
     for name, limit in limits.items():
         given = getattr(args, name)
         for value in given if isinstance(given, list) else [given]:

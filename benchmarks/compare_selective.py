@@ -32,7 +32,9 @@ sys.path += [str(ROOT), str(ROOT / "demo")]
 import world  # noqa: E402
 
 import train_selective_dreambooth_lora as script  # noqa: E402
-from personalization import dreambooth, runs  # noqa: E402
+from personalization.files import atomic_path, write_json  # noqa: E402
+from personalization.methods import dreambooth  # noqa: E402
+from personalization.runs import provenance  # noqa: E402
 
 
 RESULT = ROOT / "benchmarks" / "results" / "selective_quality.json"
@@ -153,7 +155,7 @@ def compare_gradients(subject, seed=0, updates=12, batches=8):
         "weights": len(learner.theta),
         **{"subject": subject, "seed": seed, "updates_before": updates, "batches": batches},
         "command": shlex.join(["python", "benchmarks/compare_selective.py", *sys.argv[1:]]),
-        "versions": runs.installed_versions("torch diffusers peft"),
+        "versions": provenance.installed_versions("torch diffusers peft"),
     }
 
 
@@ -198,7 +200,7 @@ def store(path, entry=None, plain_word=None):
         result["entries"] = sorted([*result["entries"], entry], key=lambda e: [str(e[name]) for name in KEY])
     result["plain_word"] |= plain_word or {}
     result["settings"] = {"images": IMAGES, "guidance": GUIDANCE, "inference_steps": INFERENCE_STEPS}
-    runs.write_json(path, result)
+    write_json(path, result)
 
 
 def keep_pictures(folder, label, subject, pictures):
@@ -207,7 +209,7 @@ def keep_pictures(folder, label, subject, pictures):
     grid = Image.new("RGB", (2 * side, side * ((len(pictures) + 1) // 2)))
     for i, (first, *_) in enumerate(pictures):
         grid.paste(first, (i % 2 * side, i // 2 * side))
-    with runs.atomic_path(folder / f"{label}-{subject}.png") as path:
+    with atomic_path(folder / f"{label}-{subject}.png") as path:
         grid.save(path)
 
 
@@ -227,7 +229,7 @@ def draw_sheet(folder, subjects, path, side=128, top=20):
         for column, label in enumerate(["pictures", *labels]):
             cell = Image.open(folder / f"{label}-{subject}.png").resize((side, side), Image.Resampling.LANCZOS)
             sheet.paste(cell, (column * (side + 4), top + row * (side + 4)))
-    with runs.atomic_path(path) as temporary:
+    with atomic_path(path) as temporary:
         sheet.save(temporary)
 
 
@@ -253,7 +255,7 @@ def plot_probability(path):
     right.set(xlabel="progress", ylabel="share of BP-low", title="Share of BP-low", ylim=(0, 1))
     right.legend(loc="lower left")
     right.grid(alpha=0.3)
-    with runs.atomic_path(path) as temporary:
+    with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=100)
     plt.close(figure)
 
@@ -283,7 +285,7 @@ def main():
     args = parse_args()
     if args.gradients:
         found = compare_gradients(args.subjects[0]) | {"windows": compare_windows(args.subjects[0])}
-        return runs.write_json(GRADIENTS, found)
+        return write_json(GRADIENTS, found)
     if not args.plot_only:
         compare(args)
     if args.output == RESULT:
@@ -312,7 +314,7 @@ def compare(args):
         entry = {**dict(zip(KEY, key)), "scores": scores, **figures}
         entry |= {"steps": args.steps, "settings": {name: getattr(settings, name) for name in RECORDED}}
         entry |= {"hardware": {"name": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}}
-        entry |= {"versions": runs.installed_versions("torch diffusers peft")}
+        entry |= {"versions": provenance.installed_versions("torch diffusers peft")}
         entry |= {"command": shlex.join(["python", "benchmarks/compare_selective.py", *sys.argv[1:]])}
         store(args.output, entry)
         print(*key, " ".join(f"{name} {x:.3f}" for name, x in scores.items()), figures, flush=True)

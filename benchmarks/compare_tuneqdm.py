@@ -34,7 +34,9 @@ import world  # noqa: E402
 
 import evaluate_personalization as evaluation  # noqa: E402
 import train_tuneqdm_dreambooth as script  # noqa: E402
-from personalization import base_model, dreambooth, runs  # noqa: E402
+from personalization.files import atomic_path, write_json  # noqa: E402
+from personalization.methods import dreambooth  # noqa: E402
+from personalization.models import base_model  # noqa: E402
 from tuneqdm_pipeline import quantize_unet  # noqa: E402
 
 
@@ -176,7 +178,7 @@ def store(path, entry=None, bases=None):
         result["entries"] = sorted([*result["entries"], entry], key=lambda e: [str(e[name]) for name in KEY])
     result["bases"] |= bases or {}
     result["settings"] = {"images": IMAGES, "guidance": GUIDANCE, "inference_steps": INFERENCE_STEPS}
-    runs.write_json(path, result)
+    write_json(path, result)
 
 
 def means(entries, length, name):
@@ -210,7 +212,7 @@ def plot(result, path, steps):
         axes.grid(alpha=0.3)
     panels[0].set(ylabel="CLIP-I (subject)")
     panels[0].legend(fontsize=8)
-    with runs.atomic_path(path) as temporary:
+    with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=110)
     plt.close(figure)
 

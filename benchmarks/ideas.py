@@ -13,7 +13,7 @@ from diffusers.optimization import get_scheduler
 
 from benchmarks import methods
 from benchmarks.methods import FlagshipLearner, zoodip
-from personalization import base_model
+from personalization.models import base_model
 
 
 BUDGET = 4500  # example-forwards of a run, which schedules need to know

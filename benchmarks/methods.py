@@ -21,7 +21,8 @@ from diffusers.optimization import get_scheduler
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # the training script lies beside this folder
 
 import train_zoodip_textual_inversion as zoodip  # noqa: E402
-from personalization import base_model, examples, prompts  # noqa: E402
+from personalization.data import examples, prompts  # noqa: E402
+from personalization.models import base_model  # noqa: E402
 
 
 @dataclass

@@ -5,7 +5,7 @@ import re
 import matplotlib
 from PIL import Image, ImageDraw
 
-from personalization import runs
+from personalization.files import atomic_path
 
 
 matplotlib.use("Agg")
@@ -40,7 +40,7 @@ def plot(result, path):
     seeds = max(len(found["seeds"]) for found in result["summary"].values())
     band = f"; band: ± one standard deviation of that mean over {seeds} seeds" if seeds > 1 else ", one seed"
     figure.suptitle(f"Mean over {len(result['subjects'])} subjects{band}", fontsize=10)
-    with runs.atomic_path(path) as temporary:
+    with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=90)
     plt.close(figure)
 
@@ -74,7 +74,7 @@ def contact_sheet(result, subjects, strips, path, side=80, shown=2):
             for i, image in enumerate(cell):
                 image = image.resize((side, side), Image.Resampling.LANCZOS)
                 canvas.paste(image, (x * width + i * side, top + y * side))
-    with runs.atomic_path(path) as temporary:
+    with atomic_path(path) as temporary:
         canvas.save(temporary)
 
 
@@ -89,7 +89,7 @@ def plot_kept(result, path, bins=20):
     axis.set(xlabel="i*/τ", ylabel="rebuilds", title="Directions that Subspace Gradient keeps")
     if axis.has_data():
         axis.legend(fontsize=8)
-    with runs.atomic_path(path) as temporary:
+    with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=90)
     plt.close(figure)
 
@@ -122,6 +122,6 @@ def plot_timesteps(result, path):
         axis.set_xticks(range(len(highs)), highs)
         axis.set_yticks(range(len(lows)), lows)
         axis.set(xlabel="T_U", ylabel="T_L", title=f"{TITLES[metric]}, difference to the paper's 500 to 900")
-    with runs.atomic_path(path) as temporary:
+    with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=90)
     plt.close(figure)

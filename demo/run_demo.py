@@ -34,8 +34,8 @@ from PIL import Image, ImageDraw
 from tqdm.auto import tqdm
 
 import evaluate_personalization as evaluation
-from personalization import families
-from personalization.base_model import ModelSource, open_base
+from personalization.models import families
+from personalization.models.base_model import ModelSource, open_base
 
 
 SCRIPT = DEMO.parent / "train_zoodip_textual_inversion.py"

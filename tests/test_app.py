@@ -26,11 +26,11 @@ from torch.utils.tensorboard import SummaryWriter
 
 import train_tuneqdm_dreambooth as tuneqdm
 import train_zoodip_textual_inversion as zoodip
-from personalization import app_runs, app_words, workspace
-from personalization.app_runs import FAILED, FINISHED, RUNNING, STOPPED, Histories, RunBook, TimedSteps
-from personalization.command_lines import METHODS, Form, default_flags, flag_of, launcher, read_others, shown
 from personalization.errors import InputError
-from personalization.workspace import Workspace, safe_name
+from personalization.web import app_runs, app_words, workspace
+from personalization.web.app_runs import FAILED, FINISHED, RUNNING, STOPPED, Histories, RunBook, TimedSteps
+from personalization.web.command_lines import METHODS, Form, default_flags, flag_of, launcher, read_others, shown
+from personalization.web.workspace import Workspace, safe_name
 
 
 app = pytest.importorskip("app", reason="gradio is not installed")

@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 from test_app import serve
 
-from personalization import app_runs
+from personalization.web import app_runs
 
 
 api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")

@@ -13,8 +13,9 @@ from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
 import train_zoodip_textual_inversion as zoodip
-from personalization import base_model, images, prompts
+from personalization.data import images, prompts
 from personalization.errors import InputError
+from personalization.models import base_model
 
 
 @pytest.fixture

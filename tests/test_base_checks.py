@@ -17,10 +17,11 @@ from hub_server import HubServer, Repo
 from safetensors.torch import load_file, save_file
 
 import train_zoodip_textual_inversion as zoodip
-from personalization import arguments, base_model, memory, openvino_unet, weight_cache
-from personalization.base_model import COMPONENTS, ModelSource
-from personalization.compute import Compute
+from personalization import flags
 from personalization.errors import InputError
+from personalization.models import base_model, memory, openvino_unet, weight_cache
+from personalization.models.base_model import COMPONENTS, ModelSource
+from personalization.models.compute import Compute
 
 
 CPU = Compute(torch.device("cpu"), torch.float32, torch.contiguous_format)
@@ -127,7 +128,7 @@ def test_weights_that_cannot_be_opened_are_one_sentence(base, monkeypatch):
     def refuse(path, *_, **__):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    monkeypatch.setattr("personalization.weight_files.safe_open", refuse)
+    monkeypatch.setattr("personalization.models.weight_files.safe_open", refuse)
     assert "Permission denied" in refusal(base)
 
 
@@ -398,7 +399,7 @@ def test_a_base_on_the_hub_is_downloaded_and_checked_alike(base, tmp_path):
     fp16 = {n.replace(".safetensors", ".fp16.safetensors") if "vae" in n else n: data for n, data in files.items()}
     no_unet = {name: data for name, data in files.items() if not name.startswith("unet/diff")}
     code = (
-        "import sys; from personalization.base_model import *\n"
+        "import sys; from personalization.models.base_model import *\n"
         "for name in sys.argv[1:]:\n"
         "    try: base = open_base(ModelSource(name)); check_weights(base); print('fine', load_vae(base).dtype)\n"
         "    except Exception as error: print(type(error).__name__, error)"
@@ -523,7 +524,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(demo_base, tmp_path, mon
 
 def test_an_unwritable_cache_falls_back_only_where_nobody_chose_it(tmp_path, caplog):
     with pytest.raises(InputError, match="--quantized_cache_dir '/proc/nowhere' cannot be written"):
-        weight_cache.open_cache("/proc/nowhere", arguments.DEFAULT_CACHE, tmp_path)
+        weight_cache.open_cache("/proc/nowhere", flags.DEFAULT_CACHE, tmp_path)
     with caplog.at_level("WARNING"):
         folders = {weight_cache.open_cache("/proc/nowhere", "/proc/nowhere", tmp_path) for _ in range(2)}
     assert folders == {str(tmp_path / "quantized-cache")} and (tmp_path / "quantized-cache").is_dir()
@@ -560,7 +561,7 @@ def test_the_faster_of_two_processes_keeps_its_files(tmp_path):
 
 
 def test_a_run_whose_default_cache_is_read_only_trains(train, monkeypatch):
-    monkeypatch.setattr(arguments, "DEFAULT_CACHE", "/proc/nowhere")
+    monkeypatch.setattr(flags, "DEFAULT_CACHE", "/proc/nowhere")
     out = train(max_train_steps=1)
     assert (out / "learned_embeds.safetensors").is_file()
     assert len(list((out / "quantized-cache").glob("unet-int8-*/*.safetensors"))) >= 1

@@ -10,7 +10,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 import train_zoodip_textual_inversion as zoodip
 from benchmarks import baselines
-from personalization.compute import choose_compute
+from personalization.models.compute import choose_compute
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 
 import train_zoodip_textual_inversion as zoodip
 from benchmarks import bench_step
-from personalization import examples, runs
+from personalization.data import examples
+from personalization.files import write_json
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def test_rows_take_turns_and_a_rerun_replaces_only_its_own(demo_base, cache, tmp
     words += ["--cache_dir", str(cache), "--rows"]
     older = {**dict.fromkeys(bench_step.KEY, "other"), "resolution": 1, "num_perturbations": 1, "batch_size": 1}
     missing = {**older, "architecture": "demo", "row": "ti-fp32", "resolution": 64, "device": "cpu", "reason": "none"}
-    runs.write_json(output, {"rows": [older], "left_out": [missing], "processes": []})
+    write_json(output, {"rows": [older], "left_out": [missing], "processes": []})
     order = []
     timed = bench_step.Bench.timed
 

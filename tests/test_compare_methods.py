@@ -22,7 +22,7 @@ from transformers import CLIPTextModel
 
 import train_zoodip_textual_inversion as zoodip
 from benchmarks import compare_methods, make_tables, methods
-from personalization import base_model
+from personalization.models import base_model
 
 
 SUBJECT = "striped_star"

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 import train_zoodip_textual_inversion as zoodip
-from personalization import compute
+from personalization.models import compute
 
 
 @pytest.fixture

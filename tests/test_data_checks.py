@@ -13,9 +13,10 @@ from conftest import as_arguments
 from PIL import Image
 
 import train_zoodip_textual_inversion as zoodip
-from personalization import base_model, images, prompts
-from personalization.captions import read_captions
+from personalization.data import images, prompts
+from personalization.data.captions import read_captions
 from personalization.errors import InputError, first_cause, quoted, shorten
+from personalization.models import base_model
 
 
 @pytest.fixture(autouse=True)

@@ -72,7 +72,8 @@ def test_functions_the_readme_names_are_there(repo):
     table = text[text.index("## How it works") : text.index("Nothing in the loop requires")]
     names = [n for cell in re.findall(r"\| ([^|]*) \|\n", table) for n in re.findall(r"`([A-Za-z_0-9]+)`", cell)]
     assert len(names) > 6
-    package = sorted((repo / "personalization").glob("[a-z]*.py"))
-    modules = [zoodip, *(importlib.import_module(f"personalization.{path.stem}") for path in package)]
+    package = sorted((repo / "personalization").rglob("[a-z]*.py"))
+    dotted = (".".join(path.relative_to(repo).with_suffix("").parts) for path in package)
+    modules = [zoodip, *map(importlib.import_module, dotted)]
     for name in names:
         assert any(hasattr(module, name) for module in modules), name

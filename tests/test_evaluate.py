@@ -12,9 +12,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import evaluate_personalization as evaluation
-from personalization.embeddings import save_embeds
 from personalization.errors import InputError
-from personalization.runs import write_json
+from personalization.files import write_json
+from personalization.runs.embeddings import save_embeds
 
 
 X, Y = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])

@@ -18,14 +18,14 @@ from hub_server import READ_TOKEN, TOKEN, HubServer, Repo
 from PIL import Image
 
 import train_zoodip_textual_inversion as zoodip
-from personalization import examples
-from personalization import hub as hub_module
-from personalization.base_model import ModelSource
-from personalization.embeddings import save_full_pipeline
+from personalization.data import examples
 from personalization.errors import InputError, PushError
-from personalization.hub import Publication, write_model_card
-from personalization.run_folder import ResultFolder
-from personalization.runs import write_json
+from personalization.files import write_json
+from personalization.models.base_model import ModelSource
+from personalization.runs import hub as hub_module
+from personalization.runs.embeddings import save_full_pipeline
+from personalization.runs.hub import Publication, write_model_card
+from personalization.runs.run_folder import ResultFolder
 
 
 PUSHED = {

@@ -10,8 +10,9 @@ from conftest import as_arguments
 from safetensors.torch import load_file
 
 import train_zoodip_textual_inversion as zoodip
-from personalization import examples, openvino_unet, prompts
+from personalization.data import examples, prompts
 from personalization.errors import InputError
+from personalization.models import openvino_unet
 
 
 INT8 = {"optimizer": "gauss_newton", "unet_backend": "openvino", "openvino_precision": "int8"}

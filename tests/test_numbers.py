@@ -10,7 +10,7 @@ import torch
 from conftest import as_arguments
 
 import train_zoodip_textual_inversion as zoodip
-from personalization import arguments
+from personalization import flags
 from personalization.errors import InputError
 
 
@@ -18,13 +18,13 @@ def all_flags():
     """Name -> type of the flags of the training script that take a number."""
     seen = {}
 
-    class Recorder(arguments.OneSentenceParser):
+    class Recorder(flags.OneSentenceParser):
         def parse_args(self, words):
             seen.update((action.dest, action.type) for action in self._actions if action.type not in (None, str))
             return super().parse_args(words)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(arguments, "OneSentenceParser", Recorder)
+        patch.setattr(flags, "OneSentenceParser", Recorder)
         zoodip.parse_args(["--push_only"])
     return seen
 
@@ -53,9 +53,9 @@ def parse(capsys):
 
 
 def test_every_number_has_a_range():
-    assert set(REAL) | set(WHOLE) == set(FLAGS) == set(arguments.RANGES)
+    assert set(REAL) | set(WHOLE) == set(FLAGS) == set(flags.RANGES)
     assert len(REAL) > 8 and len(WHOLE) > 20
-    for name, limits in arguments.RANGES.items():
+    for name, limits in flags.RANGES.items():
         assert isinstance(limits.most, FLAGS[name]) and math.isfinite(limits.least), name
 
 
@@ -75,7 +75,7 @@ def test_no_whole_number_is_endless(parse, name):
 
 @pytest.mark.parametrize("name", REAL + WHOLE)
 def test_the_ends_of_a_range(parse, name):
-    limits, after = arguments.RANGES[name], dict.fromkeys(WHOLE, lambda x, sign: x + sign)
+    limits, after = flags.RANGES[name], dict.fromkeys(WHOLE, lambda x, sign: x + sign)
     step = after.get(name, lambda x, sign: float(np.nextafter(x, sign * math.inf)))
     least = step(limits.least, 1) if limits.above else limits.least
     most = step(limits.most, -1) if limits.below else limits.most

@@ -9,8 +9,8 @@ import torch
 from diffusers import DiffusionPipeline, PipelineQuantizationConfig, QuantoConfig, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from personalization.embeddings import save_a1111, save_embeds
-from personalization.runs import write_json
+from personalization.files import write_json
+from personalization.runs.embeddings import save_a1111, save_embeds
 from zoodip_pipeline import ZOODiPPipeline
 
 

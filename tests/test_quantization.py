@@ -12,9 +12,9 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 import train_zoodip_textual_inversion as zoodip
-from personalization import base_model, memory, weight_cache
-from personalization.compute import Compute
 from personalization.errors import InputError
+from personalization.models import base_model, memory, weight_cache
+from personalization.models.compute import Compute
 from train_zoodip_textual_inversion import BACKENDS, DequantizationBuffer, Int8Conv2d, Int8Linear, quantize_per_channel
 
 

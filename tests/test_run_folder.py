@@ -19,8 +19,11 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
 import train_zoodip_textual_inversion as zoodip
-from personalization import checkpoints, errors, examples, run_folder, runs
+from personalization import errors
+from personalization.data import examples
 from personalization.errors import DivergedError, InputError, RunError
+from personalization.files import sha256, write_json
+from personalization.runs import checkpoints, run_folder
 
 
 QUIET = {"num_validation_samples": 0, "quantization": "none"}
@@ -104,7 +107,7 @@ def test_a_resumed_run_owns_what_it_wrote_before(train):
     assert second["run"] == first["run"] and set(first["files"]) == set(second["files"])
     assert not (out / "earlier-1").exists()
     for name, digest in second["files"].items():
-        assert runs.sha256(out / name) == digest
+        assert sha256(out / name) == digest
 
 
 def test_a_linked_folder_is_not_written_into(train, tmp_path):
@@ -145,7 +148,7 @@ def test_a_second_run_in_the_folder_is_refused_before_it_writes(train, tmp_path)
 
 def test_a_killed_run_frees_the_folder_and_its_leftovers_go(basics, tmp_path, train):
     out = tmp_path / "out"
-    code = "import sys, time; from personalization.run_folder import occupied\n"
+    code = "import sys, time; from personalization.runs.run_folder import occupied\n"
     code += f"with occupied({str(out)!r}): print('in', flush=True); time.sleep(60)"
     out.mkdir()
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=SCRIPT.parent)
@@ -269,7 +272,7 @@ def test_older_checkpoints_without_a_manifest_resume_unless_damaged(out, warning
 
 def test_a_part_of_another_process_counts(out):
     settings = checkpoints.check(out / "checkpoint-3").settings | {"number of processes": 2}
-    runs.write_json(out / "checkpoint-3" / "settings.json", settings)
+    write_json(out / "checkpoint-3" / "settings.json", settings)
     (out / "checkpoint-3" / "manifest.json").unlink()
     with pytest.raises(checkpoints.DamagedError, match="generators_1.pt is missing"):
         checkpoints.check(out / "checkpoint-3")

@@ -17,9 +17,11 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 import evaluate_personalization as evaluate
 import train_tuneqdm_dreambooth as tuneqdm
 import train_zoodip_textual_inversion as zoodip
-from personalization import examples, families, hub, images, prompts
-from personalization.base_model import ModelSource, open_base
+from personalization.data import examples, images, prompts
 from personalization.errors import InputError
+from personalization.models import families
+from personalization.models.base_model import ModelSource, open_base
+from personalization.runs import hub
 
 
 TOKEN, CPU = "<my-toy>", torch.device("cpu")

@@ -20,8 +20,9 @@ from tiny_base import SIZE, build_pictures, build_tiny_base
 
 import train_selective_dreambooth_lora as script
 import train_zoodip_textual_inversion as zoodip
-from personalization import base_model, dreambooth
 from personalization.errors import InputError
+from personalization.methods import dreambooth
+from personalization.models import base_model
 
 
 BACKPROPAGATE = {"scaled": script.bp_low, "window": script.bp_window}

@@ -21,9 +21,11 @@ from tiny_base import build_pictures, build_tiny_base
 
 import evaluate_personalization as evaluation
 import train_selective_dreambooth_lora as script
-from personalization import arguments, base_model, examples
+from personalization import flags
+from personalization.data import examples
 from personalization.errors import DivergedError, InputError
-from personalization.runs import write_json
+from personalization.files import write_json
+from personalization.models import base_model
 
 
 SCRIPT = REPO / "train_selective_dreambooth_lora.py"
@@ -400,13 +402,13 @@ def flags_of_the_script():
     """Name -> type of the flags that take a number, and the names of all."""
     seen = {}
 
-    class Recorder(arguments.OneSentenceParser):
+    class Recorder(flags.OneSentenceParser):
         def parse_args(self, words):
             seen.update((action.dest, action.type) for action in self._actions)
             return super().parse_args(words)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(arguments, "OneSentenceParser", Recorder)
+        patch.setattr(flags, "OneSentenceParser", Recorder)
         script.parse_args(["--push_only"])
     return seen
 
@@ -427,7 +429,7 @@ def test_every_number_has_a_range(basics, capsys):
 def test_every_flag_is_read():
     """Each is read as `args.name` in script or package, outside parser and checks."""
     read = set()
-    for path in (SCRIPT, *(p for p in (REPO / "personalization").glob("*.py") if p.stem != "arguments")):
+    for path in (SCRIPT, *(p for p in (REPO / "personalization").rglob("*.py") if p.stem != "flags")):
         body = ast.parse(path.read_text(encoding="utf-8")).body
         readers = [n for n in body if getattr(n, "name", "") not in ("parse_args", "check_subject_arguments")]
         read |= {

@@ -13,8 +13,9 @@ from conftest import as_arguments
 from safetensors.torch import load_file
 
 import train_zoodip_textual_inversion as zoodip
-from personalization import base_model, examples, memory, openvino_unet, prompts
+from personalization.data import examples, prompts
 from personalization.errors import InputError
+from personalization.models import base_model, memory, openvino_unet
 
 
 CPU = torch.device("cpu")

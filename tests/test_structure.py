@@ -14,7 +14,7 @@ METHOD = {
 TUNEQDM = {"new_changes", "draw_timesteps", "load_quantized_unet", "train_step", "train", "main"}
 SELECTIVE = {"Selection", "draw_kind", "bp_gradient", "zo_gradient", "FrozenProduct", "train_step", "train", "main"}
 TUNEQDM_LAYERS = {"quantize", "pack", "set_of_timestep", "ScaledProduct", "QuantizedLinear", "QuantizedConv2d"}
-PACKAGE = sorted((REPO / "personalization").glob("*.py"))
+PACKAGE = sorted((REPO / "personalization").rglob("*.py"))
 SCRIPTS = sorted(
     path for pattern in ("app.py", "train_*.py", "evaluate_*.py", "*_pipeline.py") for path in REPO.glob(pattern)
 )

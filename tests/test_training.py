@@ -21,8 +21,9 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 import train_zoodip_textual_inversion as zoodip
-from personalization import checkpoints, examples
+from personalization.data import examples
 from personalization.errors import DivergedError, InputError
+from personalization.runs import checkpoints
 
 
 def embeds(folder, name="learned_embeds.safetensors"):
@@ -399,7 +400,7 @@ def test_epochs_count_repeats_and_accumulation(train, subject):
 def test_every_flag_is_read(repo):
     """Each destination of the parser is used as `args.name` in script or package, outside parser and checks."""
     read = set()
-    for path in (SCRIPT, *(p for p in (repo / "personalization").glob("*.py") if p.stem != "arguments")):
+    for path in (SCRIPT, *(p for p in (repo / "personalization").rglob("*.py") if p.stem != "flags")):
         body = ast.parse(path.read_text(encoding="utf-8")).body
         readers = [n for n in body if getattr(n, "name", "") not in ("parse_args", "check_arguments")]
         read |= {

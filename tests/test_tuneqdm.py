@@ -12,8 +12,8 @@ from tiny_base import build_tiny_base
 
 import train_tuneqdm_dreambooth as script
 import tuneqdm_pipeline as tuneqdm
-from personalization import examples
-from personalization.compute import Compute
+from personalization.data import examples
+from personalization.models.compute import Compute
 
 
 @pytest.fixture(scope="module")

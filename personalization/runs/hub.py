@@ -25,11 +25,10 @@ from huggingface_hub.utils import HfHubHTTPError, HFValidationError, validate_re
 from huggingface_hub.utils._http import default_client_factory
 from safetensors import safe_open
 
+from ..errors import InputError, PushError, reason
+from ..files import atomic_path, check_writable, read_json, sha256, write_json
+from ..models.families import FAMILIES, SD1
 from . import run_folder
-from .checkpoints import read_json
-from .errors import InputError, PushError, reason
-from .families import FAMILIES, SD1
-from .runs import atomic_path, check_writable, sha256, write_json
 
 
 REFERENCE_IMAGES = "reference_images/*.png"  # published on request only
@@ -405,7 +404,7 @@ def push_only(args, publication):
     """`--push_only`: uploads the finished run in `--output_dir` as it was set up, with its model card renewed.
 
     Args:
-        args: the flags of the Hub group (`arguments.add_hub_arguments`) and output_dir.
+        args: the flags of the Hub group (`flags.add_hub_arguments`) and output_dir.
         publication: `Publication`.
 
     Returns:

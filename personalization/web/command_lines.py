@@ -8,10 +8,10 @@ from pathlib import Path
 
 import psutil
 
-from .errors import InputError, quoted
+from ..errors import InputError, quoted
 
 
-REPO = Path(__file__).resolve().parent.parent
+REPO = Path(__file__).resolve().parents[2]
 DEMO_BASE = REPO / "demo" / "base"
 
 

@@ -12,8 +12,8 @@ import torch
 from accelerate.logging import get_logger
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from ..errors import InputError, first_cause, plain, quoted, shorten
 from .captions import METADATA_NAMES, check_text, check_unicode, file_key, read_captions
-from .errors import InputError, first_cause, plain, quoted, shorten
 
 
 logger = get_logger(__name__)

@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 import torch
 
-from .base_model import StoredModel, load_vae
+from ..models.base_model import StoredModel, load_vae
+from ..models.memory import release_freed_memory, tensor_bytes
 from .images import Framing
-from .memory import release_freed_memory, tensor_bytes
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,15 @@
 import functools
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from accelerate.logging import get_logger
 from PIL import Image
 
-from . import embeddings, hub, runs, validation
+from ..errors import RunError
+from ..files import atomic_path
+from . import embeddings, hub, loop, validation
 from .checkpoints import noted
-from .errors import RunError
 
 
 logger = get_logger(__name__)
@@ -22,10 +24,10 @@ class Result:
     placeholder_token: str
     theta: torch.Tensor | None  # [k, d]; None where something else than an embedding was learned
     best: torch.Tensor | None  # the embedding with the least held-out loss
-    history: runs.History
+    history: loop.History
     samples: list  # PIL images
     pictures: list  # `images.Picture`s it learned from
-    config: dict  # `runs.describe_result`
+    config: dict  # `provenance.describe_result`
     widths: tuple = ()  # of the halves of the embedding, see `embeddings.save_embeds`
 
 
@@ -57,7 +59,7 @@ def write_result(result, results, publication, repo_id, save_a1111=False, full_p
         with attempt(), results.file("learned_embeds.pt") as path:
             embeddings.save_a1111(path, token, result.theta, config["figures"]["steps"])
     with attempt(), results.file("loss_curve.png") as path:
-        runs.save_loss_curve(path, result.history)
+        save_loss_curve(path, result.history)
     with attempt():
         validation.save_images(results, "samples", result.samples)
     if config["settings"]["push_reference_images"]:
@@ -82,3 +84,36 @@ def write_result(result, results, publication, repo_id, save_a1111=False, full_p
         f" {figures['seconds']} s ({figures['steps_per_second']} it/s), peak memory {figures['peak_memory']}; results"
         f" in {results.folder}"
     )
+
+
+def save_loss_curve(path, history):
+    """Training loss (points and running mean) and held-out loss against the step, as a PNG.
+
+    Where some updates are by backpropagation and others are not, their shares are beside it.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = 2 if history.bp_share else 1
+    figure, axes = plt.subplots(1, panels, figsize=(7 * panels, 4), constrained_layout=True, squeeze=False)
+    axes, of_shares = axes[0, 0], axes[0, -1]
+    if history.bp_share:
+        steps, shares = zip((0, history.bp_share[0][1]), *history.bp_share)
+        of_shares.stackplot(steps, shares, [1 - share for share in shares], step="pre", labels=["BP-low", "ZO-high"])
+        of_shares.set(xlabel="step", ylabel="share of updates since the last read-out", ylim=(0, 1))
+        of_shares.legend(loc="lower left")
+    if history.loss:
+        steps, losses = zip(*history.loss)
+        width = max(1, len(losses) // 20)
+        smooth = np.convolve(np.pad(losses, (width - 1, 0), mode="edge"), np.ones(width) / width, mode="valid")
+        axes.plot(steps, losses, ".", alpha=0.3, label="training loss")
+        axes.plot(steps, smooth, label=f"mean over {width} read-outs")
+    if history.validation_loss:
+        axes.plot(*zip(*history.validation_loss), "o-", label="held-out loss")
+    axes.set(xlabel="step", ylabel="denoising loss")
+    axes.legend()
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+    plt.close(figure)

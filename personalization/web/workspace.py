@@ -22,10 +22,10 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from . import images
-from .captions import METADATA_NAMES, check_text, file_key, read_captions
-from .errors import InputError, first_cause, plain, quoted
-from .runs import atomic_path, sha256
+from ..data import images
+from ..data.captions import METADATA_NAMES, check_text, file_key, read_captions
+from ..errors import InputError, first_cause, plain, quoted
+from ..files import atomic_path, sha256
 
 
 THUMBNAIL_SIDE = 256

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from .errors import InputError
+from ..errors import InputError
 
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # of --mixed_precision

@@ -10,7 +10,7 @@ from accelerate.utils import LoggerType
 from diffusers.optimization import SchedulerType
 from huggingface_hub.constants import HF_HOME
 
-from .compute import DTYPES
+from .models.compute import DTYPES
 
 
 DEFAULT_CACHE = os.path.join(HF_HOME, "zoodip")  # of quantized weights

@@ -23,8 +23,8 @@ import psutil
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .errors import InputError
-from .runs import check_writable, replace_folder
+from ..errors import InputError
+from ..files import check_writable, replace_folder
 
 
 logger = logging.getLogger(__name__)

@@ -22,8 +22,8 @@ from huggingface_hub import HfApi, snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from ..errors import InputError
 from . import families, weight_files
-from .errors import InputError
 
 
 CLASSES = {

@@ -18,7 +18,7 @@ from diffusers.models.attention_processor import Attention, SpatialNorm
 from diffusers.models.normalization import AdaGroupNorm
 from torch.utils.checkpoint import checkpoint
 
-from .errors import InputError
+from ..errors import InputError
 
 
 class Windows(NamedTuple):

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
+from ..errors import InputError
 from . import weight_cache
-from .errors import InputError
 
 
 # torch.export finds that diffusers' upsampling branches at 64 examples; one graph serves every batch below.

@@ -18,7 +18,7 @@ from accelerate.logging import get_logger
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .errors import InputError
+from ..errors import InputError
 
 
 logger = get_logger(__name__)

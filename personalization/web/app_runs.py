@@ -24,7 +24,10 @@ import filelock
 import psutil
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-from .checkpoints import list_checkpoints, read_json
+from ..errors import InputError, quoted, shorten
+from ..files import atomic_path, read_json, write_json
+from ..runs.checkpoints import list_checkpoints
+from ..runs.run_folder import regular_files
 from .command_lines import (
     METHODS,
     REPO,
@@ -37,9 +40,6 @@ from .command_lines import (
     training_command,
     with_flags,
 )
-from .errors import InputError, quoted, shorten
-from .run_folder import regular_files
-from .runs import atomic_path, write_json
 from .workspace import safe_name, saying_why
 
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save
 
-from .errors import RunError, is_outside, reason
-from .families import SD1
+from ..errors import RunError, is_outside, reason
+from ..files import atomic_folder, atomic_path, save_tensors, tolerated
+from ..models.families import SD1
 from .run_folder import PIPELINE
-from .runs import atomic_folder, atomic_path, save_tensors, tolerated
 
 
 PAIR_KEYS = "clip_l", "clip_g"  # the halves of an SDXL word, as kohya, OneTrainer and ComfyUI call them

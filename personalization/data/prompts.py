@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 from accelerate.logging import get_logger
 
+from ..errors import InputError, plain, quoted
 from .captions import check_unicode
-from .errors import InputError, plain, quoted
 
 
 logger = get_logger(__name__)

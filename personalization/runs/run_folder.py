@@ -19,9 +19,9 @@ import filelock
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 
-from .checkpoints import list_checkpoints, read_json
-from .errors import InputError, RunError, is_outside, reason
-from .runs import sha256
+from ..errors import InputError, RunError, is_outside, reason
+from ..files import read_json, sha256
+from .checkpoints import list_checkpoints
 
 
 logger = get_logger(__name__)

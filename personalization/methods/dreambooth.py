@@ -10,11 +10,14 @@ import torch.nn.functional as F
 from accelerate.logging import get_logger
 from tqdm.auto import tqdm
 
-from . import base_model, examples, images, memory, prompts, runs, validation
-from .arguments import Range
-from .base_model import StoredModel
-from .errors import InputError, plain
-from .examples import Concept
+from ..data import examples, images, prompts
+from ..data.examples import Concept
+from ..errors import InputError, plain
+from ..files import atomic_path, check_writable
+from ..flags import Range
+from ..models import base_model, memory
+from ..models.base_model import StoredModel
+from ..runs import validation
 
 
 logger = get_logger(__name__)
@@ -99,7 +102,7 @@ def check_class_folder(args):
     Raises:
         InputError: they cannot, or would be.
     """
-    runs.check_writable("--class_data_dir", args.class_data_dir)
+    check_writable("--class_data_dir", args.class_data_dir)
     if args.instance_data_dir is not None and os.path.samefile(args.class_data_dir, args.instance_data_dir):
         raise InputError("--class_data_dir is --instance_data_dir: give a folder of its own for class images.")
 
@@ -235,7 +238,7 @@ def read_class(args, base, compute, load_unet):
             seed = args.seed + CLASS_SEEDS + number
             with torch.inference_mode():
                 image = validation.draw_image(pipeline, args.class_prompt, seed, **drawing_options(args))
-            with runs.atomic_path(path) as temporary:
+            with atomic_path(path) as temporary:
                 image.save(temporary)
         del unet, text_encoder, pipeline
         memory.release_freed_memory()

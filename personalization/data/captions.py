@@ -9,7 +9,7 @@ import unicodedata
 
 from accelerate.logging import get_logger
 
-from .errors import InputError, first_cause, quoted, shorten
+from ..errors import InputError, first_cause, quoted, shorten
 
 
 logger = get_logger(__name__)

@@ -8,7 +8,7 @@ so the algorithm sees one vector and one prompt, whatever the family.
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
-from .errors import InputError
+from ..errors import InputError
 
 
 class StableDiffusion:

@@ -5,8 +5,9 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 from diffusers.utils import make_image_grid
 
-from .base_model import load_vae
-from .runs import atomic_path, tolerated, tracking
+from ..files import atomic_path, tolerated
+from ..models.base_model import load_vae
+from .loop import tracking
 
 
 def open_pipeline(base, text_encoder, unet, compute):

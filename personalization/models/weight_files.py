@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
-from .errors import InputError
+from ..errors import InputError
 
 
 class StoredTensor(NamedTuple):

@@ -13,8 +13,8 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 
-from .errors import InputError, is_outside, reason
-from .runs import replace_folder, save_tensors, sha256, write_json
+from ..errors import InputError, is_outside, reason
+from ..files import read_json, replace_folder, save_tensors, sha256, write_json
 
 
 logger = get_logger(__name__)
@@ -77,22 +77,6 @@ def list_checkpoints(output_dir):
     """Checkpoints of whatever run, oldest first (one being written has another name)."""
     found = [path for path in Path(output_dir).glob("checkpoint-*") if step_of(path) is not None and path.is_dir()]
     return sorted(found, key=lambda path: (step_of(path), -len(path.name)))
-
-
-def read_json(path):
-    """A JSON object from a file that may be damaged.
-
-    Raises:
-        ValueError: it holds something else; the message says what, in half a sentence.
-        OSError: it cannot be read.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path.name} is not JSON ({reason(error)})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path.name} holds no JSON object")
-    return content
 
 
 def owner_of(path):

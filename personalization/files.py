@@ -1,0 +1,130 @@
+"""Files written whole or not at all, and folders that can be written."""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import shutil
+import stat
+import tempfile
+from pathlib import Path
+
+import torch
+from accelerate.logging import get_logger
+
+from .errors import InputError, is_outside, reason
+
+
+logger = get_logger(__name__)
+
+
+@contextlib.contextmanager
+def atomic_path(path):
+    """Yields a temporary path beside `path` (same suffix) and renames it into place when the block succeeds.
+
+    Whoever writes it, the file gets the mode that the umask gives to new files (safetensors would keep it private).
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")  # two runs may fill the same cache
+    try:
+        temporary.unlink(missing_ok=True)  # of a process with this id that was killed
+        temporary.touch()
+        mode = stat.S_IMODE(temporary.stat().st_mode)
+        yield temporary
+        temporary.chmod(mode)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path):
+    """Yields a temporary folder beside `path` and renames it into place (over an older one) when all went well."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        replace_folder(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def replace_folder(new, path):
+    """Renames a folder into place, over an older one; another process may have done the same in between."""
+    shutil.rmtree(path, ignore_errors=True)
+    os.replace(new, path)
+
+
+def temporary_folder(parent):
+    """A folder that is deleted with this process (`.name` is its path)."""
+    return tempfile.TemporaryDirectory(prefix=".tmp-layers-", dir=parent)
+
+
+def check_writable(flag, folder):
+    """Creates a folder and makes sure that it can be written.
+
+    Raises:
+        InputError: it cannot; the message names the flag.
+    """
+    if not str(folder).strip():
+        raise InputError(f"{flag} {folder!r} names no folder: give one.")
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):  # a name of its own: all processes of a launch pass here at once
+            pass
+    except OSError as error:
+        raise InputError(f"{flag} {folder!r} cannot be written ({error.strerror}): choose another.") from None
+
+
+def save_tensors(path, content):
+    """`torch.save`, written whole or not at all; a full disk is an `OSError`, as it is for any other file."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
+
+
+def sha256(path):
+    """Hash of a file's content, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def tolerated(what):
+    """For what a run can do without: if the disk, say, fails it, a warning says so and the run goes on."""
+    try:
+        yield
+    except Exception as error:
+        if not is_outside(error):
+            raise
+        logger.warning(f"{what} failed ({reason(error)}); training goes on without.")
+
+
+def write_json(path, content):
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def read_json(path):
+    """A JSON object from a file that may be damaged.
+
+    Raises:
+        ValueError: it holds something else; the message says what, in half a sentence.
+        OSError: it cannot be read.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path.name} is not JSON ({reason(error)})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name} holds no JSON object")
+    return content

@@ -1,0 +1,1 @@
+"""A run: its start, folder, checkpoints, results, pictures and publication."""
