@@ -190,9 +190,9 @@ class SubspaceGradient:
         # i*: the smallest count of leading directions whose share of the variance exceeds 1 - ν (Eq. 7).
         share = variance.cumsum(0) / variance.sum()
         kept = int((share <= 1 - self.threshold).sum()) + 1
-        # Centring leaves rank τ - 1, so the last direction is rounding noise: it is not evidence of anything.
+        # Centring leaves rank τ - 1 at most, so the last direction is rounding noise: it is not evidence of anything.
         negligible = singular[0] * max(trajectory.shape) * torch.finfo(singular.dtype).eps
-        rank = int((singular > negligible).sum())
+        rank = min(int((singular > negligible).sum()), len(trajectory) - 1)
         return directions[kept:rank].to(trajectory) if kept < rank else None
 
     def state_dict(self):
@@ -785,7 +785,7 @@ class ZOAdam(Optimizer):
     def start(self, args, theta, found, num_processes):
         """A `ZerothOrderAdam`."""
         estimates = args.gradient_accumulation_steps * num_processes
-        optimizer = torch.optim.Adam(
+        optimizer = torch.optim.AdamW(  # Adam, whose weight decay acts on θ itself
             [theta],
             lr=args.learning_rate * (args.train_batch_size * estimates if args.scale_lr else 1),
             betas=(args.adam_beta1, args.adam_beta2),
