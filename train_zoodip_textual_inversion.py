@@ -280,6 +280,10 @@ class Int8Layer(torch.nn.Module):
         self.register_buffer("scale", scale)
         self.bias, self.buffer = layer.bias, buffer
 
+    def dequantized(self, dtype):
+        """The weight in `dtype`, see `dequantize`."""
+        return dequantize(self.weight, self.scale, dtype, self.buffer)
+
 
 class Int8Linear(Int8Layer):
     """A frozen `nn.Linear` in INT8."""
@@ -289,7 +293,7 @@ class Int8Linear(Int8Layer):
         self.in_features, self.out_features = linear.in_features, linear.out_features
 
     def forward(self, input):
-        return F.linear(input, dequantize(self.weight, self.scale, input.dtype, self.buffer), self.bias)
+        return F.linear(input, self.dequantized(input.dtype), self.bias)
 
 
 class Int8Conv2d(Int8Layer):
@@ -301,12 +305,11 @@ class Int8Conv2d(Int8Layer):
         self.stride, self.padding, self.dilation, self.groups = conv.stride, conv.padding, conv.dilation, conv.groups
 
     def options(self):
-        """Those of `F.conv2d`, in its order."""
+        """The arguments of `F.conv2d`, in its order."""
         return self.stride, self.padding, self.dilation, self.groups
 
     def forward(self, input):
-        weight = dequantize(self.weight, self.scale, input.dtype, self.buffer)
-        return F.conv2d(input, weight, self.bias, *self.options())
+        return F.conv2d(input, self.dequantized(input.dtype), self.bias, *self.options())
 
 
 class Unquantized:

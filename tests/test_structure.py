@@ -12,7 +12,7 @@ METHOD = {
     *("Int8Linear", "Int8Conv2d", "load_frozen", "PromptRows", "candidate_losses", "train", "main"),
 }
 TUNEQDM = {"new_changes", "draw_timesteps", "load_quantized_unet", "train_step", "train", "main"}
-SELECTIVE = {"Selection", "draw_kind", "bp_gradient", "zo_gradient", "FrozenProduct", "train_step", "train", "main"}
+SELECTIVE = {"Selection", "draw_kind", "bp_gradient", "zo_gradient", "train_step", "train", "main"}
 TUNEQDM_LAYERS = {"quantize", "pack", "set_of_timestep", "ScaledProduct", "QuantizedLinear", "QuantizedConv2d"}
 PACKAGE = sorted((REPO / "personalization").rglob("*.py"))
 SCRIPTS = sorted(
