@@ -4,9 +4,10 @@
 
 Each case is a short command, run in both checkouts: by the same interpreter, in one thread, on the tiny bases of
 tests/tiny_base.py. Compared are the tensors of all result files, pictures that were drawn, figures that are no times,
-and the keys of every JSON file. Results of runs with a checkpoint in the middle are compared once more with those of a
-run that the new checkout resumes from the old one's checkpoint. Texts are compared line by line: `--help`,
-`--estimate_memory`, the command lines of the web page. Exit code 1: something differs.
+and the keys of every JSON file. The new checkout resumes some runs from the old one's checkpoint, too, and has to arrive at
+what the old one did. Texts are compared line by line: `--help`,
+`--estimate_memory`, the command lines of the web page. Exit code 1: something differs. A checkout that somebody works
+in shows what is half done: give `git worktree`s, or what `git archive` unpacked.
 
 A command is a fork of this process, so that PyTorch and its relatives are imported once and not a hundred times; of
 the project nothing is imported here.
@@ -255,7 +256,8 @@ def files_of(out):
 def compare_files(one, other):
     if one.suffix == ".png":
         return "" if one.read_bytes() == other.read_bytes() else "another picture"
-    return "; ".join(of_both(tensors_of(one), tensors_of(other)))
+    lines = list(of_both(tensors_of(one), tensors_of(other)))
+    return "; ".join(lines[:2] + [f"and {len(lines) - 2} more"] * (len(lines) > 2))
 
 
 def figures_of(out):
@@ -264,6 +266,9 @@ def figures_of(out):
     config = json.loads(path.read_text())
     figures = {name: value for name, value in config["figures"].items() if "second" not in name and "peak" not in name}
     return {f"figures.{name}": value for name, value in figures.items()} | {"components": config["components"]}
+
+
+KEYS = set()  # lines of the diffs of all runs: the same keys differ in many
 
 
 def keys_of(out):
@@ -276,7 +281,8 @@ def keys_of(out):
                 yield from walk(inner, f"{path}.{name}")
 
     paths = [path for pattern in ("*.json", "checkpoint-*/*.json") for path in out.glob(pattern)]
-    return sorted({key for p in paths for key in walk(json.loads(p.read_text()), p.relative_to(out).as_posix())})
+    keys = {key for path in paths for key in walk(json.loads(path.read_text()), path.relative_to(out).as_posix())}
+    return sorted({re.sub(r"^checkpoint-\d+", "checkpoint-N", key) for key in keys})
 
 
 def compare_results(old, new, whole=True):
@@ -315,7 +321,9 @@ def compare_runs(case, old, new):
     what, name = RUNS[case], re.sub(r"\W+", "-", case)
     outs = [checkout.train(case, *what, checkout.folder / name) for checkout in (old, new)]
     yield from compare_results(*outs)
-    yield from compare_lines(*map(keys_of, outs))
+    if keys := compare_lines(*map(keys_of, outs)):
+        KEYS.update(keys)
+        yield f"{len(keys)} keys of JSON files differ: see the end"
     if case.startswith("+"):
         resumed = new.folder / f"{name}-resumed"
         hand_over(outs[0], resumed, case, new)
@@ -393,6 +401,7 @@ def main():
         print(f"Results are in {work}")
     else:
         shutil.rmtree(work)
+    print("".join(f"key {line}\n" for line in sorted(KEYS)), end="")
     print(f"{len(differ)} cases differ ({time.perf_counter() - started:.0f} s)")
     return int(bool(differ))
 
