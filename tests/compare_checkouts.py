@@ -4,10 +4,10 @@
 
 Each case is a short command, run in both checkouts: by the same interpreter, in one thread, on the tiny bases of
 tests/tiny_base.py. Compared are the tensors of all result files, pictures that were drawn, figures that are no times,
-and the keys of every JSON file. The new checkout resumes some runs from the old one's checkpoint, too, and has to arrive at
-what the old one did. Texts are compared line by line: `--help`,
-`--estimate_memory`, the command lines of the web page. Exit code 1: something differs. A checkout that somebody works
-in shows what is half done: give `git worktree`s, or what `git archive` unpacked.
+and the keys of every JSON file. The new checkout resumes some runs from the old one's checkpoint, too, and has to
+arrive at what the old one did. Texts are compared line by line: `--help`, `--estimate_memory`, command lines of the
+web page. Exit code 1: something differs. A checkout that somebody works in shows what is half done: give worktrees, or
+what `git archive` unpacked.
 
 A command is a fork of this process, so that PyTorch and its relatives are imported once and not a hundred times; of
 the project nothing is imported here.
@@ -389,11 +389,12 @@ def main():
         if name.startswith("openvino") and not importlib.util.find_spec("openvino"):
             print(f"SKIP {name}: openvino is not installed", flush=True)
             continue
-        begun = time.perf_counter()
+        begun, lines = time.perf_counter(), []
         try:
-            lines = list(compare(old, new))
+            for line in compare(old, new):
+                lines.append(line)
         except Failed as failure:
-            lines = [str(failure)]
+            lines.append(str(failure))
         differ += [name] * bool(lines)
         print(f"{'DIFF' if lines else 'OK  '} {name} ({time.perf_counter() - begun:.0f} s)", flush=True)
         print("".join(f"       {line}\n" for line in lines), end="", flush=True)
