@@ -65,7 +65,7 @@ def test_launch_writes_everything_and_diffusers_reads_it(launch, basics, demo_ba
     assert config["figures"]["steps"] == 3 and config["figures"]["forward_passes"] == 9
     assert config["components"]["unet"]["quantized_share"] > 0.9
 
-    pipeline = StableDiffusionPipeline.from_pretrained(demo_base, torch_dtype=torch.float32)
+    pipeline = StableDiffusionPipeline.from_pretrained(demo_base, dtype=torch.float32)
     pipeline.load_textual_inversion(str(out))
     learned = embeds(out)
     assert learned.shape[0] == 2 and learned.dtype == torch.float32
@@ -114,7 +114,7 @@ def zoodip_ids(demo_base, word):
 def demo_loss(demo_base):
     """The demo base in float32 with a fixed batch: `(loss_of(candidates, **), embedding start, placeholder id)`."""
     text_encoder = CLIPTextModel.from_pretrained(demo_base, subfolder="text_encoder", dtype=torch.float32).eval()
-    unet = UNet2DConditionModel.from_pretrained(demo_base, subfolder="unet", torch_dtype=torch.float32).eval()
+    unet = UNet2DConditionModel.from_pretrained(demo_base, subfolder="unet", dtype=torch.float32).eval()
     scheduler = DDPMScheduler.from_pretrained(demo_base, subfolder="scheduler")
     table = text_encoder.get_input_embeddings().weight.detach()
     first = len(table)
