@@ -294,7 +294,8 @@ def test_results_are_collected_from_what_is_finished(tmp_path, demo_base, capsys
     base = compare_methods.fingerprint(compare_methods.BASE, compare_methods.SCORER)
     judging = compare_methods.Judging()
     plan = "sg_puts", args.methods, args.subjects, args.seeds, None, None
-    for run in compare_methods.list_runs(*plan, judging, base)[:9]:  # as if they were done
+    code = judging, base, compare_methods.hash_code()
+    for run in compare_methods.list_runs(*plan, *code)[:9]:  # as if they were done
         content = stored(run.name, run.subject, run.seed, {4500: 0.5}, kept=[18] if "no_sg" not in run.name else None)
         content |= {"settings": run.settings(), "thetas": {}, "seconds": {"whole": 60.0, "training": 50.0}}
         run.path(args.cache_dir).parent.mkdir(parents=True, exist_ok=True)
@@ -303,7 +304,7 @@ def test_results_are_collected_from_what_is_finished(tmp_path, demo_base, capsys
     read = json.loads((tmp_path / "out" / "ablation_sg_puts.json").read_text())
     assert [row["runs"] for row in read["rows"]] == [3, 3, 3] and len(read["runs"]) == 9
     assert "3 of 6" in capsys.readouterr().out and (tmp_path / "out" / "ablation_sg.png").is_file()
-    listed = compare_methods.list_runs(*plan, judging, base)
+    listed = compare_methods.list_runs(*plan, *code)
     compare_methods.say_how_long(listed, args.cache_dir, 2)
     assert capsys.readouterr().out.startswith("15 of 24 runs are missing: 0.1 h on 2 free cores, as long as")
     compare_methods.say_how_long(listed, tmp_path, 2)
