@@ -881,7 +881,7 @@ class Learner:
 
     def load_state_dict(self, state):
         self.theta.copy_(state["theta"])
-        mean, self.updates = state.get("mean"), state.get("updates", 0)  # checkpoints of earlier versions have none
+        mean, self.updates = state["mean"], state["updates"]
         self.mean = None if mean is None else mean.to(self.theta.device)
         self.rule.load_state_dict(state, self.theta.device)
 

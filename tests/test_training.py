@@ -357,16 +357,6 @@ def test_a_checkpoint_knows_the_weights_it_was_trained_on(train, demo_base, tmp_
         train(max_train_steps=2, pretrained_model_name_or_path=base, resume_from_checkpoint="latest")
 
 
-def test_a_checkpoint_from_before_averaging_is_resumed(train):
-    out = train(max_train_steps=1, checkpointing_steps=1)
-    path = out / "checkpoint-1" / "state.pt"
-    state = torch.load(path, weights_only=True)
-    del state["mean"], state["updates"]
-    torch.save(state, path)
-    (out / "checkpoint-1" / "manifest.json").unlink()  # older than manifests
-    train(max_train_steps=2, resume_from_checkpoint="latest")
-
-
 def test_checkpoints_are_rotated(train):
     out = train(max_train_steps=5, checkpointing_steps=1, checkpoints_total_limit=2)
     assert [p.name for p in checkpoints.list_checkpoints(out)] == ["checkpoint-4", "checkpoint-5"]
