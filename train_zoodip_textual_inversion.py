@@ -319,6 +319,7 @@ class Unquantized:
     flexible = True  # plain tensors: other engines can read them, and they can come layer by layer
     whole_model = False  # can only quantize a model that is whole, on the host
     hidden_copies = False  # makes dequantized layers that the prediction of memory does not see
+    package = None  # that is not among the requirements
 
     def quantizes(self, layer):
         return False
@@ -410,6 +411,7 @@ class QuantoInt8(Unquantized):
 
     flexible = False
     whole_model = hidden_copies = True
+    package = "optimum-quanto"
 
     def quantizes(self, layer):
         return isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d))
@@ -709,8 +711,8 @@ class Learner:
 
     def load_state_dict(self, state):
         self.theta.copy_(state["theta"])
-        self.mean, self.updates = state["mean"], state["updates"]
-        self.mean = None if self.mean is None else self.mean.to(self.theta.device)
+        mean, self.updates = state["mean"], state["updates"]
+        self.mean = None if mean is None else mean.to(self.theta.device)
         self.rule.load_state_dict(state, self.theta.device)
 
     def generators(self):
@@ -881,6 +883,8 @@ def resolve_settings(args, device):
         args.max_candidates_per_forward = optimizer.candidates_per_pass
     if args.torch_compile and device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
         raise InputError("--torch_compile needs a C++ compiler on a CPU: install g++ or leave the flag out.")
+    if (package := BACKENDS[args.quantization].package) and package not in provenance.installed_versions(package):
+        raise InputError(f"--quantization {args.quantization} is not installed: pip install {package}.")
     source = base_model.ModelSource(args.pretrained_model_name_or_path, args.revision, args.variant)
     base = base_model.open_base(source, args.tokenizer_name, families.FAMILIES.values())
     families.complete_settings(args, base.family)

@@ -7,7 +7,6 @@ diffusers format (`random_base.build` makes one with random weights) or ready `M
 
 import json
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -18,14 +17,13 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
+from personalization.data.examples import Batch
+from personalization.models import families
+from personalization.models.memory import keep_freed_blocks, release_freed_memory
+from train_zoodip_textual_inversion import SubspaceGradient, normalize_estimate, sample_puts_timesteps
+
 
 HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE.parent))  # the training script lies beside this folder
-
-from personalization.data.examples import Batch  # noqa: E402
-from personalization.models import families  # noqa: E402
-from personalization.models.memory import keep_freed_blocks, release_freed_memory  # noqa: E402
-from train_zoodip_textual_inversion import SubspaceGradient, normalize_estimate, sample_puts_timesteps  # noqa: E402
 
 
 class Models(NamedTuple):
@@ -68,8 +66,8 @@ def load_models(base, device="cpu", dtype=torch.float32, text_dtype=None, quanto
     # SDXL's UNet alone has 10 GB in float32.
     by_layer = quanto and paired and dtype == torch.float32
     stored, text_dtype = (torch.float16,) * 2 if by_layer else (dtype, text_dtype or dtype)
-    unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet", torch_dtype=stored)
-    vae = AutoencoderKL.from_pretrained(base, subfolder="vae", torch_dtype=stored)
+    unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet", dtype=stored)
+    vae = AutoencoderKL.from_pretrained(base, subfolder="vae", dtype=stored)
     text_encoder = CLIPTextModel.from_pretrained(base, subfolder="text_encoder", dtype=text_dtype)
     if paired:
         second = CLIPTextModelWithProjection.from_pretrained(base, subfolder="text_encoder_2", dtype=text_dtype)
@@ -289,7 +287,7 @@ class BareForwards:
 
     def __init__(self, unet, latent=64, batch_size=1, num_perturbations=2, device="cpu", dtype=torch.float32):
         if not isinstance(unet, torch.nn.Module):
-            unet = UNet2DConditionModel.from_pretrained(unet, subfolder="unet", torch_dtype=dtype)
+            unet = UNet2DConditionModel.from_pretrained(unet, subfolder="unet", dtype=dtype)
             unet = unet.requires_grad_(False).eval().to(device)
             release_freed_memory()
         self.unet = unet

@@ -21,32 +21,30 @@ import hashlib
 import itertools
 import json
 import math
-import platform
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks import common
+from benchmarks.common import CACHE, DEMO, RESULTS
+from personalization.files import sha256, write_json
+
+
+# isort: split
 import torch
-from bench_real_photos import cpu_name
 from safetensors.torch import load_file
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import train_zoodip_textual_inversion as zoodip
+from personalization.data import examples, prompts
+from personalization.methods import gauss_newton
+from personalization.models import base_model
 
-ROOT = Path(__file__).resolve().parent.parent
-BASE, SUBJECTS = ROOT / "demo" / "base", ROOT / "demo" / "subjects"
-sys.path.append(str(ROOT))
 
-import train_zoodip_textual_inversion as zoodip  # noqa: E402
-from personalization.data import examples, prompts  # noqa: E402
-from personalization.files import write_json  # noqa: E402
-from personalization.methods import gauss_newton  # noqa: E402
-from personalization.models import base_model  # noqa: E402
+BASE, SUBJECTS = DEMO / "base", DEMO / "subjects"
 
 
 class Row(NamedTuple):
@@ -280,14 +278,6 @@ def print_row(result):
     print(flush=True)
 
 
-def installed(package):
-    """The version of a package, or None."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
 def parse_args():
     backends = list(dict.fromkeys(row.backend for row in list_rows(cuda=True)))
     parser = argparse.ArgumentParser(
@@ -311,23 +301,23 @@ def parse_args():
     add("--directions", type=int, default=64, help="Gaussian directions, the same in every cell.")
     add("--learned", type=Path, help="Folder of SUBJECT/learned_embeds.safetensors: measure at these tokens, too.")
     add("--seed", type=int, default=0, help="Of examples, noise and directions.")
-    add("--output", type=Path, default=ROOT / "benchmarks" / "results" / "signal.json", help="The result.")
-    add("--cache_dir", type=Path, default=ROOT / "benchmarks" / ".cache" / "signal", help="Of finished rows.")
+    add("--output", type=Path, default=RESULTS / "signal.json", help="The result.")
+    add("--cache_dir", type=Path, default=CACHE / "signal", help="Of finished rows.")
     return parser.parse_args()
 
 
 def cache_of_rows(args):
-    """The folder for rows of these settings on this base; after a change of the code, delete it."""
+    """The folder for rows of these settings on this base by this code."""
     choices = "backends", "activations", "output", "cache_dir"
-    settings = {name: str(value) for name, value in vars(args).items() if name not in choices}
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for path in sorted(BASE.glob("*/*.safetensors")):
-        digest.update(path.read_bytes())
-    return args.cache_dir / digest.hexdigest()[:16]
+    facts = {name: str(value) for name, value in vars(args).items() if name not in choices}
+    facts |= {path.relative_to(BASE).as_posix(): sha256(path) for path in BASE.glob("*/*.safetensors")}
+    facts["code"] = common.source_hash("benchmarks/bench_signal.py", without=["benchmarks/common.py"])
+    return args.cache_dir / hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def main():
     args = parse_args()
+    common.warn_if_busy()
     started = time.perf_counter()
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
@@ -393,21 +383,17 @@ def main():
         model = None
     for what, reason in left_out.items():
         print(f"Left out {what}: {reason}")
-    libraries = ["torch", "diffusers", "transformers", "bitsandbytes", "optimum-quanto", "openvino"]
     settings = {key: value for key, value in vars(args).items() if key not in ("output", "cache_dir")}
-    settings["learned"] = args.learned and str(args.learned)
-    hardware = {"name": torch.cuda.get_device_name() if cuda else cpu_name(), "threads": torch.get_num_threads()}
+    settings["learned"] = args.learned and common.public(str(args.learned))
     write_json(
         args.output,
         {
-            "command": shlex.join(["python", "benchmarks/bench_signal.py", *sys.argv[1:]]),
+            **common.provenance(device=device.type),
             "configuration": {**settings, "base": "demo/base", "cells": len(cells)},
             "forward_mode_deviation": deviation,
             "rows": results,
             "evidence": evidence,
             "left_out": left_out,
-            "hardware": {"device": device.type, **hardware},
-            "versions": {"python": platform.python_version(), **{name: installed(name) for name in libraries}},
             "seconds": round(time.perf_counter() - started, 1),
         },
     )

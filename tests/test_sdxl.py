@@ -17,6 +17,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 import evaluate_personalization as evaluate
 import train_tuneqdm_dreambooth as tuneqdm
 import train_zoodip_textual_inversion as zoodip
+from benchmarks import baselines
 from personalization.data import examples, images, prompts
 from personalization.errors import InputError
 from personalization.models import families
@@ -85,7 +86,7 @@ def autograds_gradient(folder, theta, batch, first_id, width):
     """Loss and its gradient `[k, d]` by backpropagation through transformers' and diffusers' own models."""
     first = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32)
     second = CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder_2", dtype=torch.float32)
-    unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32)
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet", dtype=torch.float32)
     theta, found = theta.clone().requires_grad_(True), []
     for encoder, half, ids in zip(
         (first, second), theta.split([width, theta.shape[1] - width], 1), batch[3].chunk(2, 1)
@@ -119,11 +120,8 @@ def test_mean_estimate_points_along_autograds_gradient_for_both_halves(flags, pl
         assert torch.cosine_similarity(half.flatten(), wanted.flatten(), dim=0) > 0.95
 
 
-def test_the_official_loop_extended_to_sdxl_estimates_the_same(flags, place, repo, monkeypatch):
+def test_the_official_loop_extended_to_sdxl_estimates_the_same(flags, place):
     """What step times are compared with computes what the script computes, of the same batch and directions."""
-    monkeypatch.syspath_prepend(str(repo / "benchmarks"))
-    import baselines
-
     _, base, placeholder, model, theta, _ = assembled(flags, quantization="none")
     loop = baselines.OfficialLoop(baselines.load_models(place / "xl"), 16, initializer_id=placeholder.initializer_id)
     batch = loop.draw_batch(700, 900)

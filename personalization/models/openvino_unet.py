@@ -174,10 +174,6 @@ def compile_openvino_unet(
     Returns:
         The `OpenVINOUNet`, and the bytes of its weights as stored.
     """
-    if path is not None:
-        for suffix in (".xml", ".bin"):  # where earlier versions kept it, without a manifest
-            with contextlib.suppress(OSError):
-                path.with_suffix(suffix).unlink()
 
     def exported():
         what = "Exporting the UNet to OpenVINO"
