@@ -540,8 +540,8 @@ def load_frozen(base, component, backend, compute, cache_dir=None, device=None):
     expected = weight_cache.expected_tensors(model, dtype)
 
     def quantized():
-        stored = ((name, value) for name, value in base_model.stored_tensors(files) if name in expected)
-        return backend.tensors(model, stored, dtype)
+        stored = base_model.stored_tensors(files, base.family.classes[component])
+        return backend.tensors(model, ((name, value) for name, value in stored if name in expected), dtype)
 
     if backend.cached and cache_dir is not None:
         kind = str(dtype).removeprefix("torch.")

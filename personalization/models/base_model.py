@@ -19,7 +19,7 @@ from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from huggingface_hub import HfApi, snapshot_download
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedModel
+from transformers import CLIPTextModelWithProjection, PreTrainedModel
 
 from ..errors import InputError
 from . import families, weight_files
@@ -394,7 +394,7 @@ def compute_empty(base):
         InputError: they cannot, or the prediction is not shaped like a latent.
     """
     family, side = base.family, base.resolution_multiple
-    denoiser, vae = (empty_model(base, name) for name in (family.denoiser, "vae"))
+    denoiser, vae = (empty_model(base, name).to("meta") for name in (family.denoiser, "vae"))  # their buffers, too
     text_encoder, what = empty_text_encoder(base), family.denoiser_label
     try:
         with torch.no_grad():
@@ -514,7 +514,7 @@ def find_weight_files(base, component):
     for path in files:
         where = f"{component}/{path.name}"
         for name, stored in weight_files.read_header(path, label).items():
-            name = current_name(name, component)
+            name = current_name(name, base.family.classes[component])
             if name not in known:
                 if name.startswith(NO_WEIGHTS) or name.rpartition(".")[2] == "position_ids":
                     continue
@@ -571,10 +571,10 @@ def download_weights(base, component, stem):
     )
 
 
-def current_name(name, component=None):
-    """A tensor's name in a file as today's models spell it."""
-    if component != "text_encoder_2":
-        name = name.removeprefix("text_model.")  # a prefix that transformers dropped for the first in its version 5
+def current_name(name, kind=None):
+    """A tensor's name in a file as today's models, here one of a class, spell it."""
+    if kind is not CLIPTextModelWithProjection:
+        name = name.removeprefix("text_model.")  # a prefix that transformers dropped for the others in its version 5
     old = re.fullmatch(r"(.*\bmid_block\.attentions\.\d+)\.(query|key|value|proj_attn)\.(weight|bias)", name)
     if old:  # VAEs of 2022
         new = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}[old[2]]
@@ -582,8 +582,8 @@ def current_name(name, component=None):
     return name
 
 
-def stored_tensors(files):
-    """(name, tensor) of safetensors files, one memory-mapped tensor at a time.
+def stored_tensors(files, kind=None):
+    """(name, tensor) of the safetensors files of a model of a class, one memory-mapped tensor at a time.
 
     Raises:
         InputError: a file cannot be read.
@@ -595,7 +595,7 @@ def stored_tensors(files):
             for name in names:
                 with safe_open(path, framework="pt") as tensors:  # opened anew, so that pages read before leave
                     value = tensors.get_tensor(name)
-                yield current_name(name, Path(path).parent.name), value  # the folder is named by the component
+                yield current_name(name, kind), value
         except (OSError, SafetensorError) as error:
             raise InputError(f"{path} cannot be read ({first_line(error)}): get the model again.") from None
 
@@ -604,8 +604,8 @@ def load_token_table(base, component="text_encoder"):
     """The token table `[vocabulary, d]` of a text encoder, memory-mapped, as stored."""
     empty = empty_model(base, component)
     table = next(name for name, module in empty.named_modules() if module is empty.get_input_embeddings())
-    files = find_weight_files(base, component)
-    return next(value for name, value in stored_tensors(files) if name == f"{table}.weight")
+    stored = stored_tensors(find_weight_files(base, component), base.family.classes[component])
+    return next(value for name, value in stored if name == f"{table}.weight")
 
 
 def load_token_tables(base):
@@ -628,7 +628,7 @@ def load_component(base, component, dtype=torch.float32):
     """A frozen, unquantized component, on the CPU."""
     model = empty_model(base, component)
     known = model.state_dict()
-    for name, value in stored_tensors(find_weight_files(base, component)):
+    for name, value in stored_tensors(find_weight_files(base, component), base.family.classes[component]):
         if name in known:
             set_module_tensor_to_device(model, name, "cpu", value=value.to(dtype), dtype=dtype, clear_cache=False)
     return model.requires_grad_(False)

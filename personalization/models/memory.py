@@ -289,6 +289,7 @@ def predict_memory(text_encoder, denoiser, vae, backend, plan, base, compute):
 def count_activations(denoiser, vae, plan, base, compute):
     """Bytes of the activations of a denoiser's pass, of encoding and of decoding a picture; see `predict_memory`."""
     device, family = compute.device, base.family
+    denoiser.to("meta")  # its buffers, which even an empty model has
     inputs = family.example(base, plan.examples, plan.resolution, "meta", compute.dtype)
     slack = 0.0 if plan.streamed else HEAP_SLACK
     activations = activation_bytes(lambda: family.predict(denoiser, *inputs), device, slack)

@@ -245,6 +245,8 @@ def write_model_card(output_dir, config, publication, repo_id=None):
         "scales": config.get("scales"),
         "paired": len(family.text_encoders) > 1,
         "pipeline_class": family.pipeline.__name__,
+        "denoiser": family.denoiser,
+        "denoiser_label": family.denoiser_label,
         "repo_id": repo_id,
         "name": name,
         "concept": repo_id or f"./{name}",
