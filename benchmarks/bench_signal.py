@@ -45,6 +45,7 @@ sys.path.append(str(ROOT))
 import train_zoodip_textual_inversion as zoodip  # noqa: E402
 from personalization.data import examples, prompts  # noqa: E402
 from personalization.files import write_json  # noqa: E402
+from personalization.methods import gauss_newton  # noqa: E402
 from personalization.models import base_model  # noqa: E402
 
 
@@ -115,7 +116,7 @@ def build_int8(device):
     """The same with activations in INT8, calibrated on the pictures of one subject."""
     args = script_args("striped_star", "int8", "openvino")
     args.optimizer, args.openvino_precision = "gauss_newton", "int8"
-    args.max_candidates_per_forward = zoodip.GAUSS_NEWTON_PASS
+    args.max_candidates_per_forward = zoodip.OPTIMIZERS["gauss_newton"].candidates_per_pass
     base, placeholder, compute = zoodip.resolve_settings(args, device)
     pictures = zoodip.read_pictures(args)
     captions = prompts.build_prompts(pictures, placeholder, base)
@@ -123,7 +124,7 @@ def build_int8(device):
     text_encoder, *_ = zoodip.load_networks(args, base, compute)
     words = torch.arange(placeholder.first_id)
     model, initial = zoodip.assemble_model(args, base, placeholder, words, text_encoder, None, compute)
-    directions = zoodip.choose_directions(args, base, placeholder, concept.prompt_ids)
+    directions = gauss_newton.choose_directions(args, base, placeholder, concept.prompt_ids)
     learner = zoodip.start_learner(args, initial, directions)
     model.denoiser, _ = zoodip.load_calibrated_unet(args, base, compute, model, learner, concept, "striped_star")
     return model
@@ -241,7 +242,7 @@ def measure_evidence(cells, directions, step, model, reference):
     for cell, (exact_matrix, exact_gradient) in zip(cells, reference):
         error_fn, theta = functools.partial(model.errors, batch=cell.batch), cell.thetas["initial"]
         (matrix, plus, _), (_, minus, _) = (
-            [x.double().cpu() for x in zoodip.gauss_newton_evidence(error_fn, theta, sign * directions, step)]
+            [x.double().cpu() for x in gauss_newton.gauss_newton_evidence(error_fn, theta, sign * directions, step)]
             for sign in (1, -1)
         )
         pairs = (matrix, exact_matrix), (plus, exact_gradient), ((plus - minus) / 2, exact_gradient)
@@ -346,7 +347,7 @@ def main():
             left_out[f"{quantization}, autograd"] = f"{type(error).__name__}: {error}"
 
     base = base_model.open_base(base_model.ModelSource(str(BASE)))
-    subspace = zoodip.vocabulary_directions(base_model.load_token_table(base), 32, 80)[:, None, :].to(device)
+    subspace = gauss_newton.vocabulary_directions(base_model.load_token_table(base), 32, 80)[:, None, :].to(device)
 
     results, evidence, left_out, cache = [], [], {}, cache_of_rows(args)
     cache.mkdir(parents=True, exist_ok=True)

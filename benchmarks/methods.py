@@ -70,11 +70,9 @@ class FlagshipLearner:
     """The script's own step, whatever its flags make of it."""
 
     def __init__(self, task):
-        directions = None
-        if task.args.optimizer == "gauss_newton":
-            words = task.args, task.base, task.placeholder, task.concept.prompt_ids
-            directions = zoodip.choose_directions(*words)
-        self.task, self.learner = task, zoodip.start_learner(task.args, task.initial, directions)
+        words = task.args, task.base, task.placeholder, task.concept.prompt_ids
+        found = zoodip.OPTIMIZERS[task.args.optimizer].look_ahead(*words)
+        self.task, self.learner = task, zoodip.start_learner(task.args, task.initial, found)
 
     @staticmethod
     def forwards_per_step(args):

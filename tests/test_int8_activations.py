@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 import train_zoodip_textual_inversion as zoodip
 from personalization.data import examples, prompts
 from personalization.errors import InputError
+from personalization.methods import gauss_newton
 from personalization.models import openvino_unet
 
 
@@ -104,7 +105,7 @@ def test_the_calibration_is_what_training_asks(basics, few_passes):
     assert unet is None
     ids = concept.prompt_ids
     model, start = zoodip.assemble_model(args, base, placeholder, ids, text_encoder, None, compute)
-    learner = zoodip.start_learner(args, start, zoodip.choose_directions(args, base, placeholder, ids))
+    learner = zoodip.start_learner(args, start, gauss_newton.choose_directions(args, base, placeholder, ids))
     candidates = []
     write = zoodip.PromptRows.write
     text_encoder.get_input_embeddings().write = lambda rows: (
@@ -114,7 +115,9 @@ def test_the_calibration_is_what_training_asks(basics, few_passes):
     inputs = zoodip.draw_calibration(args, model, learner, concept)
     assert len(inputs) == len(candidates) == 3 and len({int(timesteps[0]) for _, timesteps, _ in inputs}) == 3
     for (sample, timesteps, conditioning), rows in zip(inputs, candidates):
-        assert len(sample) == len(timesteps) == len(conditioning) == zoodip.GAUSS_NEWTON_PASS
+        assert (
+            len(sample) == len(timesteps) == len(conditioning) == zoodip.OPTIMIZERS["gauss_newton"].candidates_per_pass
+        )
         assert sample.dtype == conditioning.dtype == torch.float32
         assert timesteps.unique().numel() == 1 and 500 <= timesteps[0] < 900
         assert torch.equal(rows[0, 0], start)

@@ -50,7 +50,7 @@ def given(monkeypatch):
 
 
 def by_hand(base, latents, noise, timesteps):
-    """Noisy latents and target `[b, C, h, w]` by the formulas: DDPM's (Ho et al.) and the velocity's (Salimans, Ho)."""
+    """Noisy latents and target `[b, C, h, w]` by the formulas of DDPM and of the velocity (Salimans and Ho)."""
     config = json.loads((base / "scheduler" / "scheduler_config.json").read_text())
     assert config["beta_schedule"] == "scaled_linear"
     ends = config["beta_start"] ** 0.5, config["beta_end"] ** 0.5
