@@ -590,7 +590,7 @@ def test_what_killed_runs_left_in_the_cache_goes_at_the_next_start(tmp_path):
 def test_a_killed_write_is_cleaned_up_after(demo_base, tmp_path):
     """The writer is killed in the middle, as by `kill -9`."""
     code = (
-        "import os, sys, pathlib; from personalization import weight_cache\n"
+        "import os, sys, pathlib; from personalization.models import weight_cache\n"
         "def write(folder): (folder / 'a').write_text('b'); print(folder.name, flush=True); os.kill(os.getpid(), 9)\n"
         "weight_cache.provide(pathlib.Path(sys.argv[1]) / 'unet-int8', write)"
     )

@@ -248,7 +248,7 @@ def test_killed_run_resumes_bit_identical(run_script, basics, tmp_path):
 RANK_DUMP = """
 import sys, torch
 import train_zoodip_textual_inversion as zoodip
-from personalization import checkpoints
+from personalization.runs import checkpoints
 original = checkpoints.save_checkpoint
 def dump(accelerator, output_dir, state, *rest):
     torch.save({"theta": state.shared["theta"], "processes": accelerator.num_processes},
