@@ -59,6 +59,7 @@ from personalization.methods.dreambooth import denoising_errors, draw_validation
 from personalization.models import base_model, frozen, memory, weight_cache
 from personalization.models.base_model import Base, StoredModel
 from personalization.models.compute import Compute, choose_compute
+from personalization.models.families import Family
 from personalization.runs import checkpoints, embeddings, hub, launch, loop, provenance, run_folder
 from personalization.runs.results import Result, write_result
 
@@ -196,6 +197,7 @@ def add_adapters(unet, layers, rank, alpha, seed):
 class Model:
     """The quantized UNet with adapters, and what it is conditioned on."""
 
+    family: Family
     unet: UNet2DConditionModel
     weights: list  # of the adapters: parameters, whose memory is wherever `place` has put it
     scheduler: DDPMScheduler
@@ -210,7 +212,7 @@ class Model:
     def errors(self, batch):
         """`denoising_errors` of a `Batch` whose prompts are rows of `conditioning`."""
         conditioning = self.conditioning[batch.prompt_ids]
-        return denoising_errors(self.unet, batch, conditioning, self.compute.memory_format)
+        return denoising_errors(self.family, self.unet, batch, conditioning, self.compute.memory_format)
 
 
 # =====================================================================================================
@@ -275,7 +277,7 @@ def draw_batch(subject, sampling, weights, scheduler, generator):
     drawn = [examples.draw_examples(concept, sampling.batch_size, generator)[:2] for concept in concepts]
     latents, rows = (torch.cat(parts) for parts in zip(*drawn))
     timesteps = torch.multinomial(weights, len(latents), replacement=True, generator=generator)
-    return examples.noise_batch(latents, rows, timesteps, generator, scheduler)
+    return examples.noise_batch(concepts[0].family, latents, rows, timesteps, generator, scheduler)
 
 
 def bp_low(learner, model, batch, sampling):
@@ -632,7 +634,7 @@ def load_model(args, base, compute, conditioning, cache_dir):
         unet.enable_gradient_checkpointing()
     by_window = args.bp_view == "window"
     surroundings = windows.Surroundings(unet, args.low_resolution // base.vae_factor) if by_window else None
-    return Model(unet, weights, base.scheduler, conditioning, compute, surroundings), stored
+    return Model(base.family, unet, weights, base.scheduler, conditioning, compute, surroundings), stored
 
 
 def start_learner(args, model, num_processes=1, process_index=0):

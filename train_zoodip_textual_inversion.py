@@ -41,7 +41,6 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, set_module_tensor_to_device
-from diffusers import DDPMScheduler
 from diffusers.hooks import apply_group_offloading
 from diffusers.optimization import get_scheduler
 
@@ -443,7 +442,7 @@ def load_frozen(base, component, backend, compute, cache_dir=None, device=None):
 
     Args:
         base: `Base`.
-        component: "unet", "text_encoder" or "text_encoder_2".
+        component: the denoiser or a text encoder, as the family names it.
         backend: of `BACKENDS`.
         compute: `Compute`.
         cache_dir: folder of quantized copies, made on first use; None keeps none.
@@ -465,8 +464,8 @@ def load_frozen(base, component, backend, compute, cache_dir=None, device=None):
     expected = weight_cache.expected_tensors(model, dtype)
 
     def quantized():
-        stored = ((name, value) for name, value in base_model.stored_tensors(files) if name in expected)
-        return backend.tensors(model, stored, dtype)
+        stored = base_model.stored_tensors(files, base.family.classes[component])
+        return backend.tensors(model, ((name, value) for name, value in stored if name in expected), dtype)
 
     if backend.cached and cache_dir is not None:
         kind = str(dtype).removeprefix("torch.")
@@ -524,8 +523,8 @@ class PromptRows(torch.nn.Module):
         return F.embedding(self.index[ids], self.weight)
 
 
-def stream_weights(unet, device, folder):
-    """`--low_vram`: the UNet's weights come layer by layer for every pass and leave again (diffusers' offloading).
+def stream_weights(denoiser, device, folder):
+    """`--low_vram`: the denoiser's weights come layer by layer for every pass and leave again (diffusers' offloading).
 
     A forward-only method reads every weight once per pass, whatever n and the batch are, so that all candidates share
     the cost. On CUDA they come from pinned host memory, the next layer while one computes; on a CPU from `folder`.
@@ -534,7 +533,7 @@ def stream_weights(unet, device, folder):
         options = {"offload_to_disk_path": str(folder)}
     else:
         options = {"use_stream": True, "record_stream": True}
-    apply_group_offloading(unet, onload_device=device, offload_type="leaf_level", **options)
+    apply_group_offloading(denoiser, onload_device=device, offload_type="leaf_level", **options)
 
 
 # =====================================================================================================
@@ -542,19 +541,23 @@ def stream_weights(unet, device, folder):
 # =====================================================================================================
 
 
-def prediction_errors(candidates, batch, text_encoder, unet, first_id, max_candidates=None, memory_format=None):
+def prediction_errors(
+    candidates, batch, family, text_encoder, denoiser, first_id, max_candidates=None, memory_format=None
+):
     """Errors of the predictions of m candidates for the placeholder's vectors, all on the same batch of b examples.
 
     Each candidate owns rows of the text encoder's token table (`PromptRows`): candidate j of a chunk sits at
     `first_id + j·k` and its prompts use those ids, so m candidates are just a larger batch.
 
     Args:
-        candidates: `[m, k, d]`; of two text encoders with the halves of a word side by side, see `families`.
+        candidates: `[m, k, d]`; of two text encoders with the halves of a word side by side, see `families.family`.
         batch: `Batch` of b examples.
-        text_encoder, unet: frozen modules; the table has room for `max_candidates` (or m) candidates.
+        family: `Family` of the model, which calls the denoiser.
+        text_encoder: frozen `TextEncoders`; the table has room for `max_candidates` (or m) candidates.
+        denoiser: frozen module.
         first_id: id of the placeholder's first vector; its k ids are consecutive.
         max_candidates: candidates per forward pass; None evaluates all at once.
-        memory_format: of the latents given to the UNet; None leaves them as they are.
+        memory_format: of the latents given to the denoiser; None leaves them as they are.
 
     Yields:
         ε_φ(z_t, t, c(y*)) - ε of the candidates of one pass, float32 `[at most max_candidates, b, C, h, w]`.
@@ -567,11 +570,11 @@ def prediction_errors(candidates, batch, text_encoder, unet, first_id, max_candi
         shift = num_vectors * torch.arange(m, device=chunk.device).view(m, 1, 1)
         ids = batch.prompt_ids.expand(m, -1, -1)
         ids = torch.where(ids >= first_id, ids + shift, ids).flatten(0, 1)
-        encoded = text_encoder(ids)
-        conditioning, added = encoded[0], families.added_conditions(encoded, batch.size_ids.repeat(m, 1))
-        noisy = batch.noisy_latents.repeat(m, 1, 1, 1).to(conditioning)
+        text = text_encoder(ids)
+        noisy = batch.noisy_latents.repeat(m, 1, 1, 1).to(text.states)
         noisy = noisy.contiguous(memory_format=memory_format or torch.preserve_format)
-        prediction = unet(noisy, batch.timesteps.repeat(m), conditioning, **added, return_dict=False)[0]
+        timesteps, sizes = batch.timesteps.repeat(m), batch.size_ids.repeat(m, 1)
+        prediction = family.predict(denoiser, noisy, timesteps, text, sizes)
         yield prediction.float().unflatten(0, (m, -1)) - batch.target
 
 
@@ -591,17 +594,18 @@ def candidate_losses(candidates, batch, *model, **options):
 
 @dataclass
 class FrozenModel:
-    """Text encoder and UNet as a function of the placeholder's vectors; see `prediction_errors`."""
+    """Text encoder and denoiser as a function of the placeholder's vectors; see `prediction_errors`."""
 
-    text_encoder: torch.nn.Module  # its token table is a `PromptRows`
-    unet: torch.nn.Module
-    scheduler: DDPMScheduler
+    family: families.Family
+    text_encoder: families.TextEncoders  # the token table of each is a `PromptRows`
+    denoiser: torch.nn.Module
+    scheduler: object  # with the noise levels of training
     first_placeholder_id: int
     max_candidates: int | None
     compute: Compute
 
     def _call(self, function, candidates, batch):
-        model = self.text_encoder, self.unet, self.first_placeholder_id, self.max_candidates
+        model = self.family, self.text_encoder, self.denoiser, self.first_placeholder_id, self.max_candidates
         return function(candidates, batch, *model, memory_format=self.compute.memory_format)
 
     def losses(self, candidates, batch, per_example=False):
@@ -723,7 +727,7 @@ def draw_batch(concept, sampling, scheduler, generator):
     """A `Batch` on the host: examples of the concept, noised to timesteps by PUTS."""
     latents, prompt_ids, size_ids = examples.draw_examples(concept, sampling.batch_size, generator)
     timesteps = sample_puts_timesteps(sampling.batch_size, sampling.min_timestep, sampling.max_timestep, generator)
-    return examples.noise_batch(latents, prompt_ids, timesteps, generator, scheduler, size_ids)
+    return examples.noise_batch(concept.family, latents, prompt_ids, timesteps, generator, scheduler, size_ids)
 
 
 @torch.inference_mode()
@@ -785,7 +789,7 @@ class ZOAdam(Optimizer):
         return ESTIMATORS[args.gradient_estimator].num_losses(args.num_perturbations)
 
     def num_steps(self, args, family):
-        return family.paper["max_train_steps"]
+        return family.defaults("zo_adam")["max_train_steps"]
 
     def start(self, args, theta, found, num_processes):
         """A `ZerothOrderAdam`."""
@@ -862,6 +866,32 @@ def complete_for_base(args, base):
     OPTIMIZERS[args.optimizer].complete(args, base)
 
 
+def complete_for_family(args, family):
+    """Fills in the paper's settings for the family of the base; the length of the run is left to `learn_concept`.
+
+    Raises:
+        InputError: a setting does not fit the family.
+    """
+    defaults = family.defaults(args.optimizer)
+    for name, value in defaults.items():
+        if getattr(args, name) is None and name != "max_train_steps":
+            setattr(args, name, value)
+    args.center_crop |= family.crops
+    if args.puts_min_timestep >= args.puts_max_timestep:
+        raise InputError(
+            f"--puts_min_timestep {args.puts_min_timestep} must be below --puts_max_timestep"
+            f" {args.puts_max_timestep}; the paper uses {defaults['puts_min_timestep']} and"
+            f" {defaults['puts_max_timestep']}."
+        )
+    if args.pool_at_eos and not family.pools:
+        raise InputError("--pool_at_eos is about SDXL's second text encoder, and this model has one: drop the flag.")
+    if args.save_a1111 and not family.a1111:
+        raise InputError(
+            "--save_a1111 is for Stable Diffusion 1.x and 2.x: drop it, of SDXL Automatic1111 reads"
+            " learned_embeds.safetensors itself."
+        )
+
+
 def resolve_settings(args, device):
     """Completes `args` and checks it against the base; afterwards it is read-only.
 
@@ -887,7 +917,7 @@ def resolve_settings(args, device):
         raise InputError(f"--quantization {args.quantization} is not installed: pip install {package}.")
     source = base_model.ModelSource(args.pretrained_model_name_or_path, args.revision, args.variant)
     base = base_model.open_base(source, args.tokenizer_name, families.FAMILIES.values())
-    families.complete_settings(args, base.family)
+    complete_for_family(args, base.family)
     complete_for_precision(args, precision)
     complete_for_base(args, base)
     if not on_torch:
@@ -910,7 +940,8 @@ TRAJECTORY_SETTINGS = (
 
 def estimate_memory(args, base, compute):
     """The `MemoryPrediction` of a run, from the configs alone."""
-    networks = base_model.empty_text_encoder(base), *(base_model.empty_model(base, name) for name in ("unet", "vae"))
+    parts = base.family.denoiser, "vae"
+    networks = base_model.empty_text_encoder(base), *(base_model.empty_model(base, name) for name in parts)
     entries, kept = args.num_vectors * base.word_width, OPTIMIZERS[args.optimizer].kept_coordinates
     plan = memory.MemoryPlan(
         examples=candidates_per_pass(args) * args.train_batch_size,
@@ -937,9 +968,9 @@ PUBLICATION = hub.Publication(
     config_name="zoodip_config.json",
     result_name="learned_embeds.safetensors",
     files=("learned_embeds-best.safetensors", "learned_embeds.pt", "loss_curve.png", "samples/*.png")
-    + embeddings.PAIR_FILES,
+    + embeddings.PART_FILES,
     pipeline_name=families.SD1.pipeline_file,
-    pipeline_of_family={name: family.pipeline_file for name, family in families.FAMILIES.items()},
+    families=families.FAMILIES,
     tags=("zoodip", "textual_inversion", "diffusers-training", "stable-diffusion", "diffusers"),
 )
 
@@ -1220,7 +1251,7 @@ class Run:
 
     def save(self, name, theta, save=embeddings.save_result):
         """Saves an embedding `[k, d]` in the run's folder."""
-        save(self.results, name, self.args.placeholder_token, theta, self.base.word_widths)
+        save(self.results, name, self.args.placeholder_token, theta, self.base.word_parts)
 
     def state(self):
         """The `CheckpointState`."""
@@ -1239,7 +1270,7 @@ def read_pictures(args):
 
 
 def load_networks(args, base, compute, layers_dir=None):
-    """Loads text encoders and UNet, frozen and quantized, the UNet ready for its engine.
+    """Loads text encoders and denoiser, frozen and quantized, the denoiser ready for its engine.
 
     Args:
         args: resolved settings.
@@ -1248,60 +1279,61 @@ def load_networks(args, base, compute, layers_dir=None):
         layers_dir: `TemporaryDirectory` of the layers that `--low_vram` streams from disk on a CPU.
 
     Returns:
-        The text encoder (a pair is joined), the UNet, and the `StoredModel` of each. With `--openvino_precision int8`
-        there is no UNet yet, but None: see `load_calibrated_unet`.
+        `TextEncoders`, the denoiser, and the `StoredModel` of each. With `--openvino_precision int8` there is no
+        denoiser yet, but None: see `load_calibrated_unet`.
     """
     backend = BACKENDS[args.quantization]
     cache_dir = None if args.quantized_cache_dir == "none" else args.quantized_cache_dir
     text_encoder, stored_text = load_text_encoder(base, backend, compute, cache_dir, args.pool_at_eos)
     if args.openvino_precision == "int8":
-        unet, stored_unet = None, None
+        denoiser, stored_denoiser = None, None
     elif args.unet_backend == "openvino":
-        unet, stored_unet = load_openvino_unet(args, base, compute, cache_dir)
+        denoiser, stored_denoiser = load_openvino_unet(args, base, compute, cache_dir)
     else:
         staging = torch.device("cpu") if args.low_vram else None
-        unet, share = load_frozen(base, "unet", backend, compute, cache_dir, staging)
-        stored_unet = base_model.StoredModel(memory.tensor_bytes(unet), share)
+        denoiser, share = load_frozen(base, base.family.denoiser, backend, compute, cache_dir, staging)
+        stored_denoiser = base_model.StoredModel(memory.tensor_bytes(denoiser), share)
     if args.low_vram:
-        stream_weights(unet, compute.device, layers_dir and layers_dir.name)
+        stream_weights(denoiser, compute.device, layers_dir and layers_dir.name)
     if args.torch_compile:
-        unet.compile(mode="reduce-overhead", dynamic=False)
-    return text_encoder, unet, stored_text, stored_unet
+        denoiser.compile(mode="reduce-overhead", dynamic=False)
+    return text_encoder, denoiser, stored_text, stored_denoiser
 
 
 def load_text_encoder(base, backend, compute, cache_dir=None, pool_at_eos=False):
-    """All text encoders of a base as one frozen, quantized module; and its `StoredModel`. Arguments: `load_frozen`."""
-    names, share = base.family.text_encoders, quantized_share(base_model.empty_text_encoder(base), backend)
-    text_encoder = base.family.join([load_frozen(base, name, backend, compute, cache_dir)[0] for name in names])
+    """The `TextEncoders` of a base, frozen and quantized, and their `StoredModel`. Arguments: `load_frozen`."""
+    family, share = base.family, quantized_share(base_model.empty_text_encoder(base), backend)
+    parts = [load_frozen(base, name, backend, compute, cache_dir)[0] for name in family.text_encoders]
+    text_encoder = families.TextEncoders(family, parts)
     if pool_at_eos:
-        text_encoder.pool_at(base.tokenizer.eos_token_id)
+        family.pool_at_end(text_encoder.encoders, base.tokenizers)
     return text_encoder, base_model.StoredModel(memory.tensor_bytes(text_encoder), share)
 
 
 def load_openvino_unet(args, base, compute, cache_dir, calibration=None):
-    """The UNet in OpenVINO, its graph kept in `cache_dir` under a name of what it is made of.
+    """The denoiser in OpenVINO, its graph kept in `cache_dir` under a name of what it is made of.
 
     Returns:
         The `OpenVINOUNet`, and its `StoredModel`.
     """
     backend, latent_size = BACKENDS[args.quantization], args.resolution // base.vae_factor
-    config, path = base_model.empty_model(base, "unet").config, None
+    family, path = base.family, None
+    empty = base_model.empty_model(base, family.denoiser)
     if cache_dir is not None:
-        files = base_model.find_weight_files(base, "unet")
+        files, config = base_model.find_weight_files(base, family.denoiser), empty.config
         path = openvino_unet.export_path(cache_dir, files, config, args.quantization, latent_size, base.prompt_length)
 
     def load():
         plain = Compute(torch.device("cpu"), torch.float32, torch.contiguous_format)
-        return load_frozen(base, "unet", backend, plain, cache_dir)[0]
+        return load_frozen(base, family.denoiser, backend, plain, cache_dir)[0]
 
     engine = args.openvino_device, compute.dtype, compute.device
-    shape = latent_size, base.prompt_length
-    unet, size = openvino_unet.compile_openvino_unet(path, load, config, *shape, *engine, calibration)
-    share = quantized_share(base_model.empty_model(base, "unet"), backend)
-    return unet, base_model.StoredModel(size, share)
+    call = family.call(family.example(base, 2, args.resolution))
+    denoiser, size = openvino_unet.compile_openvino_unet(path, load, empty.config, call, *engine, calibration)
+    return denoiser, base_model.StoredModel(size, quantized_share(empty, backend))
 
 
-def assemble_model(args, base, placeholder, prompt_ids, text_encoder, unet, compute):
+def assemble_model(args, base, placeholder, prompt_ids, text_encoder, denoiser, compute):
     """The networks as a function of θ: of the token table only the rows of the prompts and of the candidates stay.
 
     Args:
@@ -1313,14 +1345,14 @@ def assemble_model(args, base, placeholder, prompt_ids, text_encoder, unet, comp
     """
     tables = base_model.load_token_tables(base)
     texts = [placeholder.expand(args.validation_prompt or ""), ""]
-    of_images = prompts.tokenize(base.tokenizer, texts, base.tokenizers[1:])
-    in_use = torch.cat([prompt_ids.flatten(), of_images.flatten()])
+    in_use = torch.cat([prompt_ids.flatten(), base.tokenize(texts).flatten()])
     num_rows = candidates_per_pass(args) * placeholder.num_vectors
-    for encoder, table in zip(base.family.parts(text_encoder), tables):
+    for encoder, table in zip(text_encoder.encoders, tables):
         rows = PromptRows(table, in_use, placeholder.first_id, num_rows, compute.device, compute.dtype)
         encoder.set_input_embeddings(rows)
     limit = args.max_candidates_per_forward
-    model = FrozenModel(text_encoder, unet, base.scheduler, placeholder.first_id, limit, compute)
+    parts = base.family, text_encoder, denoiser, base.scheduler
+    model = FrozenModel(*parts, placeholder.first_id, limit, compute)
     initial = torch.cat([table[placeholder.initializer_id].float() for table in tables])
     return model, initial.to(compute.device)
 
@@ -1335,12 +1367,12 @@ CALIBRATION_SETTINGS = (
 
 
 def load_calibrated_unet(args, base, compute, model, learner, concept, pictures_digest):
-    """The UNet of `--openvino_precision int8`: calibrated on what training asks of it, kept as `load_openvino_unet`'s.
+    """The denoiser of `--openvino_precision int8`: calibrated on what training asks, kept as `load_openvino_unet`'s.
 
     Args:
         args: resolved settings.
         base, compute: `Base`, `Compute`.
-        model: `FrozenModel` that has no UNet yet.
+        model: `FrozenModel` that has no denoiser yet.
         learner: `Learner` before its first step.
         concept: `Concept`.
         pictures_digest: tells the pictures apart.
@@ -1361,17 +1393,19 @@ def load_calibrated_unet(args, base, compute, model, learner, concept, pictures_
 
 @torch.inference_mode()
 def draw_calibration(args, model, learner, concept):
-    """Inputs of the UNet as when training begins: passes of θ and candidates, each on examples of its own."""
+    """The denoiser's inputs as when training begins: passes of θ and candidates, each on examples of its own."""
     generator, inputs = torch.Generator().manual_seed(args.seed), []
 
-    def record(*given, return_dict, added_cond_kwargs=None):
-        inputs.append((*given, *(added_cond_kwargs or {}).values()))
+    kind = model.family.classes[model.family.denoiser]
+
+    def record(*given, **named):
+        inputs.append(tuple(families.Call(kind, given, named).tensors().values()))
         return (torch.zeros_like(given[0]),)
 
     for _ in range(CALIBRATION_PASSES):
         batch = draw_batch(concept, choose_sampling(args), model.scheduler, generator).to(learner.theta.device)
         steps = learner.rule.probes(CALIBRATION_CANDIDATES - 1, generator).to(learner.theta)
-        replace(model, unet=record).errors(torch.cat([learner.theta[None], learner.theta + steps]), batch)
+        replace(model, denoiser=record).errors(torch.cat([learner.theta[None], learner.theta + steps]), batch)
     return inputs
 
 
@@ -1525,14 +1559,14 @@ def draw_samples(run):
     args, model = run.args, run.model
     rows, prompt = model.text_encoder.get_input_embeddings(), run.placeholder.fill(args.validation_prompt)
     texts = [run.placeholder.expand(prompt), ""]
-    rows.check(prompts.tokenize(run.base.tokenizer, texts, run.base.tokenizers[1:]))
+    rows.check(run.base.tokenize(texts))
     rows.write(run.learner.result[None])
     what = prompt, args.num_validation_images, args.seed
     options = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
     options |= {"height": args.resolution, "width": args.resolution}
     eager = torch.compiler.set_stance("force_eager") if args.torch_compile else contextlib.nullcontext()
     with eager:  # another shape than training's would be compiled for minutes
-        samples = validation.draw_images(run.base, model.text_encoder, model.unet, model.compute, *what, **options)
+        samples = validation.draw_images(run.base, model.text_encoder, model.denoiser, model.compute, *what, **options)
     if model.compute.device.type == "cuda":
         memory.release_freed_memory()  # decoding takes more than training does, and would stay reserved
     return samples
@@ -1558,9 +1592,9 @@ def finish(run, pictures, components, repo_id):
     base_license = hub.base_license(args.pretrained_model_name_or_path)
     config = provenance.describe_result(args, method, base_license, compute, components, figures)
     config["run"], run.model = run.id, None  # the full pipeline takes its place in memory
-    family, widths = run.base.family, run.base.word_widths
+    family, parts = run.base.family, run.base.word_parts
     config["family"] = family.name
-    result = Result(args.placeholder_token, theta, run.best, run.history, samples, pictures, config, widths)
+    result = Result(args.placeholder_token, theta, run.best, run.history, samples, pictures, config, parts)
     what = run.base.source, compute.dtype, args.placeholder_token, family
     full_pipeline = what if args.save_as_full_pipeline else None
     write_result(result, run.results, PUBLICATION, repo_id, args.save_a1111, full_pipeline)
@@ -1603,8 +1637,7 @@ def learn_concept(args, accelerator, base, placeholder, compute):
     if args.validation_prompt and placeholder.token not in placeholder.fill(args.validation_prompt):
         logger.warning(f"--validation_prompt {args.validation_prompt!r} does not contain {placeholder.token}.")
     pictures = read_pictures(args)
-    words = base.tokenizer, args.learnable_property, base.tokenizers[1:]
-    captions = prompts.build_prompts(pictures, placeholder, *words)
+    captions = prompts.build_prompts(pictures, placeholder, base, args.learnable_property)
     if args.max_train_steps is None:  # the last of the defaults, known once the pictures are
         steps = optimizer.num_steps(args, base.family)
         per_epoch = len(pictures) * args.repeats
@@ -1622,13 +1655,14 @@ def learn_concept(args, accelerator, base, placeholder, compute):
         wanted = args.hub_model_id or Path(args.output_dir).resolve().name
         repo_id = hub.prepare_hub(wanted, args.hub_private_repo, args.hub_token)
 
-    # 2. The VAE comes and goes; then text encoder and UNet arrive, frozen and quantized.
+    # 2. The VAE comes and goes; then text encoder and denoiser arrive, frozen and quantized.
     concept, stored_vae = examples.load_concept(pictures, captions, base, args.flip_probability, compute)
     layers_dir = temporary_folder(args.output_dir) if args.low_vram and compute.device.type == "cpu" else None
     with accelerator.local_main_process_first():  # the first process fills the cache, the others read it
-        text_encoder, unet, *stored = load_networks(args, base, compute, layers_dir)
-    model, initial = assemble_model(args, base, placeholder, concept.prompt_ids, text_encoder, unet, compute)
-    del text_encoder, unet
+        text_encoder, denoiser, *stored = load_networks(args, base, compute, layers_dir)
+    networks = text_encoder, denoiser, compute
+    model, initial = assemble_model(args, base, placeholder, concept.prompt_ids, *networks)
+    del text_encoder, denoiser, networks
     memory.release_freed_memory()
 
     # 3. What is learned: θ, from its start or from a checkpoint.
@@ -1636,9 +1670,9 @@ def learn_concept(args, accelerator, base, placeholder, compute):
     if args.openvino_precision == "int8":
         what = args, base, compute, model, learner, concept, settings["training data"]
         with accelerator.local_main_process_first():
-            model.unet, stored[1] = load_calibrated_unet(*what)
+            model.denoiser, stored[1] = load_calibrated_unet(*what)
         memory.release_freed_memory()
-    components = {"vae": stored_vae, **dict(zip(("text_encoder", "unet"), stored))}
+    components = {"vae": stored_vae, **dict(zip(("text_encoder", base.family.denoiser), stored))}
     loop.log_components(components)
     sampling = choose_sampling(args)
     held_out = draw_held_out(args, concept, sampling, base.scheduler)

@@ -60,7 +60,7 @@ def quantize_layer_by_layer(model, dtype):
 def load_models(base, device="cpu", dtype=torch.float32, text_dtype=None, quanto=False):
     """Loads the frozen models of `base` in `dtype` (text encoder: `text_dtype`), quantized with quanto on request.
 
-    SDXL's two text encoders come joined, as `families.PairedTextEncoder`.
+    SDXL's two text encoders come joined, as `families.TextEncoders`.
     """
     paired = (Path(base) / "text_encoder_2").is_dir()
     # SDXL's UNet alone has 10 GB in float32.
@@ -71,7 +71,7 @@ def load_models(base, device="cpu", dtype=torch.float32, text_dtype=None, quanto
     text_encoder = CLIPTextModel.from_pretrained(base, subfolder="text_encoder", dtype=text_dtype)
     if paired:
         second = CLIPTextModelWithProjection.from_pretrained(base, subfolder="text_encoder_2", dtype=text_dtype)
-        text_encoder = families.PairedTextEncoder(text_encoder, second)
+        text_encoder = families.TextEncoders(families.SDXL, [text_encoder, second])
     # Quantized on the host, so that the device never sees the large weights and its peak memory is the step's.
     if by_layer:
         keep_freed_blocks(1)  # or glibc's heap would grow to three times what is left
@@ -87,9 +87,7 @@ def load_models(base, device="cpu", dtype=torch.float32, text_dtype=None, quanto
 def text_encoders(models):
     """Its text encoders: one, or SDXL's two."""
     text_encoder = models.text_encoder
-    return (
-        families.SDXL.parts(text_encoder) if isinstance(text_encoder, families.PairedTextEncoder) else (text_encoder,)
-    )
+    return tuple(text_encoder.encoders) if isinstance(text_encoder, families.TextEncoders) else (text_encoder,)
 
 
 def add_row(models):
@@ -155,7 +153,9 @@ class _TextualInversion:
         mixed = self.dtype != torch.float32 and self.table.dtype == torch.float32
         with torch.autocast(self.device.type, self.dtype, enabled=mixed):
             encoded = self.text_encoder(batch.prompt_ids)
-        conditioning, added = encoded[0].to(self.dtype), families.added_conditions(encoded, batch.size_ids)
+        conditioning, added = encoded[0].to(self.dtype), {}
+        if batch.size_ids.numel():
+            added["added_cond_kwargs"] = {"text_embeds": encoded[1], "time_ids": batch.size_ids}
         noisy = batch.noisy_latents.to(self.dtype)
         prediction = self.unet(noisy, batch.timesteps, conditioning, **added, return_dict=False)[0]
         return F.mse_loss(prediction.float(), batch.target.float())

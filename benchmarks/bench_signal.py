@@ -102,7 +102,7 @@ def build(quantization, dtype, text_dtype, device, engine="torch"):
     text_encoder, unet, *_ = zoodip.load_networks(args, base, compute._replace(dtype=dtype))
     compute = compute._replace(dtype=text_dtype)
     if text_dtype != dtype:
-        text_encoder, _ = zoodip.load_frozen(base, "text_encoder", zoodip.BACKENDS[quantization], compute)
+        text_encoder, _ = zoodip.load_text_encoder(base, zoodip.BACKENDS[quantization], compute)
         unet.register_forward_pre_hook(
             lambda _, inputs: tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs)
         )
@@ -117,14 +117,14 @@ def build_int8(device):
     args.max_candidates_per_forward = zoodip.OPTIMIZERS["gauss_newton"].candidates_per_pass
     base, placeholder, compute = zoodip.resolve_settings(args, device)
     pictures = zoodip.read_pictures(args)
-    captions = prompts.build_prompts(pictures, placeholder, base.tokenizer)
+    captions = prompts.build_prompts(pictures, placeholder, base)
     concept, _ = examples.load_concept(pictures, captions, base, args.flip_probability, compute)
     text_encoder, *_ = zoodip.load_networks(args, base, compute)
     words = torch.arange(placeholder.first_id)
     model, initial = zoodip.assemble_model(args, base, placeholder, words, text_encoder, None, compute)
     directions = gauss_newton.choose_directions(args, base, placeholder, concept.prompt_ids)
     learner = zoodip.start_learner(args, initial, directions)
-    model.unet, _ = zoodip.load_calibrated_unet(args, base, compute, model, learner, concept, "striped_star")
+    model.denoiser, _ = zoodip.load_calibrated_unet(args, base, compute, model, learner, concept, "striped_star")
     return model
 
 
@@ -136,7 +136,7 @@ def draw_cells(args, device):
         settings = script_args(subject)
         base, placeholder, compute = zoodip.resolve_settings(settings, torch.device("cpu"))
         pictures = zoodip.read_pictures(settings)
-        captions = prompts.build_prompts(pictures, placeholder, base.tokenizer)
+        captions = prompts.build_prompts(pictures, placeholder, base)
         concept, _ = examples.load_concept(pictures, captions, base, flip_probability=0.0, compute=compute)
         table = base_model.load_token_table(base)
         thetas = {"initial": table[placeholder.initializer_id].float()[None].to(device)}
@@ -145,7 +145,7 @@ def draw_cells(args, device):
             (thetas["learned"],) = learned.values()
         latents, ids, _ = examples.draw_examples(concept, 1, generator)
         for t in args.timesteps:
-            batch = examples.noise_batch(latents, ids, torch.tensor([t]), generator, base.scheduler)
+            batch = examples.noise_batch(base.family, latents, ids, torch.tensor([t]), generator, base.scheduler)
             cells.append(Cell(batch.to(device), thetas))
     return cells
 

@@ -93,12 +93,11 @@ class OurStep:
             text_encoder, unet, *_ = zoodip.load_networks(args, base, compute, self.layers_dir)
             self.made_for = resolution
         else:
-            text_encoder, unet = self.model.text_encoder, self.model.unet
+            text_encoder, unet = self.model.text_encoder, self.model.denoiser
             if args.torch_compile:
                 torch.compiler.reset()  # shapes are static, and after eight of them it would no longer compile
         pictures = zoodip.read_pictures(args)
-        words = base.tokenizer, args.learnable_property, base.tokenizers[1:]
-        captions = prompts.build_prompts(pictures, placeholder, *words)
+        captions = prompts.build_prompts(pictures, placeholder, base, args.learnable_property)
         self.concept = random_concept(args, base, captions)
         self.model, initial = zoodip.assemble_model(
             args, base, placeholder, self.concept.prompt_ids, text_encoder, unet, compute
@@ -127,16 +126,17 @@ class OurStep:
 def random_concept(args, base, captions):
     """The `Concept` of the subject with random latents in place of encoded pictures; scaled they are about N(0, 1)."""
     prompt_ids, prompts_of_image = captions
-    scaling_factor = base.vae_config.get("scaling_factor", 0.18215)
     size, channels = args.resolution // base.vae_factor, base.vae_config["latent_channels"]
     generator = torch.Generator().manual_seed(0)
-    mean = torch.randn(2, len(prompts_of_image), channels, size, size, generator=generator) / scaling_factor
+    mean = torch.randn(2, len(prompts_of_image), channels, size, size, generator=generator)
+    mean /= base.vae_config["scaling_factor"]
     moments = torch.cat([mean, torch.full_like(mean, -10.0)], dim=2)
     size_ids = None
     if base.family.crops:
         side = args.resolution
         size_ids = torch.tensor([side, side, 0, 0, side, side]).float().expand(2, len(prompts_of_image), 6)
-    return examples.Concept(moments, args.flip_probability, scaling_factor, prompt_ids, prompts_of_image, size_ids)
+    of_family = base.family, base.vae_config
+    return examples.Concept(moments, args.flip_probability, *of_family, prompt_ids, prompts_of_image, size_ids)
 
 
 class Baseline:

@@ -145,7 +145,7 @@ class Judge:
         self.task = task = prepare([*common_flags(run, cache_dir), *flags])
         self.held_out = zoodip.draw_held_out(task.args, task.concept, task.sampling, task.base.scheduler)
         self.pipeline = StableDiffusionPipeline.from_pretrained(BASE)
-        self.pipeline.unet = task.model.unet  # of any engine
+        self.pipeline.unet = task.model.denoiser  # of any engine
         self.pipeline.set_progress_bar_config(disable=True)
         self.encoders = evaluation.Encoders(SCORER, SCORER / "identity", True, torch.device("cpu"), 64)
         self.word = world.SUBJECTS[run.subject].shape
@@ -192,7 +192,7 @@ def perform(run, cache_dir):
         task = prepare([*common_flags(run, cache_dir), *run.method.flags.split()])
         args = task.args
         args.max_train_steps = run.milestones[-1] // run.method.forwards_per_step(args)  # the schedule's length
-        learner, count = run.method.make(task), ForwardCount(task.model.unet)
+        learner, count = run.method.make(task), ForwardCount(task.model.denoiser)
     kept = ablations.watch_subspace(learner)
     judge = Judge(run, cache_dir, args.num_vectors if args else 1)
     curve, thetas, strip, steps, seconds, cost = [], {}, None, 0, 0.0, 0

@@ -128,7 +128,7 @@ def train_and_judge(settings, bits, subject, judge, lengths):
     else:
         unet = base_model.load_component(base, "unet")
         changes = dict(unet.requires_grad_(True).named_parameters())
-        model = script.Model(unet, None, base.scheduler, conditioning, compute)
+        model = script.Model(base.family, unet, None, base.scheduler, conditioning, compute)
     learner = script.start_learner(settings, changes, compute)
     sampling = script.choose_sampling(settings, table)
     scores, seconds, losses = {}, 0.0, []

@@ -42,7 +42,7 @@ def prepare(words):
     args = zoodip.parse_args([str(word) for word in words])
     base, placeholder, compute = zoodip.resolve_settings(args, torch.device("cpu"))
     pictures = zoodip.read_pictures(args)
-    captions = prompts.build_prompts(pictures, placeholder, base.tokenizer, args.learnable_property)
+    captions = prompts.build_prompts(pictures, placeholder, base, args.learnable_property)
     concept, _ = examples.load_concept(pictures, captions, base, args.flip_probability, compute)
     text_encoder, unet, *_ = zoodip.load_networks(args, base, compute)
     model, initial = zoodip.assemble_model(args, base, placeholder, concept.prompt_ids, text_encoder, unet, compute)

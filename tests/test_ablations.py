@@ -66,7 +66,7 @@ def test_ideas_move_theta_at_the_cost_that_they_state(tmp_path, name):
     (tmp_path / "weights").mkdir()
     run = run_of(name)
     task = methods.prepare([*compare_methods.common_flags(run, tmp_path), *run.method.flags.split()])
-    learner, count = run.method.make(task), methods.ForwardCount(task.model.unet)
+    learner, count = run.method.make(task), methods.ForwardCount(task.model.denoiser)
     start = learner.theta.clone()
     for _ in range(2):
         assert np.isfinite(learner.step().item())

@@ -36,9 +36,9 @@ def test_steps_leave_the_token_that_the_script_leaves(demo_base, cache, basics, 
         assert step.step().isfinite()
     (theirs,) = load_file(output / "learned_embeds.safetensors").values()
     assert torch.equal(step.learner.theta, theirs) and not torch.equal(theirs, step.initial)
-    unet = step.model.unet
+    unet = step.model.denoiser
     step.configure(64, 2, 3)  # starts anew, with the same networks
-    assert torch.equal(step.learner.theta, step.initial) and step.model.unet is unet
+    assert torch.equal(step.learner.theta, step.initial) and step.model.denoiser is unet
 
 
 def test_rows_take_turns_and_a_rerun_replaces_only_its_own(demo_base, cache, tmp_path, monkeypatch):

@@ -146,7 +146,7 @@ def test_evolution_finds_the_minimum_in_its_subspace(monkeypatch):
 def test_forwards_are_counted_as_they_happen(cache, name):
     run = make_run(name)
     task = prepared(run, cache)
-    learner, count = run.method.make(task), methods.ForwardCount(task.model.unet)
+    learner, count = run.method.make(task), methods.ForwardCount(task.model.denoiser)
     seen = {"forward": 0, "backward": 0}
 
     def watch(unet, inputs, outputs):
@@ -158,7 +158,7 @@ def test_forwards_are_counted_as_they_happen(cache, name):
 
             outputs[0].register_hook(backward)
 
-    task.model.unet.register_forward_hook(watch)
+    task.model.denoiser.register_forward_hook(watch)
     for _ in range(2):
         learner.step()
     per_step = run.method.forwards_per_step(task.args)

@@ -20,6 +20,7 @@ import train_zoodip_textual_inversion as zoodip
 from personalization.errors import DivergedError, InputError
 from personalization.methods import gauss_newton
 from personalization.methods.gauss_newton import GaussNewton, gauss_newton_evidence, vocabulary_directions
+from personalization.models.families import SD1, TextEncoders
 
 
 def generator(seed=0):
@@ -107,7 +108,8 @@ def test_the_direction_from_outside_is_outside():
 
 def errors_of(parts, candidates):
     text_encoder, unet, batch, first = parts
-    passes = zoodip.prediction_errors(candidates, batch, text_encoder, unet, first)
+    networks = SD1, TextEncoders(SD1, [text_encoder]), unet
+    passes = zoodip.prediction_errors(candidates, batch, *networks, first)
     return torch.cat([errors.flatten(1) for errors in passes])
 
 

@@ -44,7 +44,7 @@ def judge(basics, theta, count=18):
     args = zoodip.parse_args(as_arguments(flags))
     base, placeholder, compute = zoodip.resolve_settings(args, torch.device("cpu"))
     pictures = zoodip.read_pictures(args)
-    captions = prompts.build_prompts(pictures, placeholder, base.tokenizer)
+    captions = prompts.build_prompts(pictures, placeholder, base)
     concept, _ = examples.load_concept(pictures, captions, base, 0.0, compute)
     networks = zoodip.load_networks(args, base, compute)[:2]
     model, start = zoodip.assemble_model(args, base, placeholder, concept.prompt_ids, *networks, compute)
@@ -99,7 +99,7 @@ def test_the_calibration_is_what_training_asks(basics, few_passes):
     args = zoodip.parse_args(as_arguments(basics | {f"--{name}": value for name, value in SHORT.items()}))
     base, placeholder, compute = zoodip.resolve_settings(args, torch.device("cpu"))
     pictures = zoodip.read_pictures(args)
-    captions = prompts.build_prompts(pictures, placeholder, base.tokenizer)
+    captions = prompts.build_prompts(pictures, placeholder, base)
     concept, _ = examples.load_concept(pictures, captions, base, 0.0, compute)
     text_encoder, unet, *_ = zoodip.load_networks(args, base, compute)
     assert unet is None

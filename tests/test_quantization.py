@@ -195,8 +195,8 @@ def test_int8_loading_never_holds_the_whole_float_unet(demo_base, monkeypatch, t
     def forget(size):
         alive[0] -= size
 
-    def watched(files):
-        for name, tensor in original(files):
+    def watched(files, *rest):
+        for name, tensor in original(files, *rest):
             size = tensor.numel() * tensor.element_size()
             alive[0] += size
             weakref.finalize(tensor, forget, size)

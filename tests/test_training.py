@@ -23,6 +23,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 import train_zoodip_textual_inversion as zoodip
 from personalization.data import examples
 from personalization.errors import DivergedError, InputError
+from personalization.models.families import SD1, TextEncoders
 from personalization.runs import checkpoints
 
 
@@ -79,11 +80,11 @@ def test_every_vector_is_trained_and_all_else_is_frozen(train, demo_base, monkey
     seen = []
     original = zoodip.candidate_losses
 
-    def watched(candidates, batch, text_encoder, unet, *rest, **more):
+    def watched(candidates, batch, family, text_encoder, unet, *rest, **more):
         assert torch.is_inference_mode_enabled()
         tensors = [candidates, *batch, *text_encoder.parameters(), *unet.parameters()]
         assert not any(tensor.requires_grad for tensor in tensors)
-        losses = original(candidates, batch, text_encoder, unet, *rest, **more)
+        losses = original(candidates, batch, family, text_encoder, unet, *rest, **more)
         assert losses.dtype == torch.float32 and not losses.requires_grad
         seen.append((text_encoder, unet))
         return losses
@@ -127,11 +128,12 @@ def demo_loss(demo_base):
     prompt = torch.where(prompt == zoodip_ids(demo_base, "star"), first, prompt)
     assert (prompt == first).sum() == 1
     latents = torch.randn(1, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size, generator=g)
-    batch = examples.noise_batch(latents, prompt, torch.tensor([600]), g, scheduler)
+    batch = examples.noise_batch(SD1, latents, prompt, torch.tensor([600]), g, scheduler)
     start = table[zoodip_ids(demo_base, "star")][None].clone()
 
     def loss_of(candidates, **rest):
-        return zoodip.candidate_losses(candidates, batch, text_encoder, unet, first, **rest)
+        networks = SD1, TextEncoders(SD1, [text_encoder]), unet
+        return zoodip.candidate_losses(candidates, batch, *networks, first, **rest)
 
     return loss_of, start, (text_encoder, unet, batch, first)
 
@@ -246,7 +248,7 @@ def test_killed_run_resumes_bit_identical(run_script, basics, tmp_path):
 RANK_DUMP = """
 import sys, torch
 import train_zoodip_textual_inversion as zoodip
-from personalization import checkpoints
+from personalization.runs import checkpoints
 original = checkpoints.save_checkpoint
 def dump(accelerator, output_dir, state, *rest):
     torch.save({"theta": state.shared["theta"], "processes": accelerator.num_processes},
