@@ -1,5 +1,5 @@
 # Each target makes its own virtual environment on a fresh machine; a second call installs nothing.
-.PHONY: demo app test test-cuda pretend-cuda quality style evaluate ablations benchmark bench-real-photos clean
+.PHONY: demo app docs test test-cuda pretend-cuda quality style evaluate ablations benchmark bench-real-photos clean
 
 VENV ?= .venv
 PYTHON ?= python3
@@ -38,6 +38,10 @@ VENV_CUDA ?= .venv-cuda
 TORCH_CUDA ?= torch==2.12.0
 pretend-cuda: $(VENV_CUDA)/.installed
 	$(VENV_CUDA)/bin/python tests/gpu/run_matrix.py
+
+# docs/usage.md and personalization/flags.json, which the page and --help read, from the scripts' flags.
+docs: $(VENV)/.installed-dev
+	$(BIN)/python -m docs.generate
 
 quality: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -10,6 +10,7 @@ import train_selective_dreambooth_lora as selective
 import train_tuneqdm_dreambooth as tuneqdm
 import train_zoodip_textual_inversion as zoodip
 from benchmarks import make_tables
+from personalization import flags
 
 
 def test_tables_are_generated_from_the_results(repo):
@@ -30,32 +31,31 @@ def test_what_is_tried_is_counted_from_the_tests(repo):
 
 def test_flags_of_the_readme_exist(repo):
     text = (repo / "README.md").read_text(encoding="utf-8")
-    required = "pretrained_model_name_or_path train_data_dir placeholder_token initializer_token".split()
-    known = vars(zoodip.parse_args([word for name in required for word in (f"--{name}", "x")]))
+    known = flags.actions(zoodip.make_parser())
     table = text[text.index("## Flags worth knowing") : text.index("## How it works")]
-    flags = set(re.findall(r"`(--[a-z_0-9]+)", table))
-    assert len(flags) > 10
-    for flag in flags - {"--help"}:
+    named = set(re.findall(r"`(--[a-z_0-9]+)", table))
+    assert len(named) > 10
+    for flag in named - {"--help"}:
         assert flag.removeprefix("--") in known, flag
 
 
 def test_tuneqdms_flags_of_the_readme_exist(repo):
     text = (repo / "README.md").read_text(encoding="utf-8")
-    known = vars(tuneqdm.parse_args(["--pretrained_model_name_or_path", "x", "--instance_data_dir", "x"]))
+    known = flags.actions(tuneqdm.make_parser())
     section = text[text.index("## TuneQDM") : text.index("## BP-low and ZO-high")]
-    flags = set(re.findall(r"`(--[a-z_0-9]+)", section)) | set(re.findall(r" (--[a-z_]+) (?!PROMPT)", section))
-    assert len(flags) > 10
-    for flag in flags - {"--results"}:
+    named = set(re.findall(r"`(--[a-z_0-9]+)", section)) | set(re.findall(r" (--[a-z_]+) (?!PROMPT)", section))
+    assert len(named) > 10
+    for flag in named - {"--results"}:
         assert flag.removeprefix("--") in known, flag
 
 
 def test_flags_of_the_lora_trainer_in_the_readme_exist(repo):
     text = (repo / "README.md").read_text(encoding="utf-8")
-    known = vars(selective.parse_args(["--pretrained_model_name_or_path", "x", "--instance_data_dir", "x"]))
+    known = flags.actions(selective.make_parser())
     section = text[text.index("## BP-low and ZO-high") : text.index("## What is measured")]
-    flags = set(re.findall(r"`(--[a-z_0-9]+)", section)) | set(re.findall(r" (--[a-z_]+) (?!PROMPT)", section))
-    assert len(flags) > 10
-    for flag in flags - {"--results"}:
+    named = set(re.findall(r"`(--[a-z_0-9]+)", section)) | set(re.findall(r" (--[a-z_]+) (?!PROMPT)", section))
+    assert len(named) > 10
+    for flag in named - {"--results"}:
         assert flag.removeprefix("--") in known, flag
 
 

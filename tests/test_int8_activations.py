@@ -17,7 +17,7 @@ from personalization.models import openvino_unet
 
 
 INT8 = {"optimizer": "gauss_newton", "unet_backend": "openvino", "openvino_precision": "int8"}
-SHORT = {"subspace_dimension": 8, "num_validation_samples": 0, "flip_probability": 0, **INT8}
+SHORT = {"gn_subspace_dimension": 8, "num_validation_samples": 0, "flip_probability": 0, **INT8}
 
 
 @pytest.fixture(scope="module")
