@@ -1,6 +1,6 @@
 """The README says what the stored results say, and what the parser says."""
 
-import importlib.util
+import importlib
 import json
 import re
 import subprocess
@@ -9,13 +9,11 @@ import sys
 import train_selective_dreambooth_lora as selective
 import train_tuneqdm_dreambooth as tuneqdm
 import train_zoodip_textual_inversion as zoodip
+from benchmarks import make_tables
 from personalization import flags
 
 
 def test_tables_are_generated_from_the_results(repo):
-    spec = importlib.util.spec_from_file_location("make_tables", repo / "benchmarks" / "make_tables.py")
-    make_tables = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(make_tables)
     pages = [(repo / page).read_text(encoding="utf-8") for page in make_tables.PAGES]
     for text in pages:
         assert make_tables.fill(text) == text, "run python benchmarks/make_tables.py"

@@ -10,7 +10,6 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -258,12 +257,14 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(out, warnings,
 
 
 def test_a_part_of_another_process_counts(out):
-    settings = checkpoints.check(out / "checkpoint-3").settings | {"number of processes": 2}
-    write_json(out / "checkpoint-3" / "settings.json", settings)
-    (out / "checkpoint-3" / "manifest.json").unlink()
-    checkpoints.seal(out / "checkpoint-3", SimpleNamespace(run="x", step=3))
+    path = out / "checkpoint-3"
+    write_json(path / "settings.json", checkpoints.check(path).settings | {"number of processes": 2})
+    manifest = json.loads((path / "manifest.json").read_text())
+    facts = {"size": (path / "settings.json").stat().st_size, "sha256": sha256(path / "settings.json")}
+    manifest["files"]["settings.json"] = facts
+    write_json(path / "manifest.json", manifest)
     with pytest.raises(checkpoints.DamagedError, match="manifest.json does not know generators_1.pt"):
-        checkpoints.check(out / "checkpoint-3")
+        checkpoints.check(path)
 
 
 def test_resume_after_damage_gives_the_same_embedding(out, train):

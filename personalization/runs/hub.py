@@ -54,7 +54,7 @@ class Publication:
         tags: of the card.
         best_name: the file with the lowest held-out loss, one of `files`.
         card_name: template of the model card, beside the script.
-        pipeline_of_family: `pipeline_name` where it depends on the family of the base (its name -> file).
+        families: name -> family, where `pipeline_name` depends on that of the base.
         reference_images: pattern of the training images, which are published on request only.
     """
 
@@ -66,12 +66,13 @@ class Publication:
     tags: tuple
     best_name: str = "learned_embeds-best.safetensors"
     card_name: str = "model_card_template.md"
-    pipeline_of_family: dict = field(default_factory=dict)
+    families: dict = field(default_factory=dict)
     reference_images: str = REFERENCE_IMAGES
 
     def pipeline_file(self, config):
         """What travels as `pipeline.py` with the result of a run, by its config; None where nothing does."""
-        name = self.pipeline_of_family.get(config.get("family"), self.pipeline_name)
+        family = self.families.get(config.get("family"))
+        name = self.pipeline_name if family is None else family.pipeline_file
         return name and self.script.with_name(name)
 
     @property
@@ -244,6 +245,8 @@ def write_model_card(output_dir, config, publication, repo_id=None):
         "scales": config.get("scales"),
         "paired": len(family.text_encoders) > 1,
         "pipeline_class": family.pipeline.__name__,
+        "denoiser": family.denoiser,
+        "denoiser_label": family.denoiser_label,
         "repo_id": repo_id,
         "name": name,
         "concept": repo_id or f"./{name}",

@@ -1,7 +1,7 @@
 """Writes the result of a finished run: the embedding before all else, then whatever of the rest can be written."""
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ class Result:
     samples: list  # PIL images
     pictures: list  # `images.Picture`s it learned from
     config: dict  # `provenance.describe_result`
-    widths: tuple = ()  # of the halves of the embedding, see `embeddings.save_embeds`
+    parts: dict = field(default_factory=dict)  # of the embedding, see `embeddings.save_embeds`
 
 
 def write_result(result, results, publication, repo_id, save_a1111=False, full_pipeline=None):
@@ -51,10 +51,10 @@ def write_result(result, results, publication, repo_id, save_a1111=False, full_p
         results.set_aside()
     if result.theta is not None:
         with attempt():
-            embeddings.save_halves(results, token, result.theta, result.widths)
+            embeddings.save_halves(results, token, result.theta, result.parts)
     if result.best is not None:
         with attempt(), results.file(publication.best_name) as path:
-            embeddings.save_embeds(path, token, result.best, result.widths)
+            embeddings.save_embeds(path, token, result.best, result.parts)
     if save_a1111:
         with attempt(), results.file("learned_embeds.pt") as path:
             embeddings.save_a1111(path, token, result.theta, config["figures"]["steps"])
