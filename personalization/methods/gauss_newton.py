@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from accelerate.logging import get_logger
 
-from .. import flags
 from ..errors import InputError
+from ..flags import COUNT, RUN, SHARE, Range
 from ..models import base_model
 from .rule import Optimizer
 
@@ -281,40 +281,32 @@ class GaussNewtonOptimizer(Optimizer):
         add(
             "--gn_subspace_dimension",
             type=int,
-            limits=flags.Range(1, 10**5),
+            limits=Range(1, 10**5),
             page=True,
             help="Directions of it per vector of the token; each later step takes as many and one more. Default: 32.",
         )
         words = "Number of words that make the vocabulary's subspace."
-        add("--gn_subspace_words", type=int, default=80, limits=flags.Range(2, 10**6), page=True, help=words)
+        add("--gn_subspace_words", type=int, default=80, limits=Range(2, 10**6), page=True, help=words)
         # What follows comes after the calibration, which is of the beginning of training.
         add(
             "--gn_subspace_steps",
             type=int,
             default=30,
-            limits=flags.COUNT,
-            decides=flags.RUN,
+            limits=COUNT,
+            decides=RUN,
             page=True,
             help="Steps in it (16 where it holds less than half of the gradient); later ones take random directions.",
         )
         ridge = "λ: weight of the start against what the pictures say."
-        add(
-            "--gn_ridge",
-            type=float,
-            default=3.0,
-            limits=flags.Range(1e-9, 1e9),
-            decides=flags.RUN,
-            page=True,
-            help=ridge,
-        )
+        add("--gn_ridge", type=float, default=3.0, limits=Range(1e-9, 1e9), decides=RUN, page=True, help=ridge)
         kept = "ρ: share of older evidence that is kept from step to step."
-        add("--gn_memory", type=float, default=0.8, limits=flags.SHARE, decides=flags.RUN, page=True, help=kept)
+        add("--gn_memory", type=float, default=0.8, limits=SHARE, decides=RUN, page=True, help=kept)
         add(
             "--gn_averaging",
             type=float,
             default=3.0,
-            limits=flags.Range(0.0, 1000.0),
-            decides=flags.RUN,
+            limits=Range(0.0, 1000.0),
+            decides=RUN,
             page=True,
             help="Weight of later embeddings in the result, which is their average over the last share of the run; 0:"
             " the last one alone.",
@@ -324,8 +316,8 @@ class GaussNewtonOptimizer(Optimizer):
             "--gn_max_step",
             type=float,
             default=1.0,
-            limits=flags.Range(0.0, 1e9, above=True),
-            decides=flags.RUN,
+            limits=Range(0.0, 1e9, above=True),
+            decides=RUN,
             page=True,
             help=longest,
         )
