@@ -1,16 +1,25 @@
 #!/usr/bin/env python
 # Copyright 2026 The ZOODiP textual inversion authors. SPDX-License-Identifier: Apache-2.0
+#
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch>=2.11", "diffusers>=0.42.1", "transformers>=5.23", "accelerate>=1.15", "peft>=0.21",
+#     "huggingface_hub>=2.4", "datasets>=5.2", "safetensors>=0.8", "bitsandbytes>=0.50", "psutil>=7.2", "Jinja2>=3.1",
+#     "matplotlib>=3.10", "numpy>=2.0", "pillow>=12.0", "tensorboard>=2.21", "tqdm>=4.66",
+# ]
+# ///
 """Teach a quantized Stable Diffusion a new word with forward passes only (ZOODiP, arXiv 2503.14868).
 
 The shortest command that works, offline, on the demo base of this repository:
 
-    accelerate launch train_zoodip_textual_inversion.py \
+    python train_zoodip_textual_inversion.py \
         --pretrained_model_name_or_path demo/base --train_data_dir demo/subjects/checkered_ring \
         --placeholder_token "<my-toy>" --initializer_token ring --max_train_steps 300 --output_dir my-toy
 
 and on Stable Diffusion 1.5:
 
-    accelerate launch train_zoodip_textual_inversion.py \
+    python train_zoodip_textual_inversion.py \
         --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 --train_data_dir ./my-dog \
         --placeholder_token "<my-dog>" --initializer_token dog --output_dir my-dog-concept
 
@@ -1071,7 +1080,9 @@ PUBLICATION = hub.Publication(
     + embeddings.PAIR_FILES,
     pipeline_name=families.SD1.pipeline_file,
     pipeline_of_family={name: family.pipeline_file for name, family in families.FAMILIES.items()},
-    tags=("zoodip", "textual_inversion", "diffusers-training", "stable-diffusion", "diffusers"),
+    tags=("textual_inversion", "diffusers-training", "stable-diffusion", "diffusers"),
+    load="load_textual_inversion",
+    keyword="learned_embeds",
 )
 
 # Sets of defaults, which flags overrule. "paper": ZOODiP's. "fast": what docs/results.md found; Gauss-Newton without a
@@ -1760,8 +1771,10 @@ def finish(run, pictures, components, repo_id):
     config = provenance.describe_result(args, "ZOODiP (arXiv 2503.14868)", base_license, compute, components, figures)
     config["run"], run.model = run.id, None  # the full pipeline takes its place in memory
     family, widths = run.base.family, run.base.word_widths
-    config["family"] = family.name
-    result = Result(args.placeholder_token, theta, run.best, run.history, samples, pictures, config, widths)
+    tags = ["zoodip" if args.optimizer == "zo_adam" else "gauss-newton"]
+    config |= {"family": family.name, "tags": tags}
+    name, base = args.placeholder_token, args.pretrained_model_name_or_path
+    result = Result(name, theta, run.best, run.history, samples, pictures, config, base, widths)
     what = run.base.source, compute.dtype, args.placeholder_token, family
     full_pipeline = what if args.save_as_full_pipeline else None
     write_result(result, run.results, PUBLICATION, repo_id, args.save_a1111, full_pipeline)
