@@ -253,7 +253,8 @@ def ablation(result):
         f" `benchmarks/compare_methods.py --grid {result['grid']}` on {hardware['name']}, torch"
         f" {result['versions']['torch']}."
     )
-    figure = f"\n\n![{FIGURES[result['grid']][1]}]({FIGURES[result['grid']][0]})" if result["grid"] in FIGURES else ""
+    name, shows = FIGURES.get(result["grid"], (None, None))
+    figure = f"\n\n![{shows}](../{name})" if name else ""  # the pages of results are a folder below
     return table(header, rows) + "\n\n" + note + figure
 
 
@@ -892,12 +893,10 @@ TABLES = {
     "demo_scores_xl": (demo_scores, "docs/demo_scores_xl.json"),
     "demo_quality": (demo_quality, "demo/quality.json"),
     "demo_quality_xl": (demo_quality, "demo/quality_xl.json"),
-    "real_photos": (real_photos, "benchmarks/results/real_photos.json"),
     "signal": (signal, "benchmarks/results/signal.json"),
     "hardening": (hardening, "docs/hardening.json"),
     "signal_float32": (signal, "benchmarks/results/signal_float32.json"),
     "methods": (methods, "benchmarks/results/methods.json"),
-    "methods_pilots": (methods, "benchmarks/results/methods_pilots.json"),
     **{f"ablation_{name}": (ablation, f"benchmarks/results/ablation_{name}.json") for name in ABLATIONS},
     "quality": (quality, "benchmarks/results/quality.json"),
     "step": (step, "benchmarks/results/step_cpu.json"),
@@ -931,7 +930,7 @@ TABLES = {
         "benchmarks/results/quality.json",
     ),
 }
-PAGES = ("README.md", "docs/results.md", "docs/hardening.md")
+PAGES = ["README.md", *sorted(page.relative_to(ROOT).as_posix() for page in (ROOT / "docs").rglob("*.md"))]
 
 
 def fill(text):
