@@ -219,7 +219,7 @@ def read_column(given, base):
         with safe_open(file, framework="pt") as tensors:
             widths = {name: tensors.get_slice(name).get_shape()[-1] for name in tensors.keys()}
             token = (tensors.metadata() or {}).get("placeholder_token") or next(iter(widths), None)
-        if len(widths) != 1 and list(widths) != sorted(embeddings.PAIR_KEYS):
+        if len(widths) != 1 and list(widths) != sorted(families.SDXL.word_keys):
             raise ValueError(f"it holds {list(widths)}")
         config = (
             json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")) if (folder / CONFIG_FILE).exists() else {}
@@ -227,7 +227,7 @@ def read_column(given, base):
         fingerprint = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"--results {given!r} holds no {RESULT_FILE} that can be read ({error}).") from None
-    found = tuple(widths[key] for key in embeddings.PAIR_KEYS) if len(widths) == 2 else tuple(widths.values())
+    found = tuple(widths[key] for key in families.SDXL.word_keys) if len(widths) == 2 else tuple(widths.values())
     trained_on = config.get("base_model")
     if found != base.word_widths:
         numbers = [" and ".join(map(str, each)) for each in (found, base.word_widths)]

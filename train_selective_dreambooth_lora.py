@@ -65,9 +65,10 @@ from personalization.data import examples, images
 from personalization.errors import DivergedError, InputError, run_script
 from personalization.methods import dreambooth, windows
 from personalization.methods.dreambooth import denoising_errors, draw_validation_images, dreambooth_loss, fill_in
-from personalization.models import base_model, memory, weight_cache
+from personalization.models import base_model, frozen, memory, weight_cache
 from personalization.models.base_model import Base, StoredModel
 from personalization.models.compute import Compute, choose_compute
+from personalization.models.families import Family
 from personalization.runs import checkpoints, embeddings, hub, launch, loop, provenance, run_folder
 from personalization.runs.results import Result, write_result
 
@@ -176,64 +177,7 @@ def zo_gradient(loss_fn, theta, num_perturbations, perturbation_scale, generator
 # =====================================================================================================
 
 
-class FrozenProduct(torch.autograd.Function):
-    """y = W x + b of a frozen INT8 layer: ∂L/∂x = Wᵀ ∂L/∂y, for which the weight is dequantized once more.
-
-    Left to autograd, every dequantized weight would stay until the backward pass: a whole UNet in full precision.
-    """
-
-    @staticmethod
-    def forward(ctx, input, layer):
-        ctx.layer, ctx.shape = layer, input.shape
-        return layer.product(input)  # autograd is off in here: the weight lives in the model's buffer
-
-    @staticmethod
-    def backward(ctx, gradient):
-        layer = ctx.layer
-        weight = zoodip.dequantize(layer.weight, layer.scale, gradient.dtype, layer.buffer)
-        return layer.product_back(gradient, weight, ctx.shape), None
-
-
-class FrozenLinear(zoodip.Int8Linear):
-    """`Int8Linear` that a gradient goes through."""
-
-    product = zoodip.Int8Linear.forward
-
-    def product_back(self, gradient, weight, shape):
-        return gradient @ weight
-
-    def forward(self, input):
-        return FrozenProduct.apply(input, self)
-
-
-class FrozenConv2d(zoodip.Int8Conv2d):
-    """`Int8Conv2d` that a gradient goes through."""
-
-    product = zoodip.Int8Conv2d.forward
-
-    def product_back(self, gradient, weight, shape):
-        return torch.nn.grad.conv2d_input(shape, weight, gradient, *self.options())
-
-    def forward(self, input):
-        return FrozenProduct.apply(input, self)
-
-
-class FrozenInt8(zoodip.Int8):
-    """`int8`."""
-
-    def new_layer(self, layer, dtype, buffer):
-        return (FrozenLinear if isinstance(layer, torch.nn.Linear) else FrozenConv2d)(layer, buffer)
-
-
-class FrozenNf4(zoodip.Nf4):
-    """`nf4`; bitsandbytes' own backward pass dequantizes its weights again."""
-
-    def new_layer(self, layer, dtype, buffer):
-        linear = isinstance(layer, torch.nn.Linear)
-        return super().new_layer(layer, dtype, buffer) if linear else FrozenConv2d(layer, buffer)
-
-
-BACKENDS = {"int8": FrozenInt8(), "nf4": FrozenNf4(), "none": zoodip.Unquantized()}
+BACKENDS = {name: zoodip.BACKENDS[name] for name in ("int8", "nf4", "none")}
 
 
 def add_adapters(unet, layers, rank, alpha, seed):
@@ -262,6 +206,7 @@ def add_adapters(unet, layers, rank, alpha, seed):
 class Model:
     """The quantized UNet with adapters, and what it is conditioned on."""
 
+    family: Family
     unet: UNet2DConditionModel
     weights: list  # of the adapters: parameters, whose memory is wherever `place` has put it
     scheduler: DDPMScheduler
@@ -276,7 +221,7 @@ class Model:
     def errors(self, batch):
         """`denoising_errors` of a `Batch` whose prompts are rows of `conditioning`."""
         conditioning = self.conditioning[batch.prompt_ids]
-        return denoising_errors(self.unet, batch, conditioning, self.compute.memory_format)
+        return denoising_errors(self.family, self.unet, batch, conditioning, self.compute.memory_format)
 
 
 # =====================================================================================================
@@ -341,7 +286,7 @@ def draw_batch(subject, sampling, weights, scheduler, generator):
     drawn = [examples.draw_examples(concept, sampling.batch_size, generator)[:2] for concept in concepts]
     latents, rows = (torch.cat(parts) for parts in zip(*drawn))
     timesteps = torch.multinomial(weights, len(latents), replacement=True, generator=generator)
-    return examples.noise_batch(latents, rows, timesteps, generator, scheduler)
+    return examples.noise_batch(concepts[0].family, latents, rows, timesteps, generator, scheduler)
 
 
 def bp_low(learner, model, batch, sampling):
@@ -693,12 +638,13 @@ def load_model(args, base, compute, conditioning, cache_dir):
     """
     unet, share = zoodip.load_frozen(base, "unet", BACKENDS[args.quantization], compute, cache_dir)
     stored = StoredModel(memory.tensor_bytes(unet), share)
+    frozen.hand_gradients_through(unet)
     weights = add_adapters(unet, args.lora_layers.split(","), args.rank, args.lora_alpha, args.seed)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     by_window = args.bp_view == "window"
     surroundings = windows.Surroundings(unet, args.low_resolution // base.vae_factor) if by_window else None
-    return Model(unet, weights, base.scheduler, conditioning, compute, surroundings), stored
+    return Model(base.family, unet, weights, base.scheduler, conditioning, compute, surroundings), stored
 
 
 def start_learner(args, model, num_processes=1, process_index=0):

@@ -70,6 +70,7 @@ from personalization.methods.dreambooth import (
 from personalization.models import base_model, memory, weight_cache
 from personalization.models.base_model import Base, StoredModel
 from personalization.models.compute import Compute, choose_compute
+from personalization.models.families import Family
 from personalization.runs import checkpoints, embeddings, hub, launch, loop, provenance, run_folder
 from personalization.runs.results import Result, write_result
 from tuneqdm_pipeline import ScaleConfig
@@ -174,6 +175,7 @@ def load_quantized_unet(base, bits, calibration, compute, cache_dir=None):
 class Model:
     """The quantized UNet, and what it is conditioned on."""
 
+    family: Family
     unet: UNet2DConditionModel
     selection: tuneqdm.Selection
     scheduler: DDPMScheduler
@@ -183,7 +185,7 @@ class Model:
     def errors(self, batch):
         """`denoising_errors` of a `Batch` whose prompts are rows of `conditioning`."""
         conditioning = self.conditioning[batch.prompt_ids]
-        return denoising_errors(self.unet, batch, conditioning, self.compute.memory_format)
+        return denoising_errors(self.family, self.unet, batch, conditioning, self.compute.memory_format)
 
 
 # =====================================================================================================
@@ -242,7 +244,7 @@ def draw_batch(subject, sampling, scheduler, generator):
     drawn = [examples.draw_examples(concept, sampling.batch_size, generator)[:2] for concept in concepts]
     latents, rows = (torch.cat(parts) for parts in zip(*drawn))
     timesteps = draw_timesteps(len(latents), sampling.trained, generator)
-    return examples.noise_batch(latents, rows, timesteps, generator, scheduler)
+    return examples.noise_batch(concepts[0].family, latents, rows, timesteps, generator, scheduler)
 
 
 def train_step(learner, model, subject, sampling, average=lambda tensor: tensor):
@@ -517,7 +519,7 @@ def load_model(args, base, compute, table, conditioning, cache_dir):
     selection.use(table)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    return Model(unet, selection, base.scheduler, conditioning, compute), changes, stored
+    return Model(base.family, unet, selection, base.scheduler, conditioning, compute), changes, stored
 
 
 def train(run):

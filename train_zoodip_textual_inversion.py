@@ -50,7 +50,6 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, set_module_tensor_to_device
-from diffusers import DDPMScheduler
 from diffusers.hooks import apply_group_offloading
 from diffusers.optimization import get_scheduler
 
@@ -60,6 +59,8 @@ from personalization.data.examples import Batch, Concept
 from personalization.data.prompts import Placeholder
 from personalization.errors import DivergedError, InputError, run_script
 from personalization.files import temporary_folder
+from personalization.methods import gauss_newton
+from personalization.methods.rule import Optimizer, Rule
 from personalization.models import base_model, families, memory, openvino_unet, weight_cache
 from personalization.models.base_model import Base
 from personalization.models.compute import DTYPES, Compute, choose_compute
@@ -104,13 +105,17 @@ def spsa_slopes(loss_fn, theta, directions, scale):
 
 
 class Estimator(NamedTuple):
-    """A way to estimate slopes from losses."""
+    """A way to estimate a gradient from losses, ĝ = (1/n) Σ slope_i e_i."""
 
+    directions: Callable  # e [n, *theta.shape], called as `torch.randn` is
     slopes: Callable  # (loss_fn, theta, directions, scale) -> slopes [n], base loss
     num_losses: Callable  # n -> how many losses that takes
 
 
-ESTIMATORS = {"rge": Estimator(rge_slopes, lambda n: n + 1), "spsa": Estimator(spsa_slopes, lambda n: 2 * n)}
+ESTIMATORS = {
+    "rge": Estimator(torch.randn, rge_slopes, num_losses=lambda n: n + 1),
+    "spsa": Estimator(torch.randn, spsa_slopes, num_losses=lambda n: 2 * n),
+}
 
 
 def estimate_gradient(loss_fn, theta, num_perturbations, perturbation_scale, generator, estimator="rge"):
@@ -120,7 +125,7 @@ def estimate_gradient(loss_fn, theta, num_perturbations, perturbation_scale, gen
         loss_fn: takes candidates `[m, *theta.shape]`, returns their losses `[m]`. All candidates must see the same
             data, noise and timestep (common random numbers), or the differences mean nothing.
         theta: the point θ, any shape; it is read, never changed.
-        num_perturbations: n, the number of Gaussian directions e_i.
+        num_perturbations: n, the number of random directions e_i.
         perturbation_scale: μ, the step of the finite difference.
         generator: source of the directions (and of nothing else); None takes the global one.
         estimator: key of `ESTIMATORS`.
@@ -130,10 +135,11 @@ def estimate_gradient(loss_fn, theta, num_perturbations, perturbation_scale, gen
     """
     draw_device = generator.device if generator is not None else theta.device
     pinned = draw_device.type == "cpu" and theta.device.type == "cuda"  # the copy must not make the host wait
-    directions = torch.randn(
-        (num_perturbations, *theta.shape), generator=generator, device=draw_device, pin_memory=pinned
-    ).to(theta, non_blocking=True)
-    slopes, base_loss = ESTIMATORS[estimator].slopes(loss_fn, theta, directions, perturbation_scale)
+    how = ESTIMATORS[estimator]
+    shape = num_perturbations, *theta.shape
+    directions = how.directions(shape, generator=generator, device=draw_device, pin_memory=pinned)
+    directions = directions.to(theta, non_blocking=True)
+    slopes, base_loss = how.slopes(loss_fn, theta, directions, perturbation_scale)
     return torch.tensordot(slopes, directions, dims=1) / num_perturbations, base_loss
 
 
@@ -192,9 +198,9 @@ class SubspaceGradient:
         # i*: the smallest count of leading directions whose share of the variance exceeds 1 - ν (Eq. 7).
         share = variance.cumsum(0) / variance.sum()
         kept = int((share <= 1 - self.threshold).sum()) + 1
-        # Centring leaves rank τ - 1, so the last direction is rounding noise: it is not evidence of anything.
+        # Centring leaves rank τ - 1 at most, so the last direction is rounding noise: it is not evidence of anything.
         negligible = singular[0] * max(trajectory.shape) * torch.finfo(singular.dtype).eps
-        rank = int((singular > negligible).sum())
+        rank = min(int((singular > negligible).sum()), len(trajectory) - 1)
         return directions[kept:rank].to(trajectory) if kept < rank else None
 
     def state_dict(self):
@@ -219,94 +225,6 @@ def normalize_estimate(gradient, num_directions, num_removed):
     """
     dimensions = gradient.numel() - num_removed
     return gradient / math.sqrt((dimensions + num_directions - 1) / num_directions)
-
-
-# =====================================================================================================
-# Forward-only Gauss-Newton (ours): a forward pass returns a whole predicted noise, of which ZOODiP keeps one number.
-# =====================================================================================================
-
-
-def vocabulary_directions(table, num_directions, num_words):
-    """The directions in which words differ most: principal components of the longest rows of the token table.
-
-    Training lengthens the rows that it uses, so the longest are those that the model knows.
-
-    Args:
-        table: `[vocabulary, d]`.
-        num_directions: r, at most d.
-        num_words: how many rows, the longest first.
-
-    Returns:
-        float32 `[r, d]`, orthonormal, by falling variance of the words along them.
-    """
-    lengths = torch.linalg.vector_norm(table, dim=1, dtype=torch.float32)
-    words = table[lengths.topk(min(num_words, len(table))).indices].double()
-    _, _, directions = torch.linalg.svd(words - words.mean(dim=0))
-    return directions[:num_directions].float()
-
-
-def gauss_newton_evidence(error_fn, theta, directions, step_size):
-    """What n + 1 forward passes say about θ along n directions: the Gauss-Newton matrix K and half the gradient, y.
-
-    The loss is the mean square of the prediction errors r(θ) = ε_φ(θ) - target. With the derivatives of all M errors
-    along e_i, D_i = (r(θ + h e_i) - r(θ)) / h, they are K = D Dᵀ / M and y = D r / M. Both average over M errors: so
-    they survive the rounding of bfloat16 and INT8 activations, where differences of two losses do not.
-
-    Args:
-        error_fn: takes candidates `[m, *theta.shape]`, returns their errors `[m, M]`, all on the same examples.
-        theta: the point θ, any shape.
-        directions: e `[n, *theta.shape]`, of length one.
-        step_size: h, the length of the finite difference, in units of θ; or one for each direction `[n]`, of any sign.
-
-    Returns:
-        K `[n, n]`, y `[n]` and the loss, float32.
-    """
-    step_size = torch.as_tensor(step_size).to(theta).expand(len(directions))
-    steps = directions * step_size.view(-1, *[1] * theta.dim())
-    errors = error_fn(torch.cat([theta[None], theta + steps]))
-    error, derivatives = errors[0], (errors[1:] - errors[0]) / step_size[:, None]
-    return derivatives @ derivatives.T / len(error), derivatives @ error / len(error), error.square().mean()
-
-
-class GaussNewton:
-    """Recursive least squares for θ from Gauss-Newton evidence: what is known of θ accumulates in a small matrix.
-
-    A ← ρ A + K, then θ moves by -(A + λ tr(K₁)/n I)⁻¹ y along the directions. With ρ = 1 and errors linear in θ that
-    is the posterior mean of a Gaussian prior at the start; errors are linear only nearby, so older evidence is
-    forgotten. There is no learning rate. A step may look along some of the directions: it moves θ along those only,
-    and of A their block alone is forgotten and filled. All of it is on the host: small, and the same on every device.
-
-    Args:
-        directions: `[n, *θ.shape]`, orthonormal; see `vocabulary_directions`.
-        memory: ρ, the share of older evidence that is kept.
-        ridge: λ, how much the prior weighs, in units of the mean curvature of the first evidence K₁.
-        max_step: the longest step of θ; longer ones are shortened to it.
-
-    Attributes:
-        information: A, float64 `[n, n]`.
-        prior: λ tr(K₁)/n; None before the first evidence.
-    """
-
-    def __init__(self, directions, memory, ridge, max_step):
-        self.directions, self.memory, self.ridge, self.max_step = directions, memory, ridge, max_step
-        self.information = torch.zeros(len(directions), len(directions), dtype=torch.float64)
-        self.prior = None
-
-    def step(self, matrix, gradient, looked):
-        """The step of θ that new evidence K `[m, m]`, y `[m]` calls for, of directions with the numbers `looked`."""
-        matrix, gradient = matrix.cpu().double(), gradient.cpu().double()
-        if self.prior is None:
-            self.prior = max(self.ridge * matrix.trace().item() / len(matrix), sys.float_info.min)
-        # √ρ on both sides: ρ within the block, √ρ between it and the rest. So A stays positive definite.
-        kept = torch.ones(len(self.information), dtype=torch.float64)
-        kept[looked] = math.sqrt(self.memory)
-        block = looked[:, None], looked
-        self.information.mul_(kept[:, None]).mul_(kept)
-        self.information[block] += matrix
-        damped = self.information[block] + self.prior * torch.eye(len(matrix), dtype=torch.float64)
-        along = -torch.linalg.solve(damped, gradient).to(self.directions)
-        step = torch.tensordot(along, self.directions[looked], dims=1)
-        return step * (self.max_step / step.norm().clamp(min=self.max_step))
 
 
 # =====================================================================================================
@@ -370,6 +288,10 @@ class Int8Layer(torch.nn.Module):
         self.register_buffer("scale", scale)
         self.bias, self.buffer = layer.bias, buffer
 
+    def dequantized(self, dtype):
+        """The weight in `dtype`, see `dequantize`."""
+        return dequantize(self.weight, self.scale, dtype, self.buffer)
+
 
 class Int8Linear(Int8Layer):
     """A frozen `nn.Linear` in INT8."""
@@ -379,7 +301,7 @@ class Int8Linear(Int8Layer):
         self.in_features, self.out_features = linear.in_features, linear.out_features
 
     def forward(self, input):
-        return F.linear(input, dequantize(self.weight, self.scale, input.dtype, self.buffer), self.bias)
+        return F.linear(input, self.dequantized(input.dtype), self.bias)
 
 
 class Int8Conv2d(Int8Layer):
@@ -391,12 +313,11 @@ class Int8Conv2d(Int8Layer):
         self.stride, self.padding, self.dilation, self.groups = conv.stride, conv.padding, conv.dilation, conv.groups
 
     def options(self):
-        """Those of `F.conv2d`, in its order."""
+        """The arguments of `F.conv2d`, in its order."""
         return self.stride, self.padding, self.dilation, self.groups
 
     def forward(self, input):
-        weight = dequantize(self.weight, self.scale, input.dtype, self.buffer)
-        return F.conv2d(input, weight, self.bias, *self.options())
+        return F.conv2d(input, self.dequantized(input.dtype), self.bias, *self.options())
 
 
 class Unquantized:
@@ -406,6 +327,7 @@ class Unquantized:
     flexible = True  # plain tensors: other engines can read them, and they can come layer by layer
     whole_model = False  # can only quantize a model that is whole, on the host
     hidden_copies = False  # makes dequantized layers that the prediction of memory does not see
+    package = None  # that is not among the requirements
 
     def quantizes(self, layer):
         return False
@@ -497,6 +419,7 @@ class QuantoInt8(Unquantized):
 
     flexible = False
     whole_model = hidden_copies = True
+    package = "optimum-quanto"
 
     def quantizes(self, layer):
         return isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d))
@@ -528,7 +451,7 @@ def load_frozen(base, component, backend, compute, cache_dir=None, device=None):
 
     Args:
         base: `Base`.
-        component: "unet", "text_encoder" or "text_encoder_2".
+        component: the denoiser or a text encoder, as the family names it.
         backend: of `BACKENDS`.
         compute: `Compute`.
         cache_dir: folder of quantized copies, made on first use; None keeps none.
@@ -550,8 +473,8 @@ def load_frozen(base, component, backend, compute, cache_dir=None, device=None):
     expected = weight_cache.expected_tensors(model, dtype)
 
     def quantized():
-        stored = ((name, value) for name, value in base_model.stored_tensors(files) if name in expected)
-        return backend.tensors(model, stored, dtype)
+        stored = base_model.stored_tensors(files, base.family.classes[component])
+        return backend.tensors(model, ((name, value) for name, value in stored if name in expected), dtype)
 
     if backend.cached and cache_dir is not None:
         kind = str(dtype).removeprefix("torch.")
@@ -609,8 +532,8 @@ class PromptRows(torch.nn.Module):
         return F.embedding(self.index[ids], self.weight)
 
 
-def stream_weights(unet, device, folder):
-    """`--low_vram`: the UNet's weights come layer by layer for every pass and leave again (diffusers' offloading).
+def stream_weights(denoiser, device, folder):
+    """`--low_vram`: the denoiser's weights come layer by layer for every pass and leave again (diffusers' offloading).
 
     A forward-only method reads every weight once per pass, whatever n and the batch are, so that all candidates share
     the cost. On CUDA they come from pinned host memory, the next layer while one computes; on a CPU from `folder`.
@@ -619,7 +542,7 @@ def stream_weights(unet, device, folder):
         options = {"offload_to_disk_path": str(folder)}
     else:
         options = {"use_stream": True, "record_stream": True}
-    apply_group_offloading(unet, onload_device=device, offload_type="leaf_level", **options)
+    apply_group_offloading(denoiser, onload_device=device, offload_type="leaf_level", **options)
 
 
 # =====================================================================================================
@@ -627,19 +550,23 @@ def stream_weights(unet, device, folder):
 # =====================================================================================================
 
 
-def prediction_errors(candidates, batch, text_encoder, unet, first_id, max_candidates=None, memory_format=None):
+def prediction_errors(
+    candidates, batch, family, text_encoder, denoiser, first_id, max_candidates=None, memory_format=None
+):
     """Errors of the predictions of m candidates for the placeholder's vectors, all on the same batch of b examples.
 
     Each candidate owns rows of the text encoder's token table (`PromptRows`): candidate j of a chunk sits at
     `first_id + j·k` and its prompts use those ids, so m candidates are just a larger batch.
 
     Args:
-        candidates: `[m, k, d]`; of two text encoders with the halves of a word side by side, see `families`.
+        candidates: `[m, k, d]`; of two text encoders with the halves of a word side by side, see `families.family`.
         batch: `Batch` of b examples.
-        text_encoder, unet: frozen modules; the table has room for `max_candidates` (or m) candidates.
+        family: `Family` of the model, which calls the denoiser.
+        text_encoder: frozen `TextEncoders`; the table has room for `max_candidates` (or m) candidates.
+        denoiser: frozen module.
         first_id: id of the placeholder's first vector; its k ids are consecutive.
         max_candidates: candidates per forward pass; None evaluates all at once.
-        memory_format: of the latents given to the UNet; None leaves them as they are.
+        memory_format: of the latents given to the denoiser; None leaves them as they are.
 
     Yields:
         ε_φ(z_t, t, c(y*)) - ε of the candidates of one pass, float32 `[at most max_candidates, b, C, h, w]`.
@@ -652,11 +579,11 @@ def prediction_errors(candidates, batch, text_encoder, unet, first_id, max_candi
         shift = num_vectors * torch.arange(m, device=chunk.device).view(m, 1, 1)
         ids = batch.prompt_ids.expand(m, -1, -1)
         ids = torch.where(ids >= first_id, ids + shift, ids).flatten(0, 1)
-        encoded = text_encoder(ids)
-        conditioning, added = encoded[0], families.added_conditions(encoded, batch.size_ids.repeat(m, 1))
-        noisy = batch.noisy_latents.repeat(m, 1, 1, 1).to(conditioning)
+        text = text_encoder(ids)
+        noisy = batch.noisy_latents.repeat(m, 1, 1, 1).to(text.states)
         noisy = noisy.contiguous(memory_format=memory_format or torch.preserve_format)
-        prediction = unet(noisy, batch.timesteps.repeat(m), conditioning, **added, return_dict=False)[0]
+        timesteps, sizes = batch.timesteps.repeat(m), batch.size_ids.repeat(m, 1)
+        prediction = family.predict(denoiser, noisy, timesteps, text, sizes)
         yield prediction.float().unflatten(0, (m, -1)) - batch.target
 
 
@@ -676,17 +603,18 @@ def candidate_losses(candidates, batch, *model, **options):
 
 @dataclass
 class FrozenModel:
-    """Text encoder and UNet as a function of the placeholder's vectors; see `prediction_errors`."""
+    """Text encoder and denoiser as a function of the placeholder's vectors; see `prediction_errors`."""
 
-    text_encoder: torch.nn.Module  # its token table is a `PromptRows`
-    unet: torch.nn.Module
-    scheduler: DDPMScheduler
+    family: families.Family
+    text_encoder: families.TextEncoders  # the token table of each is a `PromptRows`
+    denoiser: torch.nn.Module
+    scheduler: object  # with the noise levels of training
     first_placeholder_id: int
     max_candidates: int | None
     compute: Compute
 
     def _call(self, function, candidates, batch):
-        model = self.text_encoder, self.unet, self.first_placeholder_id, self.max_candidates
+        model = self.family, self.text_encoder, self.denoiser, self.first_placeholder_id, self.max_candidates
         return function(candidates, batch, *model, memory_format=self.compute.memory_format)
 
     def losses(self, candidates, batch, per_example=False):
@@ -701,9 +629,6 @@ class FrozenModel:
 # =====================================================================================================
 # One update of θ
 # =====================================================================================================
-
-GAUSS_NEWTON_PASS = 9  # candidates of one pass, unless the user says otherwise: a few, so that memory stays small
-SHARE_STEPS, LEAST_SHARE = 16, 0.5  # after so many steps a subspace that holds less of the gradient is left
 
 
 @dataclass
@@ -756,95 +681,6 @@ class ZerothOrderAdam:
         self.subspace.load_state_dict(state["subspace"], device)
 
 
-def random_combination(directions, generator):
-    """A random direction of length one `[k, d]`, a combination of orthonormal ones `[n, k, d]`."""
-    flat = directions.flatten(1)
-    along = F.normalize(flat @ torch.randn(flat.shape[1], generator=generator), dim=0)
-    return (along @ flat).view_as(directions[0])
-
-
-@dataclass
-class GaussNewtonUpdate:
-    """`gauss_newton`: evidence from whole predictions along some directions, then `GaussNewton`'s step.
-
-    A run begins in a subspace, which learns fast; then every step looks along as many directions drawn from all, which
-    learn further. In the subspace one random direction from outside goes along, which tells how much of the gradient
-    it holds: where that is too little, it is left at once. Rounding adds to every direction alike and would be
-    multiplied with the one that stands for all outside, so bfloat16 and INT8 do not tell.
-    """
-
-    solver: GaussNewton  # with all directions, those of the subspace first
-    step_size: float  # h
-    inside: int  # directions of the subspace
-    subspace_steps: int  # in it, before it is left
-    seed: int  # of the draws of directions, which are the same in all processes
-    exact: bool = True  # whether activations are precise enough to tell the share
-    squares: torch.Tensor = field(default_factory=lambda: torch.zeros(2))  # sums of |gradient|² inside, outside
-    steps: int = 0
-
-    @property
-    def num_candidates(self):
-        """Points of a step: θ, one for each direction of the subspace, and one more."""
-        return self.inside + 2
-
-    @property
-    def share(self):
-        """The share of the gradient's second moment that the subspace holds; None where it was not measured."""
-        inside, outside = self.squares.tolist()
-        return inside / (inside + outside) if inside + outside > 0 else None
-
-    @property
-    def in_subspace(self):
-        """Whether the step at hand is one in the subspace."""
-        return self.steps < self.subspace_steps
-
-    def looked(self):
-        """Numbers of the directions that the step at hand moves θ along, the same for all its batches."""
-        if self.in_subspace:
-            return torch.arange(self.inside)
-        shuffled = np.random.default_rng([self.seed, self.steps]).permutation(len(self.solver.directions))
-        return torch.from_numpy(shuffled[: self.num_candidates - 1])
-
-    def evidence(self, model, theta, batch, generator):
-        """What a batch says: K, y and |gradient|² inside and outside of the subspace; and the loss."""
-        directions = self.solver.directions[self.looked()]
-        n, outside = len(directions), theta.numel() - self.inside
-        if self.in_subspace:
-            probe = random_combination(self.solver.directions[self.inside :], generator)
-            directions = torch.cat([directions, probe[None]])
-        # A random sign for each: what curvature adds to a difference over h has either sign, and averages out.
-        signs = torch.randint(2, (len(directions),), generator=generator) * 2 - 1
-        error_fn = functools.partial(model.errors, batch=batch)
-        matrix, gradient, loss = gauss_newton_evidence(error_fn, theta, directions.to(theta), self.step_size * signs)
-        squares = torch.stack([gradient[:n].square().sum(), gradient[n:].square().sum() * outside])
-        return (matrix[:n, :n], gradient[:n], squares), loss
-
-    def update(self, theta, matrix, gradient, squares):
-        """Moves θ."""
-        theta += self.solver.step(matrix, gradient, self.looked()).to(theta)
-        was_inside, self.steps = self.in_subspace, self.steps + 1
-        if was_inside:
-            self.squares += squares.cpu() * self.exact
-            share = self.share
-            if self.steps == SHARE_STEPS and share is not None and share < LEAST_SHARE:
-                self.subspace_steps = SHARE_STEPS
-            if not self.in_subspace:
-                held = "" if share is None else f", the subspace held {share:.0%} of the gradient"
-                logger.info(f"All directions from here on{held}")
-
-    def figures(self):
-        """What the log says of it."""
-        return {} if self.share is None else {"share": self.share}
-
-    def state_dict(self):
-        state = {"information": self.solver.information, "prior": self.solver.prior, "squares": self.squares}
-        return state | {"steps": self.steps, "subspace_steps": self.subspace_steps}
-
-    def load_state_dict(self, state, device):
-        self.solver.information, self.solver.prior = state["information"], state["prior"]
-        self.squares, self.steps, self.subspace_steps = state["squares"], state["steps"], state["subspace_steps"]
-
-
 @dataclass(frozen=True)
 class Sampling:
     """The examples that an update is estimated from."""
@@ -860,7 +696,7 @@ class Learner:
     """What is learned, and all that changes with it."""
 
     theta: torch.Tensor  # the placeholder's vectors, float32 [k, d]: the master copy, which candidates are built from
-    rule: ZerothOrderAdam | GaussNewtonUpdate
+    rule: Rule
     data: torch.Generator  # this process's sources of randomness; the global one is never touched
     perturbations: torch.Generator
     tail: float = 0.0  # a of `average_tail`; 0: θ itself is the result
@@ -888,7 +724,7 @@ class Learner:
 
     def load_state_dict(self, state):
         self.theta.copy_(state["theta"])
-        mean, self.updates = state.get("mean"), state.get("updates", 0)  # checkpoints of earlier versions have none
+        mean, self.updates = state["mean"], state["updates"]
         self.mean = None if mean is None else mean.to(self.theta.device)
         self.rule.load_state_dict(state, self.theta.device)
 
@@ -900,7 +736,7 @@ def draw_batch(concept, sampling, scheduler, generator):
     """A `Batch` on the host: examples of the concept, noised to timesteps by PUTS."""
     latents, prompt_ids, size_ids = examples.draw_examples(concept, sampling.batch_size, generator)
     timesteps = sample_puts_timesteps(sampling.batch_size, sampling.min_timestep, sampling.max_timestep, generator)
-    return examples.noise_batch(latents, prompt_ids, timesteps, generator, scheduler, size_ids)
+    return examples.noise_batch(concept.family, latents, prompt_ids, timesteps, generator, scheduler, size_ids)
 
 
 @torch.inference_mode()
@@ -915,8 +751,7 @@ def train_step(learner, model, concept, sampling, average=lambda tensor: tensor)
         average: takes the mean of a tensor over processes.
 
     Returns:
-        The mean loss of this process, a scalar on the device. Nothing here waits for the device but Gauss-Newton:
-        its directions come from the host, and its evidence goes there.
+        The mean loss of this process, a scalar on the device. Nothing here waits for the device; a rule may.
     """
     total, mean_loss = None, torch.zeros((), device=learner.theta.device)
     for _ in range(sampling.accumulation_steps):
@@ -931,17 +766,68 @@ def train_step(learner, model, concept, sampling, average=lambda tensor: tensor)
 
 
 # =====================================================================================================
-# Settings: completed and checked against the base's small files, before any weight is loaded; read-only afterwards
+# What surrounds the update: the paper's optimizer, and the table of all
 # =====================================================================================================
 
 
-# The step of the finite difference (μ, or h of Gauss-Newton) by precision: the default, and the least at which what it
-# measures still agrees with autograd: loss differences correlate by 0.9 or more with the true directional derivatives;
-# y, as the mean over both signs of the steps, is right within a third (benchmarks/bench_signal.py, docs/results.md).
-PERTURBATION_SCALES = {
-    "zo_adam": {"no": (1e-3, 1e-6), "fp16": (1e-3, 1e-3), "bf16": (1e-2, 1e-2)},
-    "gauss_newton": {"no": (3e-4, 1e-5), "fp16": (1e-2, 3e-3), "bf16": (5e-2, 5e-2), "int8": (0.15, 0.15)},
-}
+class ZOAdam(Optimizer):
+    """`--optimizer zo_adam`, the paper's."""
+
+    method = "ZOODiP (arXiv 2503.14868)"
+    tag = "zoodip"
+    step_flag = "learning_rate"
+    # Differences of losses correlate by 0.9 or more with the true directional derivatives at the least ones.
+    perturbation_scales = {"no": (1e-3, 1e-6), "fp16": (1e-3, 1e-3), "bf16": (1e-2, 1e-2)}
+
+    def check(self, args, given):
+        if args.sg_window == 1:
+            raise InputError(
+                "--sg_window 1 holds no trajectory: give at least 2, or 0 to switch Subspace Gradient off."
+            )
+
+    def complete(self, args, base):
+        dimension = base.word_width
+        args.sg_window = min(128, dimension // 6) if args.sg_window is None else args.sg_window
+        if args.sg_window > args.num_vectors * dimension:
+            raise InputError(
+                f"--sg_window {args.sg_window} (τ) is larger than the token's dimension"
+                f" {args.num_vectors * dimension}: give at most {dimension // 6}, a sixth of it, as the paper does."
+            )
+
+    def num_candidates(self, args):
+        return ESTIMATORS[args.gradient_estimator].num_losses(args.num_perturbations)
+
+    def num_steps(self, args, family):
+        return family.defaults("zo_adam")["max_train_steps"]
+
+    def start(self, args, theta, found, num_processes):
+        """A `ZerothOrderAdam`."""
+        estimates = args.gradient_accumulation_steps * num_processes
+        optimizer = torch.optim.AdamW(  # Adam, whose weight decay acts on θ itself
+            [theta],
+            lr=args.learning_rate * (args.train_batch_size * estimates if args.scale_lr else 1),
+            betas=(args.adam_beta1, args.adam_beta2),
+            eps=args.adam_epsilon,
+            weight_decay=args.adam_weight_decay,
+        )
+        lr_scheduler = get_scheduler(
+            args.lr_scheduler,
+            optimizer,
+            num_warmup_steps=args.lr_warmup_steps,
+            num_training_steps=args.max_train_steps,
+            num_cycles=args.lr_num_cycles,
+        )
+        subspace = SubspaceGradient(args.sg_window, args.sg_threshold)
+        estimate = args.gradient_estimator, args.num_perturbations, args.perturbation_scale
+        return ZerothOrderAdam(optimizer, lr_scheduler, subspace, *estimate, estimates)
+
+
+OPTIMIZERS = {"zo_adam": ZOAdam(), "gauss_newton": gauss_newton.OPTIMIZER}
+
+
+# =====================================================================================================
+# Settings: completed and checked against the base's small files, before any weight is loaded; read-only afterwards
+# =====================================================================================================
 
 
 def complete_for_precision(args, precision):
@@ -950,7 +836,7 @@ def complete_for_precision(args, precision):
     Raises:
         InputError: what is measured in this precision with this step is mostly rounding.
     """
-    default, least = PERTURBATION_SCALES[args.optimizer][precision]
+    default, least = OPTIMIZERS[args.optimizer].perturbation_scales[precision]
     args.perturbation_scale = default if args.perturbation_scale is None else args.perturbation_scale
     fix = ", or --openvino_precision float" if precision == "int8" else ", or --mixed_precision no"
     name, other = ("float32", "") if precision == "no" else (precision, fix)
@@ -964,9 +850,7 @@ def complete_for_precision(args, precision):
 
 def candidates_per_step(args):
     """How many points a step evaluates."""
-    if args.optimizer == "gauss_newton":  # θ, the subspace's directions for each vector, and one more
-        return args.num_vectors * args.subspace_dimension + 2
-    return ESTIMATORS[args.gradient_estimator].num_losses(args.num_perturbations)
+    return OPTIMIZERS[args.optimizer].num_candidates(args)
 
 
 def candidates_per_pass(args):
@@ -975,7 +859,7 @@ def candidates_per_pass(args):
 
 
 def complete_for_base(args, base):
-    """Fills in the defaults that depend on the base (resolution, subspace, SG's window) and checks them against it.
+    """Fills in the defaults that depend on the base (resolution, and the optimizer's) and checks them against it.
 
     Raises:
         InputError: a setting does not fit the base.
@@ -988,19 +872,32 @@ def complete_for_base(args, base):
                 f" most {timesteps}."
             )
     args.resolution = base_model.check_resolution(base, args.resolution)
-    dimension = base.word_width
-    if args.optimizer == "gauss_newton":
-        args.subspace_dimension = args.subspace_dimension or min(32, dimension - 1)
-        if args.subspace_dimension >= dimension:  # every step takes one more
-            raise InputError(
-                f"--subspace_dimension {args.subspace_dimension} is too many for a token of this model, which has"
-                f" {dimension} entries: give at most {dimension - 1}."
-            )
-    args.sg_window = min(128, dimension // 6) if args.sg_window is None else args.sg_window
-    if args.sg_window > args.num_vectors * dimension:
+    OPTIMIZERS[args.optimizer].complete(args, base)
+
+
+def complete_for_family(args, family):
+    """Fills in the paper's settings for the family of the base; the length of the run is left to `learn_concept`.
+
+    Raises:
+        InputError: a setting does not fit the family.
+    """
+    defaults = family.defaults(args.optimizer)
+    for name, value in defaults.items():
+        if getattr(args, name) is None and name != "max_train_steps":
+            setattr(args, name, value)
+    args.center_crop |= family.crops
+    if args.puts_min_timestep >= args.puts_max_timestep:
         raise InputError(
-            f"--sg_window {args.sg_window} (τ) is larger than the token's dimension {args.num_vectors * dimension}:"
-            f" give at most {dimension // 6}, a sixth of it, as the paper does."
+            f"--puts_min_timestep {args.puts_min_timestep} must be below --puts_max_timestep"
+            f" {args.puts_max_timestep}; the paper uses {defaults['puts_min_timestep']} and"
+            f" {defaults['puts_max_timestep']}."
+        )
+    if args.pool_at_eos and not family.pools:
+        raise InputError("--pool_at_eos is about SDXL's second text encoder, and this model has one: drop the flag.")
+    if args.save_a1111 and not family.a1111:
+        raise InputError(
+            "--save_a1111 is for Stable Diffusion 1.x and 2.x: drop it, of SDXL Automatic1111 reads"
+            " learned_embeds.safetensors itself."
         )
 
 
@@ -1014,19 +911,22 @@ def resolve_settings(args, device):
         InputError: a setting cannot work.
     """
     on_torch, in_int8 = args.unet_backend == "torch", args.openvino_precision == "int8"
-    if args.optimizer == "gauss_newton" and not on_torch and not in_int8 and args.mixed_precision is None:
-        args.mixed_precision = "bf16"  # which its evidence survives, and OpenVINO computes in half the time
+    optimizer = OPTIMIZERS[args.optimizer]
+    if args.mixed_precision is None and not in_int8:
+        args.mixed_precision = optimizer.precision_of_engine.get(args.unet_backend)
     compute, precision = choose_compute(device, args.mixed_precision, on_torch)
     if in_int8:  # the UNet: text encoder and VAE are a small part of the time
         compute, precision = compute._replace(dtype=torch.float32), "int8"
     args.activations = "int8" if in_int8 else str(compute.dtype).removeprefix("torch.")
-    if args.optimizer == "gauss_newton" and args.max_candidates_per_forward is None:
-        args.max_candidates_per_forward = GAUSS_NEWTON_PASS
+    if args.max_candidates_per_forward is None:
+        args.max_candidates_per_forward = optimizer.candidates_per_pass
     if args.torch_compile and device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
         raise InputError("--torch_compile needs a C++ compiler on a CPU: install g++ or leave the flag out.")
+    if (package := BACKENDS[args.quantization].package) and package not in provenance.installed_versions(package):
+        raise InputError(f"--quantization {args.quantization} is not installed: pip install {package}.")
     source = base_model.ModelSource(args.pretrained_model_name_or_path, args.revision, args.variant)
     base = base_model.open_base(source, args.tokenizer_name, families.FAMILIES.values())
-    families.complete_settings(args, base.family)
+    complete_for_family(args, base.family)
     complete_for_precision(args, precision)
     complete_for_base(args, base)
     if not on_torch:
@@ -1049,9 +949,9 @@ TRAJECTORY_SETTINGS = (
 
 def estimate_memory(args, base, compute):
     """The `MemoryPrediction` of a run, from the configs alone."""
-    networks = base_model.empty_text_encoder(base), *(base_model.empty_model(base, name) for name in ("unet", "vae"))
-    entries = args.num_vectors * base.word_width  # of θ; Gauss-Newton keeps so many directions, and A
-    points = candidates_per_step(args) + (entries if args.optimizer == "gauss_newton" else 0)
+    parts = base.family.denoiser, "vae"
+    networks = base_model.empty_text_encoder(base), *(base_model.empty_model(base, name) for name in parts)
+    entries, kept = args.num_vectors * base.word_width, OPTIMIZERS[args.optimizer].kept_coordinates
     plan = memory.MemoryPlan(
         examples=candidates_per_pass(args) * args.train_batch_size,
         resolution=args.resolution,
@@ -1059,7 +959,7 @@ def estimate_memory(args, base, compute):
         streamed=args.low_vram,
         openvino=args.unet_backend == "openvino",
         images=bool(args.validation_prompt),
-        coordinates=points * entries,
+        coordinates=candidates_per_step(args) * entries + kept(args, entries),
     )
     return memory.predict_memory(*networks, BACKENDS[args.quantization], plan, base, compute)
 
@@ -1077,9 +977,9 @@ PUBLICATION = hub.Publication(
     config_name="zoodip_config.json",
     result_name="learned_embeds.safetensors",
     files=("learned_embeds-best.safetensors", "learned_embeds.pt", "loss_curve.png", "samples/*.png")
-    + embeddings.PAIR_FILES,
+    + embeddings.PART_FILES,
     pipeline_name=families.SD1.pipeline_file,
-    pipeline_of_family={name: family.pipeline_file for name, family in families.FAMILIES.items()},
+    families=families.FAMILIES,
     tags=("textual_inversion", "diffusers-training", "stable-diffusion", "diffusers"),
     load="load_textual_inversion",
     keyword="learned_embeds",
@@ -1101,7 +1001,6 @@ RECIPES = {
         "checkpointing_steps": 50,
     },
 }
-FAST_FORWARDS = 17_000  # of a run of Gauss-Newton, if it is not told how long: 500 steps of 34
 
 # Flags that one optimizer takes and the other has no use for.
 FLAGS_OF_OPTIMIZER = {
@@ -1141,7 +1040,7 @@ def parse_args(input_args=None):
     words = sys.argv[1:] if input_args is None else input_args
     args = flags.parse(parser, words, REFUSED_FLAGS)
     given = flags.given_flags(parser, words)
-    recipe = RECIPES[args.recipe or ("fast" if args.optimizer == "gauss_newton" else "paper")]
+    recipe = RECIPES[args.recipe or next(name for name in RECIPES if RECIPES[name]["optimizer"] == args.optimizer)]
     if args.recipe and "optimizer" in given and args.optimizer != recipe["optimizer"]:
         parser.error(f"--recipe {args.recipe} is one of --optimizer {recipe['optimizer']}: drop one of the two.")
     vars(args).update({name: value for name, value in recipe.items() if name not in given})
@@ -1157,9 +1056,10 @@ def check_optimizer(parser, args, given):
         useless = [name for name in names if name in given and optimizer != args.optimizer]
         if useless:
             parser.error(f"--{useless[0]} belongs to --optimizer {optimizer}, this is {args.optimizer}: drop one.")
-    for name, without in (("subspace_steps", ("none",)), ("subspace_words", ("none", "prompt_words"))):
-        if name in given and args.subspace in without:
-            parser.error(f"--{name} does nothing with --subspace {args.subspace}: drop one.")
+    try:
+        OPTIMIZERS[args.optimizer].check(args, given)
+    except InputError as error:
+        parser.error(str(error))
 
 
 def add_engine_arguments(add):
@@ -1312,12 +1212,10 @@ def add_result_arguments(add):
 def check_arguments(parser, args):
     """Everything that can be judged without looking at a file; each fault is one sentence and exit code 2."""
     flags.check_shared_arguments(parser, args)
-    if args.sg_window == 1:
-        parser.error("--sg_window 1 holds no trajectory: give at least 2, or 0 to switch Subspace Gradient off.")
     if args.unet_backend == "openvino" and not BACKENDS[args.quantization].flexible:
         parser.error(f"--unet_backend openvino takes --quantization int8 or none, not {args.quantization}.")
     in_int8 = args.openvino_precision == "int8"
-    if in_int8 and (args.unet_backend != "openvino" or args.optimizer != "gauss_newton"):
+    if in_int8 and (args.unet_backend != "openvino" or "int8" not in OPTIMIZERS[args.optimizer].perturbation_scales):
         parser.error(
             "--openvino_precision int8 belongs to --unet_backend openvino --optimizer gauss_newton: give both, or drop"
             " it; differences of losses drown in INT8 activations."
@@ -1364,7 +1262,7 @@ class Run:
 
     def save(self, name, theta, save=embeddings.save_result):
         """Saves an embedding `[k, d]` in the run's folder."""
-        save(self.results, name, self.args.placeholder_token, theta, self.base.word_widths)
+        save(self.results, name, self.args.placeholder_token, theta, self.base.word_parts)
 
     def state(self):
         """The `CheckpointState`."""
@@ -1383,7 +1281,7 @@ def read_pictures(args):
 
 
 def load_networks(args, base, compute, layers_dir=None):
-    """Loads text encoders and UNet, frozen and quantized, the UNet ready for its engine.
+    """Loads text encoders and denoiser, frozen and quantized, the denoiser ready for its engine.
 
     Args:
         args: resolved settings.
@@ -1392,60 +1290,61 @@ def load_networks(args, base, compute, layers_dir=None):
         layers_dir: `TemporaryDirectory` of the layers that `--low_vram` streams from disk on a CPU.
 
     Returns:
-        The text encoder (a pair is joined), the UNet, and the `StoredModel` of each. With `--openvino_precision int8`
-        there is no UNet yet, but None: see `load_calibrated_unet`.
+        `TextEncoders`, the denoiser, and the `StoredModel` of each. With `--openvino_precision int8` there is no
+        denoiser yet, but None: see `load_calibrated_unet`.
     """
     backend = BACKENDS[args.quantization]
     cache_dir = None if args.quantized_cache_dir == "none" else args.quantized_cache_dir
     text_encoder, stored_text = load_text_encoder(base, backend, compute, cache_dir, args.pool_at_eos)
     if args.openvino_precision == "int8":
-        unet, stored_unet = None, None
+        denoiser, stored_denoiser = None, None
     elif args.unet_backend == "openvino":
-        unet, stored_unet = load_openvino_unet(args, base, compute, cache_dir)
+        denoiser, stored_denoiser = load_openvino_unet(args, base, compute, cache_dir)
     else:
         staging = torch.device("cpu") if args.low_vram else None
-        unet, share = load_frozen(base, "unet", backend, compute, cache_dir, staging)
-        stored_unet = base_model.StoredModel(memory.tensor_bytes(unet), share)
+        denoiser, share = load_frozen(base, base.family.denoiser, backend, compute, cache_dir, staging)
+        stored_denoiser = base_model.StoredModel(memory.tensor_bytes(denoiser), share)
     if args.low_vram:
-        stream_weights(unet, compute.device, layers_dir and layers_dir.name)
+        stream_weights(denoiser, compute.device, layers_dir and layers_dir.name)
     if args.torch_compile:
-        unet.compile(mode="reduce-overhead", dynamic=False)
-    return text_encoder, unet, stored_text, stored_unet
+        denoiser.compile(mode="reduce-overhead", dynamic=False)
+    return text_encoder, denoiser, stored_text, stored_denoiser
 
 
 def load_text_encoder(base, backend, compute, cache_dir=None, pool_at_eos=False):
-    """All text encoders of a base as one frozen, quantized module; and its `StoredModel`. Arguments: `load_frozen`."""
-    names, share = base.family.text_encoders, quantized_share(base_model.empty_text_encoder(base), backend)
-    text_encoder = base.family.join([load_frozen(base, name, backend, compute, cache_dir)[0] for name in names])
+    """The `TextEncoders` of a base, frozen and quantized, and their `StoredModel`. Arguments: `load_frozen`."""
+    family, share = base.family, quantized_share(base_model.empty_text_encoder(base), backend)
+    parts = [load_frozen(base, name, backend, compute, cache_dir)[0] for name in family.text_encoders]
+    text_encoder = families.TextEncoders(family, parts)
     if pool_at_eos:
-        text_encoder.pool_at(base.tokenizer.eos_token_id)
+        family.pool_at_end(text_encoder.encoders, base.tokenizers)
     return text_encoder, base_model.StoredModel(memory.tensor_bytes(text_encoder), share)
 
 
 def load_openvino_unet(args, base, compute, cache_dir, calibration=None):
-    """The UNet in OpenVINO, its graph kept in `cache_dir` under a name of what it is made of.
+    """The denoiser in OpenVINO, its graph kept in `cache_dir` under a name of what it is made of.
 
     Returns:
         The `OpenVINOUNet`, and its `StoredModel`.
     """
     backend, latent_size = BACKENDS[args.quantization], args.resolution // base.vae_factor
-    config, path = base_model.empty_model(base, "unet").config, None
+    family, path = base.family, None
+    empty = base_model.empty_model(base, family.denoiser)
     if cache_dir is not None:
-        files = base_model.find_weight_files(base, "unet")
+        files, config = base_model.find_weight_files(base, family.denoiser), empty.config
         path = openvino_unet.export_path(cache_dir, files, config, args.quantization, latent_size, base.prompt_length)
 
     def load():
         plain = Compute(torch.device("cpu"), torch.float32, torch.contiguous_format)
-        return load_frozen(base, "unet", backend, plain, cache_dir)[0]
+        return load_frozen(base, family.denoiser, backend, plain, cache_dir)[0]
 
     engine = args.openvino_device, compute.dtype, compute.device
-    shape = latent_size, base.prompt_length
-    unet, size = openvino_unet.compile_openvino_unet(path, load, config, *shape, *engine, calibration)
-    share = quantized_share(base_model.empty_model(base, "unet"), backend)
-    return unet, base_model.StoredModel(size, share)
+    call = family.call(family.example(base, 2, args.resolution))
+    denoiser, size = openvino_unet.compile_openvino_unet(path, load, empty.config, call, *engine, calibration)
+    return denoiser, base_model.StoredModel(size, quantized_share(empty, backend))
 
 
-def assemble_model(args, base, placeholder, prompt_ids, text_encoder, unet, compute):
+def assemble_model(args, base, placeholder, prompt_ids, text_encoder, denoiser, compute):
     """The networks as a function of θ: of the token table only the rows of the prompts and of the candidates stay.
 
     Args:
@@ -1457,14 +1356,14 @@ def assemble_model(args, base, placeholder, prompt_ids, text_encoder, unet, comp
     """
     tables = base_model.load_token_tables(base)
     texts = [placeholder.expand(args.validation_prompt or ""), ""]
-    of_images = prompts.tokenize(base.tokenizer, texts, base.tokenizers[1:])
-    in_use = torch.cat([prompt_ids.flatten(), of_images.flatten()])
+    in_use = torch.cat([prompt_ids.flatten(), base.tokenize(texts).flatten()])
     num_rows = candidates_per_pass(args) * placeholder.num_vectors
-    for encoder, table in zip(base.family.parts(text_encoder), tables):
+    for encoder, table in zip(text_encoder.encoders, tables):
         rows = PromptRows(table, in_use, placeholder.first_id, num_rows, compute.device, compute.dtype)
         encoder.set_input_embeddings(rows)
     limit = args.max_candidates_per_forward
-    model = FrozenModel(text_encoder, unet, base.scheduler, placeholder.first_id, limit, compute)
+    parts = base.family, text_encoder, denoiser, base.scheduler
+    model = FrozenModel(*parts, placeholder.first_id, limit, compute)
     initial = torch.cat([table[placeholder.initializer_id].float() for table in tables])
     return model, initial.to(compute.device)
 
@@ -1479,12 +1378,12 @@ CALIBRATION_SETTINGS = (
 
 
 def load_calibrated_unet(args, base, compute, model, learner, concept, pictures_digest):
-    """The UNet of `--openvino_precision int8`: calibrated on what training asks of it, kept as `load_openvino_unet`'s.
+    """The denoiser of `--openvino_precision int8`: calibrated on what training asks, kept as `load_openvino_unet`'s.
 
     Args:
         args: resolved settings.
         base, compute: `Base`, `Compute`.
-        model: `FrozenModel` that has no UNet yet.
+        model: `FrozenModel` that has no denoiser yet.
         learner: `Learner` before its first step.
         concept: `Concept`.
         pictures_digest: tells the pictures apart.
@@ -1505,102 +1404,37 @@ def load_calibrated_unet(args, base, compute, model, learner, concept, pictures_
 
 @torch.inference_mode()
 def draw_calibration(args, model, learner, concept):
-    """Inputs of the UNet as when training begins: passes of θ and candidates, each on examples of its own."""
-    directions, inputs = learner.rule.solver.directions, []
-    generator = torch.Generator().manual_seed(args.seed)
+    """The denoiser's inputs as when training begins: passes of θ and candidates, each on examples of its own."""
+    generator, inputs = torch.Generator().manual_seed(args.seed), []
 
-    def record(*given, return_dict, added_cond_kwargs=None):
-        inputs.append((*given, *(added_cond_kwargs or {}).values()))
+    kind = model.family.classes[model.family.denoiser]
+
+    def record(*given, **named):
+        inputs.append(tuple(families.Call(kind, given, named).tensors().values()))
         return (torch.zeros_like(given[0]),)
 
     for _ in range(CALIBRATION_PASSES):
         batch = draw_batch(concept, choose_sampling(args), model.scheduler, generator).to(learner.theta.device)
-        picks = torch.randint(len(directions), (CALIBRATION_CANDIDATES - 1,), generator=generator)
-        signs = torch.randint(2, (len(picks), 1, 1), generator=generator) * 2 - 1
-        steps = (args.perturbation_scale * signs * directions[picks]).to(learner.theta)
-        replace(model, unet=record).errors(torch.cat([learner.theta[None], learner.theta + steps]), batch)
+        steps = learner.rule.probes(CALIBRATION_CANDIDATES - 1, generator).to(learner.theta)
+        replace(model, denoiser=record).errors(torch.cat([learner.theta[None], learner.theta + steps]), batch)
     return inputs
 
 
-def choose_directions(args, base, placeholder, prompt_ids):
-    """All directions of a vector, `[d, d]`, orthonormal: those of `--subspace` first.
-
-    Args:
-        args: resolved settings.
-        base, placeholder: `Base`, `Placeholder`.
-        prompt_ids: of the concept's prompts, any shape.
-
-    Raises:
-        InputError: the prompts have too few words to tell directions.
-    """
-    tables, dimension = base_model.load_token_tables(base), base.word_width
-    table = tables[0] if len(tables) == 1 else torch.cat(tables, dim=1)  # of two, a word is a row of both
-    if args.subspace == "none":
-        return torch.eye(dimension)
-    if args.subspace == "vocabulary":
-        return vocabulary_directions(table, dimension, args.subspace_words)
-    ids = prompt_ids.unique()
-    special = torch.tensor([i for tokenizer in base.tokenizers for i in tokenizer.all_special_ids])
-    ids = ids[(ids < placeholder.first_id) & ~torch.isin(ids, special)]
-    if len(ids) < 2:
-        raise InputError(
-            f"--subspace prompt_words needs two different words beside {placeholder.token} in the captions: write"
-            " longer ones, or give --subspace vocabulary."
-        )
-    return vocabulary_directions(table[ids], dimension, len(ids))
-
-
-def start_gauss_newton(args, theta, directions):
-    """A `GaussNewtonUpdate` before its first step; `directions` `[d, d]` serve each of θ's vectors `[k, d]`."""
-    k, d = theta.shape
-    of_vectors = torch.eye(k)[None, :, :, None] * directions[:, None, None, :]  # [d, k, k, d]: vector by vector
-    of_vectors = of_vectors.reshape(-1, k, d)
-    solver = GaussNewton(of_vectors, args.gn_memory, args.gn_ridge, args.gn_max_step)
-    inside, steps = k * args.subspace_dimension, 0 if args.subspace == "none" else args.subspace_steps
-    exact = args.activations != "bfloat16" and args.openvino_precision != "int8"
-    return GaussNewtonUpdate(solver, args.perturbation_scale, inside, steps, args.seed, exact)
-
-
-def start_zeroth_order_adam(args, theta, num_processes):
-    """A `ZerothOrderAdam` before its first step."""
-    estimates = args.gradient_accumulation_steps * num_processes
-    optimizer = torch.optim.Adam(
-        [theta],
-        lr=args.learning_rate * (args.train_batch_size * estimates if args.scale_lr else 1),
-        betas=(args.adam_beta1, args.adam_beta2),
-        eps=args.adam_epsilon,
-        weight_decay=args.adam_weight_decay,
-    )
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler,
-        optimizer,
-        num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=args.max_train_steps,
-        num_cycles=args.lr_num_cycles,
-    )
-    subspace = SubspaceGradient(args.sg_window, args.sg_threshold)
-    estimate = args.gradient_estimator, args.num_perturbations, args.perturbation_scale
-    return ZerothOrderAdam(optimizer, lr_scheduler, subspace, *estimate, estimates)
-
-
-def start_learner(args, initial, directions=None, num_processes=1, process_index=0):
+def start_learner(args, initial, found=None, num_processes=1, process_index=0):
     """A `Learner` at its first step.
 
     Args:
         args: resolved settings.
         initial: the initializer's embedding `[d]`.
-        directions: what `choose_directions` returned, for Gauss-Newton.
+        found: what the optimizer's `look_ahead` returned.
         num_processes, process_index: of the run.
     """
     theta = initial.repeat(args.num_vectors, 1)
-    tail = args.gn_averaging if args.optimizer == "gauss_newton" else 0.0
-    if args.optimizer == "gauss_newton":
-        rule = start_gauss_newton(args, theta, directions)
-    else:
-        rule = start_zeroth_order_adam(args, theta, num_processes)
+    optimizer = OPTIMIZERS[args.optimizer]
+    rule = optimizer.start(args, theta, found, num_processes)
     seeds = (np.random.SeedSequence([args.seed, i, process_index]).generate_state(1)[0] for i in range(2))
     generators = (torch.Generator().manual_seed(int(seed)) for seed in seeds)
-    return Learner(theta, rule, *generators, tail)
+    return Learner(theta, rule, *generators, optimizer.tail(args))
 
 
 def choose_sampling(args):
@@ -1698,7 +1532,7 @@ def check_finite(run, loss, last_good):
         return
     if run.accelerator.is_main_process:
         run.save(PUBLICATION.result_name, last_good)
-    length = "gn_max_step" if run.args.optimizer == "gauss_newton" else "learning_rate"
+    length = OPTIMIZERS[run.args.optimizer].step_flag
     raise DivergedError(
         f"the loss became {loss} at step {run.progress.step}: training stopped and the last good embedding is in"
         f" {run.args.output_dir}/{PUBLICATION.result_name}; try a smaller --{length} than"
@@ -1736,14 +1570,14 @@ def draw_samples(run):
     args, model = run.args, run.model
     rows, prompt = model.text_encoder.get_input_embeddings(), run.placeholder.fill(args.validation_prompt)
     texts = [run.placeholder.expand(prompt), ""]
-    rows.check(prompts.tokenize(run.base.tokenizer, texts, run.base.tokenizers[1:]))
+    rows.check(run.base.tokenize(texts))
     rows.write(run.learner.result[None])
     what = prompt, args.num_validation_images, args.seed
     options = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
     options |= {"height": args.resolution, "width": args.resolution}
     eager = torch.compiler.set_stance("force_eager") if args.torch_compile else contextlib.nullcontext()
     with eager:  # another shape than training's would be compiled for minutes
-        samples = validation.draw_images(run.base, model.text_encoder, model.unet, model.compute, *what, **options)
+        samples = validation.draw_images(run.base, model.text_encoder, model.denoiser, model.compute, *what, **options)
     if model.compute.device.type == "cuda":
         memory.release_freed_memory()  # decoding takes more than training does, and would stay reserved
     return samples
@@ -1764,17 +1598,15 @@ def finish(run, pictures, components, repo_id):
     args, theta, compute = run.args, run.learner.result, run.model.compute
     run.save(PUBLICATION.result_name, theta)
     samples = draw_validation_images(run) or []
-    figures = provenance.describe_figures(run.progress, run.history, compute.device)
-    if args.optimizer == "gauss_newton":
-        figures |= {"share": run.learner.rule.share}
+    figures = provenance.describe_figures(run.progress, run.history, compute.device) | run.learner.rule.figures()
+    method = OPTIMIZERS[args.optimizer].method
     base_license = hub.base_license(args.pretrained_model_name_or_path)
-    config = provenance.describe_result(args, "ZOODiP (arXiv 2503.14868)", base_license, compute, components, figures)
+    config = provenance.describe_result(args, method, base_license, compute, components, figures)
     config["run"], run.model = run.id, None  # the full pipeline takes its place in memory
-    family, widths = run.base.family, run.base.word_widths
-    tags = ["zoodip" if args.optimizer == "zo_adam" else "gauss-newton"]
-    config |= {"family": family.name, "tags": tags}
+    family, parts = run.base.family, run.base.word_parts
+    config |= {"family": family.name, "tags": [OPTIMIZERS[args.optimizer].tag]}
     name, base = args.placeholder_token, args.pretrained_model_name_or_path
-    result = Result(name, theta, run.best, run.history, samples, pictures, config, base, widths)
+    result = Result(name, theta, run.best, run.history, samples, pictures, config, base, parts)
     what = run.base.source, compute.dtype, args.placeholder_token, family
     full_pipeline = what if args.save_as_full_pipeline else None
     write_result(result, run.results, PUBLICATION, repo_id, args.save_a1111, full_pipeline)
@@ -1812,15 +1644,14 @@ def main(args):
 def learn_concept(args, accelerator, base, placeholder, compute):
     """A run in `--output_dir`, which is its own, from the pictures to the push."""
     # 1. Everything that can be wrong is checked before anything slow starts.
+    optimizer = OPTIMIZERS[args.optimizer]
     memory.warn_if_too_large(args, SMALLER, lambda settings: estimate_memory(settings, base, compute), compute.device)
     if args.validation_prompt and placeholder.token not in placeholder.fill(args.validation_prompt):
         logger.warning(f"--validation_prompt {args.validation_prompt!r} does not contain {placeholder.token}.")
     pictures = read_pictures(args)
-    words = base.tokenizer, args.learnable_property, base.tokenizers[1:]
-    captions = prompts.build_prompts(pictures, placeholder, *words)
+    captions = prompts.build_prompts(pictures, placeholder, base, args.learnable_property)
     if args.max_train_steps is None:  # the last of the defaults, known once the pictures are
-        fast = max(1, FAST_FORWARDS // candidates_per_step(args))
-        steps = fast if args.optimizer == "gauss_newton" else base.family.paper["max_train_steps"]
+        steps = optimizer.num_steps(args, base.family)
         per_epoch = len(pictures) * args.repeats
         args.max_train_steps = launch.training_length(args, per_epoch, accelerator.num_processes, steps)
     if args.recipe:
@@ -1830,31 +1661,30 @@ def learn_concept(args, accelerator, base, placeholder, compute):
     data = base_model.weights_digest(base), accelerator.num_processes, pictures
     settings = checkpoints.trajectory_settings(args, TRAJECTORY_SETTINGS, *data)
     checkpoint = checkpoints.find_checkpoint(args.resume_from_checkpoint, args.output_dir, settings)
-    directions = None
-    if args.optimizer == "gauss_newton":
-        directions = choose_directions(args, base, placeholder, captions[0])
+    found = optimizer.look_ahead(args, base, placeholder, captions[0])
     repo_id = None
     if args.push_to_hub and accelerator.is_main_process:
         wanted = args.hub_model_id or Path(args.output_dir).resolve().name
         repo_id = hub.prepare_hub(wanted, args.hub_private_repo, args.hub_token)
 
-    # 2. The VAE comes and goes; then text encoder and UNet arrive, frozen and quantized.
+    # 2. The VAE comes and goes; then text encoder and denoiser arrive, frozen and quantized.
     concept, stored_vae = examples.load_concept(pictures, captions, base, args.flip_probability, compute)
     layers_dir = temporary_folder(args.output_dir) if args.low_vram and compute.device.type == "cpu" else None
     with accelerator.local_main_process_first():  # the first process fills the cache, the others read it
-        text_encoder, unet, *stored = load_networks(args, base, compute, layers_dir)
-    model, initial = assemble_model(args, base, placeholder, concept.prompt_ids, text_encoder, unet, compute)
-    del text_encoder, unet
+        text_encoder, denoiser, *stored = load_networks(args, base, compute, layers_dir)
+    networks = text_encoder, denoiser, compute
+    model, initial = assemble_model(args, base, placeholder, concept.prompt_ids, *networks)
+    del text_encoder, denoiser, networks
     memory.release_freed_memory()
 
     # 3. What is learned: θ, from its start or from a checkpoint.
-    learner = start_learner(args, initial, directions, accelerator.num_processes, accelerator.process_index)
+    learner = start_learner(args, initial, found, accelerator.num_processes, accelerator.process_index)
     if args.openvino_precision == "int8":
         what = args, base, compute, model, learner, concept, settings["training data"]
         with accelerator.local_main_process_first():
-            model.unet, stored[1] = load_calibrated_unet(*what)
+            model.denoiser, stored[1] = load_calibrated_unet(*what)
         memory.release_freed_memory()
-    components = {"vae": stored_vae, **dict(zip(("text_encoder", "unet"), stored))}
+    components = {"vae": stored_vae, **dict(zip(("text_encoder", base.family.denoiser), stored))}
     loop.log_components(components)
     sampling = choose_sampling(args)
     held_out = draw_held_out(args, concept, sampling, base.scheduler)

@@ -164,7 +164,7 @@ class ZOODiPPipeline(StableDiffusionPipeline):
             dtype = str(self.text_encoder.dtype).removeprefix("torch.")
             raise ValueError(
                 f"learned_embeds {str(source)!r} has entries that are too large for {dtype}, the precision of this"
-                " text encoder: load the pipeline with torch_dtype=torch.float32."
+                " text encoder: load the pipeline with dtype=torch.float32."
             )
         vocabulary = self.tokenizer.get_vocab()
         for name in [token, *(f"{token}_{i}" for i in range(1, shape[0]))]:

@@ -189,7 +189,7 @@ class ZOODiPXLPipeline(StableDiffusionXLPipeline):
                 raise ValueError(
                     f"{name} has entries that are NaN, infinite or too large for"
                     f" {str(text_encoder.dtype).removeprefix('torch.')}: use an earlier save of it, or load the"
-                    " pipeline with torch_dtype=torch.float32."
+                    " pipeline with dtype=torch.float32."
                 )
         vocabulary = self.tokenizer.get_vocab() | self.tokenizer_2.get_vocab()
         for word in [token, *(f"{token}_{i}" for i in range(1, len(halves[0])))]:

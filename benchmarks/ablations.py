@@ -9,19 +9,15 @@ one run for each subject and seed. What the tables show is made by `ablation_row
 """
 
 import statistics
-import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
-
-sys.path.append(str(Path(__file__).resolve().parent.parent))
-
-from benchmarks import ideas  # noqa: E402
-from benchmarks.make_tables import spread_over_seeds  # noqa: E402
-from benchmarks.methods import PAPER, PUTS, UNIFORM, FlagshipLearner, Method  # noqa: E402
-from evaluate_personalization import bootstrap_interval  # noqa: E402
+from benchmarks import ideas
+from benchmarks.grids import PAPER, PUTS, UNIFORM
+from benchmarks.methods import FlagshipLearner, Method
+from benchmarks.summaries import spread_over_seeds
+from evaluate_personalization import bootstrap_interval
 
 
 FOLDER = "ablations"  # of the runs of all grids: cells with the same name are the same

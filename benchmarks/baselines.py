@@ -7,7 +7,6 @@ diffusers format (`random_base.build` makes one with random weights) or ready `M
 
 import json
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -18,14 +17,13 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
+from personalization.data.examples import Batch
+from personalization.models import families
+from personalization.models.memory import keep_freed_blocks, release_freed_memory
+from train_zoodip_textual_inversion import SubspaceGradient, normalize_estimate, sample_puts_timesteps
+
 
 HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE.parent))  # the training script lies beside this folder
-
-from personalization.data.examples import Batch  # noqa: E402
-from personalization.models import families  # noqa: E402
-from personalization.models.memory import keep_freed_blocks, release_freed_memory  # noqa: E402
-from train_zoodip_textual_inversion import SubspaceGradient, normalize_estimate, sample_puts_timesteps  # noqa: E402
 
 
 class Models(NamedTuple):
@@ -62,18 +60,18 @@ def quantize_layer_by_layer(model, dtype):
 def load_models(base, device="cpu", dtype=torch.float32, text_dtype=None, quanto=False):
     """Loads the frozen models of `base` in `dtype` (text encoder: `text_dtype`), quantized with quanto on request.
 
-    SDXL's two text encoders come joined, as `families.PairedTextEncoder`.
+    SDXL's two text encoders come joined, as `families.TextEncoders`.
     """
     paired = (Path(base) / "text_encoder_2").is_dir()
     # SDXL's UNet alone has 10 GB in float32.
     by_layer = quanto and paired and dtype == torch.float32
     stored, text_dtype = (torch.float16,) * 2 if by_layer else (dtype, text_dtype or dtype)
-    unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet", torch_dtype=stored)
-    vae = AutoencoderKL.from_pretrained(base, subfolder="vae", torch_dtype=stored)
+    unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet", dtype=stored)
+    vae = AutoencoderKL.from_pretrained(base, subfolder="vae", dtype=stored)
     text_encoder = CLIPTextModel.from_pretrained(base, subfolder="text_encoder", dtype=text_dtype)
     if paired:
         second = CLIPTextModelWithProjection.from_pretrained(base, subfolder="text_encoder_2", dtype=text_dtype)
-        text_encoder = families.PairedTextEncoder(text_encoder, second)
+        text_encoder = families.TextEncoders(families.SDXL, [text_encoder, second])
     # Quantized on the host, so that the device never sees the large weights and its peak memory is the step's.
     if by_layer:
         keep_freed_blocks(1)  # or glibc's heap would grow to three times what is left
@@ -89,9 +87,7 @@ def load_models(base, device="cpu", dtype=torch.float32, text_dtype=None, quanto
 def text_encoders(models):
     """Its text encoders: one, or SDXL's two."""
     text_encoder = models.text_encoder
-    return (
-        families.SDXL.parts(text_encoder) if isinstance(text_encoder, families.PairedTextEncoder) else (text_encoder,)
-    )
+    return tuple(text_encoder.encoders) if isinstance(text_encoder, families.TextEncoders) else (text_encoder,)
 
 
 def add_row(models):
@@ -157,7 +153,9 @@ class _TextualInversion:
         mixed = self.dtype != torch.float32 and self.table.dtype == torch.float32
         with torch.autocast(self.device.type, self.dtype, enabled=mixed):
             encoded = self.text_encoder(batch.prompt_ids)
-        conditioning, added = encoded[0].to(self.dtype), families.added_conditions(encoded, batch.size_ids)
+        conditioning, added = encoded[0].to(self.dtype), {}
+        if batch.size_ids.numel():
+            added["added_cond_kwargs"] = {"text_embeds": encoded[1], "time_ids": batch.size_ids}
         noisy = batch.noisy_latents.to(self.dtype)
         prediction = self.unet(noisy, batch.timesteps, conditioning, **added, return_dict=False)[0]
         return F.mse_loss(prediction.float(), batch.target.float())
@@ -289,7 +287,7 @@ class BareForwards:
 
     def __init__(self, unet, latent=64, batch_size=1, num_perturbations=2, device="cpu", dtype=torch.float32):
         if not isinstance(unet, torch.nn.Module):
-            unet = UNet2DConditionModel.from_pretrained(unet, subfolder="unet", torch_dtype=dtype)
+            unet = UNet2DConditionModel.from_pretrained(unet, subfolder="unet", dtype=dtype)
             unet = unet.requires_grad_(False).eval().to(device)
             release_freed_memory()
         self.unet = unet

@@ -13,55 +13,42 @@ its own entries (same architecture, row, resolution, n and batch size) and keeps
 """
 
 import argparse
-import contextlib
-import datetime
 import itertools
 import json
-import math
 import os
-import platform
-import re
-import shlex
 import shutil
-import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
 
-import baselines
-import numpy as np
+from benchmarks import common
+from benchmarks.common import CACHE, DEMO, RESULTS, ROOT, as_words
+from benchmarks.watching import SAMPLE_SECONDS, last_json, megabytes, summarize, watch
+
+
+# isort: split
 import torch
-from bench_real_photos import cpu_name
-from bench_signal import installed
-from PIL import Image
-from random_base import HERE, build
+
+import train_zoodip_textual_inversion as zoodip
+from benchmarks import baselines, random_base
+from personalization.models import memory
+from personalization.models.base_model import ModelSource, empty_model, open_base
+from personalization.models.compute import choose_compute
 
 
-ROOT = HERE.parent
-sys.path.append(str(ROOT))
-
-import train_zoodip_textual_inversion as zoodip  # noqa: E402
-from personalization.files import write_json  # noqa: E402
-from personalization.models import memory  # noqa: E402
-from personalization.models.base_model import ModelSource, empty_model, open_base  # noqa: E402
-from personalization.models.compute import choose_compute  # noqa: E402
-
-
-CACHE = HERE / ".cache"  # on disk: a folder in memory would count as somebody's memory
 SCRIPT = ROOT / "train_zoodip_textual_inversion.py"
-MB = 2**20
 STEPS = 2  # the second step of gradient Textual Inversion holds AdamW's moments, too
-SAMPLE_SECONDS = 0.005
 KEY = ("architecture", "row", "resolution", "num_perturbations", "batch_size")
-IMPORTS = "import train_zoodip_textual_inversion; from personalization import memory; print(memory.process_memory())"
+IMPORTS = (
+    "import train_zoodip_textual_inversion; from personalization.models import memory; print(memory.process_memory())"
+)
 # The script's own --estimate_memory, with its figures as JSON instead of a table.
 ESTIMATE = """
 import dataclasses, json
 import train_zoodip_textual_inversion as zoodip
-from personalization.memory import MemoryPrediction
+from personalization.models.memory import MemoryPrediction
 MemoryPrediction.table = lambda self: json.dumps(dataclasses.asdict(self) | {"peak": self.peak})
 zoodip.main(zoodip.parse_args())
 """
@@ -107,181 +94,6 @@ ROWS = {
     "load-int8": Row("load", {}),
 }
 REDUCED = ["int8", "openvino", "none", "official", "ti-fp32"]
-# Lines of the script (and of the children below) that begin a phase; before the first of them it is "start".
-PHASES = {
-    "Quantizing the text_encoder": "quantizing the text encoder",
-    "Quantizing the unet": "quantizing the UNet",
-    "Exporting the UNet": "exporting the UNet",
-    "candidates a step": "training",
-    "Steps: 100%": "results",
-    "phase: ": None,  # the name follows
-}
-
-
-# =====================================================================================================
-# A process, watched
-# =====================================================================================================
-
-
-class Sample(NamedTuple):
-    """A process at one moment; bytes, and `time.monotonic()`, which is the same clock in all processes."""
-
-    time: float
-    rss: int
-    anonymous: int
-    high_water: int  # of rss, by the kernel: it misses nothing between samples
-
-
-class Watched(NamedTuple):
-    samples: list
-    lines: list  # (time, line) of what it printed
-    seconds: float
-    children: dict  # per name of a child process: most bytes that were its own (a fork shares its parent's pages)
-    gpu: int | None  # most MB in use on the GPU, above what was in use before; None: no nvidia-smi
-
-
-def read_status(pid):
-    """A `Sample`, or None once the process has ended."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    fields = dict(re.findall(r"^(VmHWM|VmRSS|RssAnon):\s+(\d+) kB", status, re.MULTILINE))
-    if len(fields) < 3:  # a zombie
-        return None
-    return Sample(time.monotonic(), *(1024 * int(fields[name]) for name in ("VmRSS", "RssAnon", "VmHWM")))
-
-
-def own_bytes(pid):
-    """(name, private bytes) of a process."""
-    sizes = re.findall(r"^Private_\w+:\s+(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE)
-    return Path(f"/proc/{pid}/comm").read_text().strip(), 1024 * sum(map(int, sizes))
-
-
-def note_children(pid, known):
-    """Raises in `known` (name: bytes) what the direct children of a process have now."""
-    for path in Path(f"/proc/{pid}/task").glob("*/children"):
-        with contextlib.suppress(OSError):  # it has just ended
-            for child in path.read_text().split():
-                name, size = own_bytes(child)
-                known[name] = max(known.get(name, 0), size)
-
-
-@contextlib.contextmanager
-def watch_gpu(device):
-    """Yields a list that fills with the GPU's memory in use (MB) until the end of the block."""
-    used = []
-    if device != "cuda" or not shutil.which("nvidia-smi"):
-        yield used
-        return
-    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] or "0"
-    query = ["nvidia-smi", "-i", first, "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-lms", "50"]
-    process = subprocess.Popen(query, stdout=subprocess.PIPE, text=True)
-    reader = threading.Thread(
-        target=lambda: used.extend(int(line) for line in process.stdout if line.strip().isdigit())
-    )
-    reader.start()
-    time.sleep(0.5)  # the first readings are those before
-    try:
-        yield used
-    finally:
-        process.terminate()
-        reader.join()
-        process.wait()
-
-
-def watch(command, device):
-    """Runs a command and samples its process until the end.
-
-    Raises:
-        RuntimeError: it failed; the message ends with what it printed last.
-    """
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    if device == "cpu":
-        environment["CUDA_VISIBLE_DEVICES"] = ""
-    samples, lines, children, started = [], [], {}, time.monotonic()
-
-    def read(stream):
-        for line in stream:  # text mode: the carriage returns of a progress bar end lines, too
-            lines.append((time.monotonic(), line.rstrip()))
-
-    with watch_gpu(device) as gpu:
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-        )
-        reader = threading.Thread(target=read, args=(process.stdout,))
-        reader.start()
-        try:
-            while process.poll() is None:
-                if sample := read_status(process.pid):
-                    samples.append(sample)
-                if len(samples) % 50 == 1:
-                    note_children(process.pid, children)
-                time.sleep(SAMPLE_SECONDS)
-        finally:
-            process.kill()
-            process.wait()
-            reader.join()
-    seconds = time.monotonic() - started
-    if process.returncode:
-        last = "\n".join(line for _, line in lines[-15:])
-        raise RuntimeError(f"exit code {process.returncode}: {shlex.join(command)}\n{last}")
-    return Watched(samples, lines, seconds, children, max(gpu) - gpu[0] if gpu else None)
-
-
-def megabytes(size):
-    return round(size / MB, 1)
-
-
-def divide_phases(watched):
-    """Per phase in order of time: when it began, and the largest of what was sampled in it."""
-    begins = [(watched.samples[0].time, "start")]
-    for moment, line in watched.lines:
-        for mark, name in PHASES.items():
-            if mark in line:
-                name = name or line.split(mark)[1]
-                if name not in [known for _, known in begins]:
-                    begins.append((moment, name))
-    phases = {}
-    for (moment, name), (end, _) in itertools.zip_longest(begins, begins[1:], fillvalue=(math.inf, "")):
-        inside = [s for s in watched.samples if moment <= s.time < end]
-        if inside:
-            phases[name] = {
-                "begins_s": round(moment - begins[0][0], 1),
-                "rss_at_begin_mb": megabytes(inside[0].rss),
-                "anonymous_at_begin_mb": megabytes(inside[0].anonymous),
-                "peak_rss_mb": megabytes(max(s.rss for s in inside)),
-                "peak_anonymous_mb": megabytes(max(s.anonymous for s in inside)),
-            }
-    return phases
-
-
-def summarize(watched, imports=None):
-    """The headline figures and the phases of a process; `imports` is that of the bare imports."""
-    result = {
-        "peak_rss_mb": megabytes(max(s.high_water for s in watched.samples)),
-        "peak_rss_sampled_mb": megabytes(max(s.rss for s in watched.samples)),
-        "peak_anonymous_mb": megabytes(max(s.anonymous for s in watched.samples)),
-        "children_mb": {name: megabytes(size) for name, size in watched.children.items()},
-        "phases": divide_phases(watched),
-    }
-    if imports:
-        for name in ("peak_rss_mb", "peak_anonymous_mb"):
-            result[f"{name.removesuffix('_mb')}_above_imports_mb"] = round(result[name] - imports[name], 1)
-    if watched.gpu is not None:
-        result["gpu_used_mb"] = watched.gpu
-    return result
-
-
-def last_json(watched):
-    """The last line that is a JSON object."""
-    return json.loads(next(line for _, line in reversed(watched.lines) if line.startswith("{")))
 
 
 # =====================================================================================================
@@ -308,8 +120,7 @@ def script_flags(row, base, images, output, cache, resolution, n, batch_size):
     }
     if flags.get("optimizer") == "gauss_newton":
         del flags["num_perturbations"]
-    words = [[f"--{name}"] if value is True else [f"--{name}", str(value)] for name, value in flags.items()]
-    return list(itertools.chain.from_iterable(words))
+    return as_words(flags)
 
 
 def run_child(kind, settings):
@@ -349,12 +160,9 @@ def load_unet(name, device, cache):
 
 def predict(flags, device):
     """What `--estimate_memory` says about a run with the same flags, in MB."""
-    environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})}
-    command = [sys.executable, "-c", ESTIMATE, *flags, "--estimate_memory"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"--estimate_memory, exit code {done.returncode}\n{done.stderr[-2000:]}")
-    figures = json.loads(done.stdout.splitlines()[-1])
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
+    said = common.run([sys.executable, "-c", ESTIMATE, *flags, "--estimate_memory"], **hidden)
+    figures = json.loads(said.splitlines()[-1])
     libraries, phases = figures["libraries"], figures.pop("phases")  # a phase of 0 bytes does not take place
     sums = {f"while {name}": megabytes(size + libraries) for name, size in phases.items() if size}
     return {name: megabytes(size) for name, size in figures.items()} | sums
@@ -414,27 +222,8 @@ def measure_child(row, where, place, device, imports):
 # =====================================================================================================
 
 
-def store(path, entry):
-    """Puts one entry into the file, in the place of an older one with the same key."""
-    entries = json.loads(path.read_text())["entries"] if path.is_file() else []
-    entries = [old for old in entries if any(old[name] != entry[name] for name in KEY)]
-    entries.append(entry)
-    entries.sort(key=lambda e: [str(e[name] or "").rjust(6, "0") for name in KEY])
-    write_json(path, {"unit": "MB = 2**20 bytes", "steps": STEPS, "entries": entries})
-
-
-def relative(command):
-    """A command line without what is only true of this machine."""
-    words = shlex.join(["python" if word == sys.executable else word for word in command])
-    return re.sub(rf"{re.escape(str(CACHE))}/memory-\w+", "TEMPORARY", words).replace(f"{ROOT}/", "")
-
-
-def hardware(device):
-    name = cpu_name()
-    if device == "cuda":  # not asked by torch, whose context would be counted as memory in use
-        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-        name = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]
-    return {"device": device, "name": name, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+def order(entry):
+    return [str(entry[name] or "").rjust(6, "0") for name in KEY]
 
 
 def print_entry(entry):
@@ -478,7 +267,7 @@ def parse_args():
     rows = args.rows or (REDUCED if args.reduced else list(ROWS))
     args.rows = [name for name in rows if args.device == "cpu" or not ROWS[name].cpu_only]
     args.resolutions = args.resolutions or ([64] if args.architecture == "demo" else [256, 512])
-    args.output = args.output or HERE / "results" / f"memory_{args.device}.json"
+    args.output = args.output or RESULTS / f"memory_{args.device}.json"
     return args
 
 
@@ -500,18 +289,14 @@ def main():
         raise SystemExit("bench_memory.py reads /proc/PID/status: it needs Linux.")
     started = time.monotonic()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    common.warn_if_busy()
     demo = args.architecture == "demo"
-    base = ROOT / "demo" / "base" if demo else build(args.architecture, CACHE / args.architecture)
-    libraries = ["torch", "diffusers", "transformers", "accelerate", "bitsandbytes", "optimum-quanto", "openvino"]
-    facts = {
-        "hardware": hardware(args.device),
-        "versions": {"python": platform.python_version(), **{name: installed(name) for name in libraries}},
-    }
+    base = DEMO / "base" if demo else random_base.build(args.architecture, CACHE / args.architecture)
 
     def finish(key, command, watched, result):
-        entry = {**dict(zip(KEY, key)), **facts, **result, "date": datetime.date.today().isoformat()}
-        entry |= {"command": relative(command), "seconds": round(watched.seconds, 1)}
-        store(args.output, entry)
+        entry = {**dict(zip(KEY, key)), **common.provenance(command, args.device), **result}
+        entry |= {"seconds": round(watched.seconds, 1)}
+        common.put(args.output, [entry], KEY, order, unit="MB = 2**20 bytes", steps=STEPS)
         print_entry(entry)
 
     command = [sys.executable, "-c", IMPORTS]
@@ -526,11 +311,7 @@ def main():
             scratch = Path(scratch)
             place = {"base": base, "scratch": scratch, "images": scratch / "images", "fresh": scratch / "fresh"}
             place |= {"none": "none", "kept": CACHE / "quantized"}
-            place["images"].mkdir()
-            generator = np.random.default_rng(0)
-            for i in range(2):
-                pixels = generator.integers(256, size=(64, 64, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(place["images"] / f"{i}.png")
+            common.make_pictures(place["images"], 2)
             try:
                 measure = measure_script if row.kind == "script" else measure_child
                 finish(key, *measure(row, key, place, args.device, imports))

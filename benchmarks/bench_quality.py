@@ -9,30 +9,28 @@ scores of each run and the spread over torch's seeds to `benchmarks/results/qual
 
 import argparse
 import json
-import os
-import shlex
 import subprocess
 import sys
-from pathlib import Path
 
-from bench_real_photos import cpu_name
+from benchmarks import common
+from benchmarks.common import CACHE, DEMO, RESULTS
+from personalization.files import write_json
 
 
-HERE = Path(__file__).resolve().parent
 METRICS = ("CLIP-I", "identity", "CLIP-T")
 
 
 def run(backend, seed, subjects):
-    """One run of the demo: mean scores after training, seconds of training summed over subjects, versions."""
-    output = HERE / ".cache" / f"quality_{backend}_{seed}"
-    command = [sys.executable, str(HERE.parent / "demo" / "run_demo.py"), "--unet_backend", backend]
+    """One run of the demo: mean scores after training, and seconds of training summed over subjects."""
+    output = CACHE / f"quality_{backend}_{seed}"
+    command = [sys.executable, str(DEMO / "run_demo.py"), "--unet_backend", backend]
     command += ["--seed", str(seed), "--output_dir", str(output), "--subjects", *subjects]
     subprocess.run(command, check=True)
     scores = json.loads((output / "scores.json").read_text())
     subjects = scores["scores"].values()
     means = {name: round(sum(s["after"][name] for s in subjects) / len(subjects), 4) for name in METRICS}
     seconds = sum(s["training"]["seconds"] for s in subjects)
-    return {"backend": backend, "seed": seed, "after": means, "training_seconds": seconds}, scores["versions"]
+    return {"backend": backend, "seed": seed, "after": means, "training_seconds": seconds}
 
 
 def main():
@@ -45,22 +43,13 @@ def main():
     parser.add_argument("--openvino_seeds", nargs="+", type=int, default=[0], help="Seeds of the OpenVINO runs.")
     args = parser.parse_args()
     plan = [("torch", seed) for seed in args.torch_seeds] + [("openvino", seed) for seed in args.openvino_seeds]
-    runs = []
-    for backend, seed in plan:
-        figures, versions = run(backend, seed, args.subjects)
-        runs.append(figures)
+    common.warn_if_busy()
+    runs = [run(backend, seed, args.subjects) for backend, seed in plan]
     torch_runs = [r["after"] for r in runs if r["backend"] == "torch"]
     spread = {name: [min(r[name] for r in torch_runs), max(r[name] for r in torch_runs)] for name in METRICS}
-    result = {
-        "command": shlex.join(["python", "benchmarks/bench_quality.py", *sys.argv[1:]]),
-        "subjects": args.subjects,
-        "runs": runs,
-        "torch_spread": spread,
-        "hardware": {"name": cpu_name(), "cores": os.cpu_count()},
-        "versions": versions,
-    }
-    path = HERE / "results" / "quality.json"
-    path.write_text(json.dumps(result, indent=2, sort_keys=True) + "\n")
+    result = {**common.provenance(), "subjects": args.subjects, "runs": runs, "torch_spread": spread}
+    path = RESULTS / "quality.json"
+    write_json(path, result)
     print(f"Wrote {path}")
 
 

@@ -9,71 +9,63 @@ process that only imports the same libraries beside it.
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 from pathlib import Path
 
-from random_base import HERE, build
+from benchmarks import common
+from benchmarks.common import CACHE, RESULTS, ROOT
+from benchmarks.random_base import build
+from personalization.files import write_json
 
 
-SCRIPT = HERE.parent / "train_zoodip_textual_inversion.py"
+SCRIPT = ROOT / "train_zoodip_textual_inversion.py"
 BARE_IMPORT = """
 import torch
 import train_zoodip_textual_inversion
-from personalization import memory
+from personalization.models import memory
 print(memory.peak_memory(torch.device("cpu"))["process_mb"])
 """
 
 
-def cpu_name():
-    """The processor's marketing name, where Linux tells it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--photos", type=Path, default=HERE.parent.parent / "shared" / "data" / "dreambooth" / "dog6")
+    parser.add_argument("--photos", type=Path, default=ROOT.parent / "shared" / "data" / "dreambooth" / "dog6")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--quantization", nargs="+", default=["int8", "none"])
     parser.add_argument("--resolution", type=int, default=512)
     args = parser.parse_args()
     if not args.photos.is_dir():
         raise SystemExit(f"{args.photos} is not there: give a folder of photos with --photos")
-    base = build("sd15", HERE / ".cache" / "sd15")
-    bare = subprocess.run(
-        [sys.executable, "-c", BARE_IMPORT], cwd=HERE.parent, capture_output=True, text=True, check=True
-    )
+    common.warn_if_busy()
+    base = build("sd15", CACHE / "sd15")
+    bare = int(common.run([sys.executable, "-c", BARE_IMPORT]).split()[-1])
     runs = {}
     for quantization in args.quantization:
-        output = HERE / ".cache" / f"real_photos_{quantization}"
+        output = CACHE / f"real_photos_{quantization}"
         command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", str(SCRIPT)]
         flags = {"--pretrained_model_name_or_path": base, "--train_data_dir": args.photos, "--output_dir": output}
         flags |= {"--placeholder_token": "<my-dog>", "--initializer_token": "toy", "--center_crop": None}
         flags |= {"--resolution": args.resolution, "--quantization": quantization, "--max_train_steps": args.steps}
         flags |= {"--num_validation_samples": 0, "--report_to": "none"}
         command += [str(word) for pair in flags.items() for word in pair if word is not None]
-        subprocess.run(command, cwd=HERE.parent, check=True)
+        subprocess.run(command, cwd=ROOT, check=True)
         config = json.loads((output / "zoodip_config.json").read_text())
         runs[quantization] = {key: config[key] for key in ("figures", "components", "versions", "hardware")}
     result = {
-        "command": f"python benchmarks/bench_real_photos.py --steps {args.steps} --resolution {args.resolution}",
+        **common.provenance(),
         "architecture": "Stable Diffusion 1.5, random weights, n = 2, batch 1",
         "photos": args.photos.name,
         "resolution": args.resolution,
-        "cpu": cpu_name(),
-        "cpu_count": os.cpu_count(),
-        "bare_import_mb": int(bare.stdout.split()[-1]),
+        "bare_import_mb": bare,
         "runs": runs,
     }
-    path = HERE / "results" / "real_photos.json"
-    path.write_text(json.dumps(result, indent=2, sort_keys=True) + "\n")
+    path = RESULTS / "real_photos.json"
+    write_json(path, result)
     for quantization, run in runs.items():
         figures = run["figures"]
         rate, peak = figures["seconds"] / figures["steps"], figures["peak_memory"]["process_mb"]
-        print(f"{quantization}: {rate:.1f} s/step, peak {peak} MB (imports alone {bare.stdout.strip()} MB)")
+        print(f"{quantization}: {rate:.1f} s/step, peak {peak} MB (imports alone {bare} MB)")
     print(f"Wrote {path}")
 
 

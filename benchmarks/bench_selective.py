@@ -15,41 +15,34 @@ processes disturb it little; on CUDA it is that of the clock.
 """
 
 import argparse
-import datetime
-import itertools
 import json
 import os
-import platform
 import shutil
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-import bench_memory
-import numpy as np
+from benchmarks import common
+from benchmarks.common import CACHE, RESULTS, as_words
+from benchmarks.random_base import build
+from benchmarks.watching import MB, summarize, watch
+
+
+# isort: split
 import psutil
 import torch
-from bench_memory import CACHE, HERE, ROOT, hardware, relative, summarize, watch
-from bench_signal import installed
-from PIL import Image
-from random_base import build
+
+import train_selective_dreambooth_lora as script
 
 
-sys.path.insert(0, str(ROOT))
-
-import train_selective_dreambooth_lora as script  # noqa: E402
-import train_zoodip_textual_inversion as zoodip  # noqa: E402
-from personalization.files import write_json  # noqa: E402
-
-
-RESULTS = HERE / "results"
 KEY = ("row", "resolution", "batch_size")
 STEPS = 1  # what AdamW keeps from then on is two numbers for each adapter weight, 6 MB at rank 4
 PERTURBATIONS = 2  # they come one after the other: memory does not depend on their number, and time grows with it
 CPU_SECONDS = "seconds of the steps: "
-IMPORTS = "import train_selective_dreambooth_lora; from personalization import memory; print(memory.process_memory())"
-bench_memory.PHASES["adapter weights in"] = "training"  # the script's line before its loop
+IMPORTS = (
+    "import train_selective_dreambooth_lora; from personalization.models import memory; print(memory.process_memory())"
+)
 
 BP = {"bp_timestep_midpoint": 100, "bp_progress_midpoint": 100}
 ZO = {"bp_timestep_midpoint": -100}
@@ -74,7 +67,7 @@ ROWS = {
 def run_row(words, naive):
     """`--row`: the script in this process, which prints how long each step took."""
     if naive:
-        script.BACKENDS["int8"] = zoodip.BACKENDS["int8"]
+        script.frozen.hand_gradients_through = lambda model: model
     original, steps = script.train_step, []
 
     def timed(learner, model, *rest):
@@ -96,9 +89,7 @@ def measure(name, resolution, batch_size, base, cache, device, imports):
     CACHE.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE, prefix="memory-") as scratch:
         scratch = Path(scratch)
-        pixels = np.random.default_rng(0).integers(256, size=(64, 64, 3), dtype=np.uint8)
-        (scratch / "images").mkdir()
-        Image.fromarray(pixels).save(scratch / "images" / "0.png")
+        common.make_pictures(scratch / "images", 1)
         given = {
             "pretrained_model_name_or_path": base,
             "instance_data_dir": scratch / "images",
@@ -112,9 +103,8 @@ def measure(name, resolution, batch_size, base, cache, device, imports):
             "report_to": "none",
             **flags,
         }
-        words = [[f"--{flag}"] if value is True else [f"--{flag}", str(value)] for flag, value in given.items()]
         mode = "--row-naive" if name.startswith("naive") else "--row"
-        command = [sys.executable, str(Path(__file__).resolve()), mode, *itertools.chain.from_iterable(words)]
+        command = [sys.executable, str(Path(__file__).resolve()), mode, *as_words(given)]
         watched = watch(command, device)
         if any("once, into" in line for _, line in watched.lines):
             shutil.rmtree(scratch / "output")
@@ -133,13 +123,8 @@ def measure(name, resolution, batch_size, base, cache, device, imports):
     return command, watched, result
 
 
-def store(path, entry):
-    """Puts one entry into the file, in the place of an older one with the same key."""
-    entries = json.loads(path.read_text())["entries"] if path.is_file() else []
-    entries = [old for old in entries if any(old[name] != entry[name] for name in KEY)]
-    order = ["imports", *ROWS]
-    entries = sorted([*entries, entry], key=lambda e: (e["resolution"] or 0, order.index(e["row"])))
-    write_json(path, {"unit": "MB = 2**20 bytes", "entries": entries})
+def order(entry):
+    return entry["resolution"] or 0, ["imports", *ROWS].index(entry["row"])
 
 
 def parse_args():
@@ -165,17 +150,19 @@ def main():
         return run_row(sys.argv[2:], sys.argv[1] == "--row-naive")
     args = parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    common.warn_if_busy()
     base = args.base or build("sd15", CACHE / "sd15")
-    versions = {name: installed(name) for name in ("torch", "diffusers", "transformers", "accelerate", "peft")}
-    facts = {"hardware": hardware(args.device), "versions": {"python": platform.python_version(), **versions}}
+
+    def finish(key, command, result):
+        entry = {**dict(zip(KEY, key)), **common.provenance(command, args.device), **result}
+        common.put(args.output, [entry], KEY, order, unit="MB = 2**20 bytes")
+
     command = [sys.executable, "-c", IMPORTS]
     imports = summarize(watch(command, args.device))
-    date = datetime.date.today().isoformat()
-    entry = {"row": "imports", "resolution": None, "batch_size": None, "measured": imports, **facts}
-    store(args.output, entry | {"command": relative(command), "date": date})
+    finish(("imports", None, None), command, {"measured": imports})
     failed = {}
     for name in args.rows:
-        free = psutil.virtual_memory().available // bench_memory.MB
+        free = psutil.virtual_memory().available // MB
         what = args.resolution, args.batch_size, base, args.cache_dir, args.device, imports
         try:
             command, watched, result = measure(name, *what)
@@ -183,9 +170,8 @@ def main():
             failed[name] = str(error)
             print(f"{name} failed: {error}", flush=True)
             continue
-        entry = {"row": name, "resolution": args.resolution, "batch_size": args.batch_size, **facts, **result}
-        entry |= {"command": relative(command), "date": date, "seconds": round(watched.seconds, 1)}
-        store(args.output, entry | {"free_before_mb": free})
+        result |= {"seconds": round(watched.seconds, 1), "free_before_mb": free}
+        finish((name, args.resolution, args.batch_size), command, result)
         measured = result["measured"]
         print(
             f"{name:26}peak {measured['peak_rss_mb']:7.0f} MB, anonymous above imports"

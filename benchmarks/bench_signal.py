@@ -21,31 +21,30 @@ import hashlib
 import itertools
 import json
 import math
-import platform
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks import common
+from benchmarks.common import CACHE, DEMO, RESULTS
+from personalization.files import sha256, write_json
+
+
+# isort: split
 import torch
-from bench_real_photos import cpu_name
 from safetensors.torch import load_file
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import train_zoodip_textual_inversion as zoodip
+from personalization.data import examples, prompts
+from personalization.methods import gauss_newton
+from personalization.models import base_model
 
-ROOT = Path(__file__).resolve().parent.parent
-BASE, SUBJECTS = ROOT / "demo" / "base", ROOT / "demo" / "subjects"
-sys.path.append(str(ROOT))
 
-import train_zoodip_textual_inversion as zoodip  # noqa: E402
-from personalization.data import examples, prompts  # noqa: E402
-from personalization.files import write_json  # noqa: E402
-from personalization.models import base_model  # noqa: E402
+BASE, SUBJECTS = DEMO / "base", DEMO / "subjects"
 
 
 class Row(NamedTuple):
@@ -103,7 +102,7 @@ def build(quantization, dtype, text_dtype, device, engine="torch"):
     text_encoder, unet, *_ = zoodip.load_networks(args, base, compute._replace(dtype=dtype))
     compute = compute._replace(dtype=text_dtype)
     if text_dtype != dtype:
-        text_encoder, _ = zoodip.load_frozen(base, "text_encoder", zoodip.BACKENDS[quantization], compute)
+        text_encoder, _ = zoodip.load_text_encoder(base, zoodip.BACKENDS[quantization], compute)
         unet.register_forward_pre_hook(
             lambda _, inputs: tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs)
         )
@@ -115,17 +114,17 @@ def build_int8(device):
     """The same with activations in INT8, calibrated on the pictures of one subject."""
     args = script_args("striped_star", "int8", "openvino")
     args.optimizer, args.openvino_precision = "gauss_newton", "int8"
-    args.max_candidates_per_forward = zoodip.GAUSS_NEWTON_PASS
+    args.max_candidates_per_forward = zoodip.OPTIMIZERS["gauss_newton"].candidates_per_pass
     base, placeholder, compute = zoodip.resolve_settings(args, device)
     pictures = zoodip.read_pictures(args)
-    captions = prompts.build_prompts(pictures, placeholder, base.tokenizer)
+    captions = prompts.build_prompts(pictures, placeholder, base)
     concept, _ = examples.load_concept(pictures, captions, base, args.flip_probability, compute)
     text_encoder, *_ = zoodip.load_networks(args, base, compute)
     words = torch.arange(placeholder.first_id)
     model, initial = zoodip.assemble_model(args, base, placeholder, words, text_encoder, None, compute)
-    directions = zoodip.choose_directions(args, base, placeholder, concept.prompt_ids)
+    directions = gauss_newton.choose_directions(args, base, placeholder, concept.prompt_ids)
     learner = zoodip.start_learner(args, initial, directions)
-    model.unet, _ = zoodip.load_calibrated_unet(args, base, compute, model, learner, concept, "striped_star")
+    model.denoiser, _ = zoodip.load_calibrated_unet(args, base, compute, model, learner, concept, "striped_star")
     return model
 
 
@@ -137,7 +136,7 @@ def draw_cells(args, device):
         settings = script_args(subject)
         base, placeholder, compute = zoodip.resolve_settings(settings, torch.device("cpu"))
         pictures = zoodip.read_pictures(settings)
-        captions = prompts.build_prompts(pictures, placeholder, base.tokenizer)
+        captions = prompts.build_prompts(pictures, placeholder, base)
         concept, _ = examples.load_concept(pictures, captions, base, flip_probability=0.0, compute=compute)
         table = base_model.load_token_table(base)
         thetas = {"initial": table[placeholder.initializer_id].float()[None].to(device)}
@@ -146,7 +145,7 @@ def draw_cells(args, device):
             (thetas["learned"],) = learned.values()
         latents, ids, _ = examples.draw_examples(concept, 1, generator)
         for t in args.timesteps:
-            batch = examples.noise_batch(latents, ids, torch.tensor([t]), generator, base.scheduler)
+            batch = examples.noise_batch(base.family, latents, ids, torch.tensor([t]), generator, base.scheduler)
             cells.append(Cell(batch.to(device), thetas))
     return cells
 
@@ -241,7 +240,7 @@ def measure_evidence(cells, directions, step, model, reference):
     for cell, (exact_matrix, exact_gradient) in zip(cells, reference):
         error_fn, theta = functools.partial(model.errors, batch=cell.batch), cell.thetas["initial"]
         (matrix, plus, _), (_, minus, _) = (
-            [x.double().cpu() for x in zoodip.gauss_newton_evidence(error_fn, theta, sign * directions, step)]
+            [x.double().cpu() for x in gauss_newton.gauss_newton_evidence(error_fn, theta, sign * directions, step)]
             for sign in (1, -1)
         )
         pairs = (matrix, exact_matrix), (plus, exact_gradient), ((plus - minus) / 2, exact_gradient)
@@ -279,14 +278,6 @@ def print_row(result):
     print(flush=True)
 
 
-def installed(package):
-    """The version of a package, or None."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
 def parse_args():
     backends = list(dict.fromkeys(row.backend for row in list_rows(cuda=True)))
     parser = argparse.ArgumentParser(
@@ -310,23 +301,23 @@ def parse_args():
     add("--directions", type=int, default=64, help="Gaussian directions, the same in every cell.")
     add("--learned", type=Path, help="Folder of SUBJECT/learned_embeds.safetensors: measure at these tokens, too.")
     add("--seed", type=int, default=0, help="Of examples, noise and directions.")
-    add("--output", type=Path, default=ROOT / "benchmarks" / "results" / "signal.json", help="The result.")
-    add("--cache_dir", type=Path, default=ROOT / "benchmarks" / ".cache" / "signal", help="Of finished rows.")
+    add("--output", type=Path, default=RESULTS / "signal.json", help="The result.")
+    add("--cache_dir", type=Path, default=CACHE / "signal", help="Of finished rows.")
     return parser.parse_args()
 
 
 def cache_of_rows(args):
-    """The folder for rows of these settings on this base; after a change of the code, delete it."""
+    """The folder for rows of these settings on this base by this code."""
     choices = "backends", "activations", "output", "cache_dir"
-    settings = {name: str(value) for name, value in vars(args).items() if name not in choices}
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for path in sorted(BASE.glob("*/*.safetensors")):
-        digest.update(path.read_bytes())
-    return args.cache_dir / digest.hexdigest()[:16]
+    facts = {name: str(value) for name, value in vars(args).items() if name not in choices}
+    facts |= {path.relative_to(BASE).as_posix(): sha256(path) for path in BASE.glob("*/*.safetensors")}
+    facts["code"] = common.source_hash("benchmarks/bench_signal.py", without=["benchmarks/common.py"])
+    return args.cache_dir / hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def main():
     args = parse_args()
+    common.warn_if_busy()
     started = time.perf_counter()
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
@@ -346,7 +337,7 @@ def main():
             left_out[f"{quantization}, autograd"] = f"{type(error).__name__}: {error}"
 
     base = base_model.open_base(base_model.ModelSource(str(BASE)))
-    subspace = zoodip.vocabulary_directions(base_model.load_token_table(base), 32, 80)[:, None, :].to(device)
+    subspace = gauss_newton.vocabulary_directions(base_model.load_token_table(base), 32, 80)[:, None, :].to(device)
 
     results, evidence, left_out, cache = [], [], {}, cache_of_rows(args)
     cache.mkdir(parents=True, exist_ok=True)
@@ -392,21 +383,17 @@ def main():
         model = None
     for what, reason in left_out.items():
         print(f"Left out {what}: {reason}")
-    libraries = ["torch", "diffusers", "transformers", "bitsandbytes", "optimum-quanto", "openvino"]
     settings = {key: value for key, value in vars(args).items() if key not in ("output", "cache_dir")}
-    settings["learned"] = args.learned and str(args.learned)
-    hardware = {"name": torch.cuda.get_device_name() if cuda else cpu_name(), "threads": torch.get_num_threads()}
+    settings["learned"] = args.learned and common.public(str(args.learned))
     write_json(
         args.output,
         {
-            "command": shlex.join(["python", "benchmarks/bench_signal.py", *sys.argv[1:]]),
+            **common.provenance(device=device.type),
             "configuration": {**settings, "base": "demo/base", "cells": len(cells)},
             "forward_mode_deviation": deviation,
             "rows": results,
             "evidence": evidence,
             "left_out": left_out,
-            "hardware": {"device": device.type, **hardware},
-            "versions": {"python": platform.python_version(), **{name: installed(name) for name in libraries}},
             "seconds": round(time.perf_counter() - started, 1),
         },
     )

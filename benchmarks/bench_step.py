@@ -21,40 +21,31 @@ import contextlib
 import functools
 import itertools
 import json
-import os
-import platform
-import shlex
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks import common
+from benchmarks.common import CACHE, DEMO, RESULTS, ROOT, as_words, key_of
+from personalization.files import temporary_folder, write_json
+
+
+# isort: split
 import psutil
 import torch
 from accelerate import PartialState
 
-
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
-sys.path += [str(HERE), str(ROOT)]
-
-import baselines  # noqa: E402
-import random_base  # noqa: E402
-from bench_real_photos import cpu_name  # noqa: E402
-from bench_signal import installed  # noqa: E402
-
-import train_zoodip_textual_inversion as zoodip  # noqa: E402
-from personalization.data import examples, prompts  # noqa: E402
-from personalization.files import temporary_folder, write_json  # noqa: E402
-from personalization.models import families, memory  # noqa: E402
-from personalization.models.base_model import ModelSource, empty_model, open_base  # noqa: E402
+import train_zoodip_textual_inversion as zoodip
+from benchmarks import baselines, random_base
+from personalization.data import examples, prompts
+from personalization.models import families, memory
+from personalization.models.base_model import ModelSource, empty_model, open_base
 
 
-CACHE, SUBJECT = HERE / ".cache", ROOT / "demo" / "subjects" / "striped_star"
+SUBJECT = DEMO / "subjects" / "striped_star"
 KEY = ("architecture", "row", "resolution", "num_perturbations", "batch_size", "device")
 PROCESS_KEY = ("architecture", "processes", "resolution", "num_perturbations", "batch_size", "device")
 REFERENCES = ("official", "ours-int8", "ours-quanto")  # small models: they stay in memory for every group
@@ -102,12 +93,11 @@ class OurStep:
             text_encoder, unet, *_ = zoodip.load_networks(args, base, compute, self.layers_dir)
             self.made_for = resolution
         else:
-            text_encoder, unet = self.model.text_encoder, self.model.unet
+            text_encoder, unet = self.model.text_encoder, self.model.denoiser
             if args.torch_compile:
                 torch.compiler.reset()  # shapes are static, and after eight of them it would no longer compile
         pictures = zoodip.read_pictures(args)
-        words = base.tokenizer, args.learnable_property, base.tokenizers[1:]
-        captions = prompts.build_prompts(pictures, placeholder, *words)
+        captions = prompts.build_prompts(pictures, placeholder, base, args.learnable_property)
         self.concept = random_concept(args, base, captions)
         self.model, initial = zoodip.assemble_model(
             args, base, placeholder, self.concept.prompt_ids, text_encoder, unet, compute
@@ -136,16 +126,17 @@ class OurStep:
 def random_concept(args, base, captions):
     """The `Concept` of the subject with random latents in place of encoded pictures; scaled they are about N(0, 1)."""
     prompt_ids, prompts_of_image = captions
-    scaling_factor = base.vae_config.get("scaling_factor", 0.18215)
     size, channels = args.resolution // base.vae_factor, base.vae_config["latent_channels"]
     generator = torch.Generator().manual_seed(0)
-    mean = torch.randn(2, len(prompts_of_image), channels, size, size, generator=generator) / scaling_factor
+    mean = torch.randn(2, len(prompts_of_image), channels, size, size, generator=generator)
+    mean /= base.vae_config["scaling_factor"]
     moments = torch.cat([mean, torch.full_like(mean, -10.0)], dim=2)
     size_ids = None
     if base.family.crops:
         side = args.resolution
         size_ids = torch.tensor([side, side, 0, 0, side, side]).float().expand(2, len(prompts_of_image), 6)
-    return examples.Concept(moments, args.flip_probability, scaling_factor, prompt_ids, prompts_of_image, size_ids)
+    of_family = base.family, base.vae_config
+    return examples.Concept(moments, args.flip_probability, *of_family, prompt_ids, prompts_of_image, size_ids)
 
 
 class Baseline:
@@ -255,7 +246,7 @@ class Bench:
     def __init__(self, args):
         self.args, self.device = args, torch.device(args.device)
         demo = args.architecture == "demo"
-        self.base = ROOT / "demo" / "base" if demo else random_base.build(args.architecture, CACHE / args.architecture)
+        self.base = DEMO / "base" if demo else random_base.build(args.architecture, CACHE / args.architecture)
         base = open_base(ModelSource(str(self.base)), accepted=families.FAMILIES.values())
         self.factor = base.vae_factor
         self.parameters = sum(p.numel() for p in empty_model(base, "unet").parameters())
@@ -475,17 +466,13 @@ class Bench:
                 for name, reason in (unbuilt | failures).items():
                     print(f"  left out {name}: {reason}", flush=True)
                     left_out.append({**self.key(name, configuration), "reason": reason, **provenance(self.device)})
-                new = [row for row in rows if key_of(row) not in self.measured]
-                self.measured.update(map(key_of, new))
+                new = [row for row in rows if key_of(row, KEY) not in self.measured]
+                self.measured.update(key_of(row, KEY) for row in new)
                 merge(self.args.output, rows=new, left_out=left_out)
 
 
 def significant(value, digits=4):
     return float(f"{value:.{digits}g}")
-
-
-def key_of(row, key=KEY):
-    return tuple(row[name] for name in key)
 
 
 def print_rows(rows):
@@ -502,30 +489,25 @@ def print_rows(rows):
 
 
 def provenance(device):
-    """What an entry was measured with."""
-    libraries = ["torch", "diffusers", "transformers", "bitsandbytes", "optimum-quanto", "openvino"]
-    hardware = {"cpu": cpu_name(), "cpu_count": os.cpu_count(), "threads": torch.get_num_threads()}
+    """What an entry was measured with; the rows of this file name the processor and the GPU apart."""
+    found = common.provenance(device=device.type)
+    hardware = {"cpu": common.cpu_name(), "cpu_count": found["hardware"]["cores"]}
+    hardware["threads"] = found["hardware"]["threads"]
     if device.type == "cuda":
-        hardware["gpu"] = torch.cuda.get_device_name(device)
-    return {
-        "command": shlex.join(["python", "benchmarks/bench_step.py", *sys.argv[1:]]),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "hardware": hardware,
-        "versions": {"python": platform.python_version(), **{name: installed(name) for name in libraries}},
-    }
+        hardware["gpu"] = found["hardware"]["name"]
+    return {**found, "hardware": hardware}
 
 
 def merge(path, rows=(), left_out=(), processes=()):
     """Puts new entries into the result: each replaces the one with its key, all others stay."""
-    path = Path(path)
-    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    content = common.read(path)
 
     def merged(old, new, key):
         together = {key_of(entry, key): entry for entry in [*old, *new]}
         return [together[k] for k in sorted(together)]
 
-    done = {key_of(row) for row in rows}
-    failed = [entry for entry in content.get("left_out", []) if key_of(entry) not in done]
+    done = {key_of(row, KEY) for row in rows}
+    failed = [entry for entry in content.get("left_out", []) if key_of(entry, KEY) not in done]
     write_json(
         path,
         {
@@ -541,27 +523,27 @@ def scale_processes(args):
     counts = [2**i for i in range(args.processes.bit_length()) if 2**i <= args.processes]
     resolution, n, batch_size = args.resolutions[0], args.num_perturbations[0], args.batch_sizes[0]
     figures = {count: [] for count in counts}
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
-    flags = ["--pretrained_model_name_or_path", ROOT / "demo" / "base", "--train_data_dir", SUBJECT]
-    flags += ["--placeholder_token", "<my-toy>", "--initializer_token", "star", "--report_to", "none"]
-    flags += ["--max_train_steps", args.process_steps, "--logging_steps", args.process_steps]
-    flags += ["--num_validation_samples", 0, "--quantized_cache_dir", args.cache_dir, "--resolution", resolution]
-    flags += ["--num_perturbations", n, "--train_batch_size", batch_size]
+    flags = {
+        "pretrained_model_name_or_path": DEMO / "base",
+        "train_data_dir": SUBJECT,
+        "placeholder_token": "<my-toy>",
+        "initializer_token": "star",
+        "report_to": "none",
+        "max_train_steps": args.process_steps,
+        "logging_steps": args.process_steps,
+        "num_validation_samples": 0,
+        "quantized_cache_dir": args.cache_dir,
+        "resolution": resolution,
+        "num_perturbations": n,
+        "train_batch_size": batch_size,
+    }
     for i in range(args.rounds):
         for count in counts[i % len(counts) :] + counts[: i % len(counts)]:
             with tempfile.TemporaryDirectory() as folder:
-                command = [
-                    *launcher,
-                    count,
-                    ROOT / "train_zoodip_textual_inversion.py",
-                    *flags,
-                    "--output_dir",
-                    folder,
-                ]
-                done = subprocess.run([str(word) for word in command], env=environment, capture_output=True, text=True)
-                if done.returncode:
-                    raise SystemExit(f"{count} processes failed:\n{done.stderr[-3000:]}")
+                command = [*launcher, count, ROOT / "train_zoodip_textual_inversion.py"]
+                command += as_words({**flags, "output_dir": folder})
+                common.run(command, ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
                 figures[count].append(json.loads((Path(folder) / "zoodip_config.json").read_text())["figures"])
             print(f"  {count} processes: {figures[count][-1]['steps_per_second']} steps/s", flush=True)
     entries, alone = [], None
@@ -632,13 +614,14 @@ def parse_args(words=None):
     args.warmup = args.warmup or (3 if cuda else 1)
     free = torch.cuda.mem_get_info()[0] if cuda else psutil.virtual_memory().available
     args.memory_gb = args.memory_gb or 0.65 * free / 1e9
-    args.output = args.output or HERE / "results" / f"step_{args.device}.json"
+    args.output = args.output or RESULTS / f"step_{args.device}.json"
     return args
 
 
 def main(words=None):
     args = parse_args(words)
     PartialState()  # what the package's warnings want, such as the one about pictures far smaller than the resolution
+    common.warn_if_busy()
     started = time.perf_counter()
     if args.processes:
         scale_processes(args)

@@ -13,38 +13,33 @@ rerun replaces its own entries. Times of a machine that does other things, too, 
 """
 
 import argparse
-import datetime
-import itertools
 import json
 import os
-import platform
 import shutil
 import sys
 import tempfile
 from pathlib import Path
 
-import bench_memory
-import numpy as np
+from benchmarks import common
+from benchmarks.common import CACHE, RESULTS, ROOT, as_words
+from benchmarks.random_base import build
+from benchmarks.watching import MB, summarize, watch
+
+
+# isort: split
 import psutil
 import torch
 import torch.nn.functional as F
-from bench_memory import CACHE, HERE, ROOT, hardware, relative, summarize, watch
-from bench_signal import installed
-from PIL import Image
-from random_base import build
 
 import train_tuneqdm_dreambooth as script
 import tuneqdm_pipeline as tuneqdm
-from personalization.files import write_json
 
 
 SCRIPT = ROOT / "train_tuneqdm_dreambooth.py"
-RESULTS = HERE / "results"
 KEY = ("row", "resolution", "batch_size")
 STEPS = 2  # the second has AdamW's moments beside it
 BATCH_SIZE = 1  # the official layers have one set of scales for a batch
-IMPORTS = "import train_tuneqdm_dreambooth; from personalization import memory; print(memory.process_memory())"
-bench_memory.PHASES["scales in"] = "training"  # the script's line before its loop
+IMPORTS = "import train_tuneqdm_dreambooth; from personalization.models import memory; print(memory.process_memory())"
 
 TUNEQDM = {"scale_sets": 4, "train_input_scales": True}  # the official script's setting
 CHECKPOINTING = {"gradient_checkpointing": True}
@@ -86,20 +81,13 @@ def run_official(words):
     script.main(script.parse_args(words))
 
 
-def make_pictures(folder):
-    folder.mkdir()
-    generator = np.random.default_rng(0)
-    for i in range(2):
-        Image.fromarray(generator.integers(256, size=(64, 64, 3), dtype=np.uint8)).save(folder / f"{i}.png")
-
-
 def measure(name, resolution, base, device, imports):
     """One row: command, `Watched` and what to store."""
     flags, official = ROWS[name]
     CACHE.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE, prefix="memory-") as scratch:
         scratch = Path(scratch)
-        make_pictures(scratch / "images")
+        common.make_pictures(scratch / "images", 2)
         given = {
             "pretrained_model_name_or_path": base,
             "instance_data_dir": scratch / "images",
@@ -112,9 +100,8 @@ def measure(name, resolution, base, device, imports):
             "report_to": "none",
             **flags,
         }
-        words = [[f"--{flag}"] if value is True else [f"--{flag}", str(value)] for flag, value in given.items()]
         start = [str(Path(__file__).resolve()), "--official"] if official else [str(SCRIPT)]
-        command = [sys.executable, *start, *itertools.chain.from_iterable(words)]
+        command = [sys.executable, *start, *as_words(given)]
         watched = watch(command, device)
         if any("once, into" in line for _, line in watched.lines):
             shutil.rmtree(scratch / "output")
@@ -131,13 +118,8 @@ def measure(name, resolution, base, device, imports):
     return command, watched, result
 
 
-def store(path, entry):
-    """Puts one entry into the file, in the place of an older one with the same key."""
-    entries = json.loads(path.read_text())["entries"] if path.is_file() else []
-    entries = [old for old in entries if any(old[name] != entry[name] for name in KEY)]
-    order = ["imports", *ROWS]
-    entries = sorted([*entries, entry], key=lambda e: (e["resolution"] or 0, order.index(e["row"])))
-    write_json(path, {"unit": "MB = 2**20 bytes", "steps": STEPS, "entries": entries})
+def order(entry):
+    return entry["resolution"] or 0, ["imports", *ROWS].index(entry["row"])
 
 
 def parse_args():
@@ -161,27 +143,27 @@ def main():
         return run_official(sys.argv[2:])
     args = parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    common.warn_if_busy()
     base = args.base or build("sd15", CACHE / "sd15")
-    versions = {name: installed(name) for name in ("torch", "diffusers", "transformers", "accelerate")}
-    facts = {"hardware": hardware(args.device), "versions": {"python": platform.python_version(), **versions}}
+
+    def finish(key, command, result):
+        entry = {**dict(zip(KEY, key)), **common.provenance(command, args.device), **result}
+        common.put(args.output, [entry], KEY, order, unit="MB = 2**20 bytes", steps=STEPS)
+
     command = [sys.executable, "-c", IMPORTS]
-    watched = watch(command, args.device)
-    imports = summarize(watched)
-    date = datetime.date.today().isoformat()
-    entry = {"row": "imports", "resolution": None, "batch_size": None, "measured": imports, **facts}
-    store(args.output, entry | {"command": relative(command), "date": date})
+    imports = summarize(watch(command, args.device))
+    finish(("imports", None, None), command, {"measured": imports})
     failed = {}
     for name in args.rows:
-        free = psutil.virtual_memory().available // bench_memory.MB
+        free = psutil.virtual_memory().available // MB
         try:
             command, watched, result = measure(name, args.resolution, base, args.device, imports)
         except RuntimeError as error:  # out of memory, say: the other rows go on
             failed[name] = str(error)
             print(f"{name} failed: {error}", flush=True)
             continue
-        entry = {"row": name, "resolution": args.resolution, "batch_size": BATCH_SIZE, **facts, **result}
-        entry |= {"command": relative(command), "date": date, "seconds": round(watched.seconds, 1)}
-        store(args.output, entry | {"free_before_mb": free})
+        result |= {"seconds": round(watched.seconds, 1), "free_before_mb": free}
+        finish((name, args.resolution, BATCH_SIZE), command, result)
         measured = result["measured"]
         print(
             f"{name:32}peak {measured['peak_rss_mb']:7.0f} MB, anonymous above imports"

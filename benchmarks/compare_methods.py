@@ -11,18 +11,17 @@ zeroth-order estimate grows with it. At every milestone θ is judged by the floa
 fixed examples, the same for every method and seed, with t in [500, 900), where the subject is decided, and noise that
 training never draws; and pictures of the demo's prompts, from the same noise for all, by `evaluate_personalization`.
 
-A finished run is a JSON file in `--cache_dir`, named by its settings and the base; after a change of the code, delete
-it. The methods are in `methods.py`; results go to `benchmarks/results/methods.json` and `docs/methods*.png`.
+A finished run is a JSON file in `--cache_dir`, named by its settings, the base and the code. Other code makes it
+again, unless `--other_code` counts what is there; every run in the result has its commit. The methods are in
+`grids.py`; results go to `benchmarks/results/methods.json` and `docs/methods*.png`.
 """
 
 import base64
 import hashlib
 import itertools
 import json
-import math
 import multiprocessing
 import os
-import shlex
 import statistics
 import sys
 import tempfile
@@ -31,43 +30,40 @@ import time
 import traceback
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
-sys.path += [str(HERE), str(ROOT), str(ROOT / "demo")]
-import personalization.quiet  # noqa: E402, F401, before the libraries whose false alarms it silences
+from benchmarks import common
+from benchmarks.common import CACHE, DEMO, DOCS, RESULTS, ROOT
 
 
 # isort: split
-import torch  # noqa: E402
-import world  # noqa: E402
-from accelerate import PartialState  # noqa: E402
-from diffusers import StableDiffusionPipeline  # noqa: E402
-from diffusers.utils import make_image_grid  # noqa: E402
-from PIL import Image  # noqa: E402
-from tqdm.auto import tqdm  # noqa: E402
+import torch
+from accelerate import PartialState
+from diffusers import StableDiffusionPipeline
+from diffusers.utils import make_image_grid
+from PIL import Image
+from tqdm.auto import tqdm
 
-import evaluate_personalization as evaluation  # noqa: E402
-import train_zoodip_textual_inversion as zoodip  # noqa: E402
-from benchmarks import ablations, methods  # noqa: E402
-from benchmarks.bench_real_photos import cpu_name  # noqa: E402
-from benchmarks.make_tables import FIGURES  # noqa: E402
-from benchmarks.make_tables import ablation as ablation_table  # noqa: E402
-from benchmarks.make_tables import methods as methods_table  # noqa: E402
-from benchmarks.methods import ForwardCount, Method, prepare  # noqa: E402
-from benchmarks.plot_methods import contact_sheet, plot, plot_kept, plot_timesteps  # noqa: E402
-from personalization import flags  # noqa: E402
-from personalization.errors import RunError, run_script  # noqa: E402
-from personalization.files import atomic_path, sha256, write_json  # noqa: E402
-from personalization.runs import embeddings, provenance  # noqa: E402
+import evaluate_personalization as evaluation
+import train_zoodip_textual_inversion as zoodip
+from benchmarks import ablations, grids
+from benchmarks.methods import ForwardCount, Method, prepare
+from benchmarks.plot_methods import contact_sheet, plot, plot_kept, plot_timesteps
+from benchmarks.summaries import forwards_to_reach, over_seeds, subject_means
+from benchmarks.tables.methods import FIGURES
+from benchmarks.tables.methods import ablation as ablation_table
+from benchmarks.tables.methods import methods as methods_table
+from demo import world
+from personalization import flags
+from personalization.errors import RunError, run_script
+from personalization.files import atomic_path, sha256, write_json
+from personalization.runs import embeddings
 
 
-BASE, SUBJECTS, SCORER = ROOT / "demo" / "base", ROOT / "demo" / "subjects", ROOT / "demo" / "scorer"
+BASE, SUBJECTS, SCORER = DEMO / "base", DEMO / "subjects", DEMO / "scorer"
 PLACEHOLDER = "<my-toy>"
-GRIDS = {**methods.GRIDS, **ablations.GRIDS}
+GRIDS = {**grids.GRIDS, **ablations.GRIDS}
 NAMES = {"CLIP-I": "CLIP-I", "DINO": "identity", "CLIP-T": "CLIP-T"}  # the demo scorer's stand-in for DINO is its own
 METRICS = ("loss", *NAMES.values())
 REFERENCE = "paper"  # the method whose final quality the others are timed to
@@ -93,7 +89,7 @@ class Judging:
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that decides a run's result, but for the code."""
+    """Everything that decides a run's result."""
 
     grid: str
     name: str  # of the method in its grid
@@ -104,16 +100,19 @@ class Run:
     image_milestones: tuple  # those with pictures
     judging: Judging
     base: str  # fingerprint of base and scorer
+    source: str = ""  # `source_hash` of the code
 
     def settings(self):
-        """JSON-ready, as they are read back; what a reader calls the method changes nothing."""
+        """JSON-ready, as they are read back, without the code; what a reader calls the method changes nothing."""
         content = json.loads(json.dumps(asdict(self)))
-        del content["method"]["title"]
+        del content["method"]["title"], content["source"]
         return content
 
-    def path(self, cache_dir):
+    def path(self, cache_dir, source=None):
+        """Of its file, by this code; `source` may be a pattern."""
         key = hashlib.sha256(json.dumps(self.settings(), sort_keys=True).encode()).hexdigest()[:8]
-        return Path(cache_dir) / self.grid / f"{self.name}-{self.subject}-{self.seed}-{key}.json"
+        name = f"{self.name}-{self.subject}-{self.seed}-{key}-{self.source if source is None else source}.json"
+        return Path(cache_dir) / self.grid / name
 
 
 def common_flags(run, cache_dir):
@@ -146,11 +145,11 @@ class Judge:
         self.task = task = prepare([*common_flags(run, cache_dir), *flags])
         self.held_out = zoodip.draw_held_out(task.args, task.concept, task.sampling, task.base.scheduler)
         self.pipeline = StableDiffusionPipeline.from_pretrained(BASE)
-        self.pipeline.unet = task.model.unet  # of any engine
+        self.pipeline.unet = task.model.denoiser  # of any engine
         self.pipeline.set_progress_bar_config(disable=True)
         self.encoders = evaluation.Encoders(SCORER, SCORER / "identity", True, torch.device("cpu"), 64)
         self.word = world.SUBJECTS[run.subject].shape
-        prompts = evaluation.read_prompts(ROOT / "demo" / "prompts.txt")
+        prompts = evaluation.read_prompts(DEMO / "prompts.txt")
         size = task.args.resolution, settings.num_inference_steps, settings.guidance_scale
         self.drawing = evaluation.Drawing("demo", prompts, settings.images_per_prompt, 0, *size)
         paths = sorted((SUBJECTS / run.subject).glob("*.png"))
@@ -193,7 +192,7 @@ def perform(run, cache_dir):
         task = prepare([*common_flags(run, cache_dir), *run.method.flags.split()])
         args = task.args
         args.max_train_steps = run.milestones[-1] // run.method.forwards_per_step(args)  # the schedule's length
-        learner, count = run.method.make(task), ForwardCount(task.model.unet)
+        learner, count = run.method.make(task), ForwardCount(task.model.denoiser)
     kept = ablations.watch_subspace(learner)
     judge = Judge(run, cache_dir, args.num_vectors if args else 1)
     curve, thetas, strip, steps, seconds, cost = [], {}, None, 0, 0.0, 0
@@ -221,6 +220,7 @@ def perform(run, cache_dir):
     whole = time.process_time() - started
     times = {"training": round(seconds, 1), "whole": round(whole, 1)}
     content = {"settings": run.settings(), "curve": curve, "thetas": thetas, "steps": steps, "seconds": times}
+    content |= {**common.CODE, "source": run.source}
     write_json(path, content if kept is None else {**content, "kept": kept})
 
 
@@ -229,7 +229,7 @@ def perform(run, cache_dir):
 # =====================================================================================================
 
 
-def list_runs(grid, names, subjects, seeds, milestones, image_milestones, judging, base):
+def list_runs(grid, names, subjects, seeds, milestones, image_milestones, judging, base, source=""):
     """All runs: every method and subject of the first seed, then the next. The plain word has no seed and no steps.
 
     Without milestones, those of the ablations' cells.
@@ -239,20 +239,38 @@ def list_runs(grid, names, subjects, seeds, milestones, image_milestones, judgin
         method = GRIDS[grid][name]
         if method.learner is None:
             if seed == seeds[0]:
-                listed.append(Run(folder, name, method, subject, 0, (0,), (0,), judging, base))
+                listed.append(Run(folder, name, method, subject, 0, (0,), (0,), judging, base, source))
         else:
             when = (milestones, image_milestones) if milestones else (ablations.milestones(name),) * 2
-            listed.append(Run(folder, name, method, subject, seed, *when, judging, base))
+            listed.append(Run(folder, name, method, subject, seed, *when, judging, base, source))
     return listed
 
 
 def finished(run, cache_dir):
-    """The content of a run's file; None where there is none of these settings."""
+    """The content of a run's file; None where there is none of these settings by this code."""
     try:
         content = json.loads(run.path(cache_dir).read_text(encoding="utf-8"))
         return content if content["settings"] == run.settings() else None
     except (OSError, ValueError, KeyError):
         return None
+
+
+def with_finished(run, cache_dir):
+    """The run, of whatever code there is a finished one: of this code or else of the newest."""
+    if finished(run, cache_dir) is None:
+        paths = run.path(cache_dir).parent.glob(run.path(cache_dir, "*").name)
+        for path in sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True):
+            other = replace(run, source=path.stem.rsplit("-", 1)[1])
+            if finished(other, cache_dir) is not None:
+                return other
+    return run
+
+
+def hash_code():
+    """Of all code that decides what a run finds; what its method is stands in its settings."""
+    no_part = "common.py grids.py ablations.py plot_methods.py summaries.py tables/".split()
+    files = ("benchmarks/compare_methods.py", "benchmarks/ideas.py")
+    return common.source_hash(*files, without=[f"benchmarks/{name}" for name in no_part])
 
 
 def fingerprint(*folders):
@@ -314,61 +332,6 @@ def perform_missing(listed, cache_dir, processes):
 # =====================================================================================================
 
 
-def subject_means(contents, subjects):
-    """Seed -> milestone -> metric -> mean over subjects, of one method.
-
-    A seed counts once all subjects are there, so that all means are over the same ones.
-    """
-    by_seed = {}
-    for content in contents:
-        by_seed.setdefault(content["settings"]["seed"], {})[content["settings"]["subject"]] = content["curve"]
-    means = {}
-    for seed, curves in by_seed.items():
-        if set(curves) == set(subjects):
-            means[seed] = {
-                points[0]["milestone"]: {
-                    name: statistics.fmean(point[name] for point in points)
-                    for name in points[0]
-                    if name != "milestone"
-                }
-                for points in zip(*curves.values())
-            }
-    return means
-
-
-def over_seeds(means):
-    """A list of points, metric -> [mean, standard deviation over seeds (None of one seed)], by milestone."""
-    curves = list(means.values())
-    return [
-        {
-            name: [
-                statistics.fmean(curve[milestone][name] for curve in curves),
-                statistics.stdev(curve[milestone][name] for curve in curves) if len(curves) > 1 else None,
-            ]
-            for name in curves[0][milestone]
-        }
-        for milestone in curves[0]
-    ]
-
-
-def forwards_to_reach(curve, metric, target):
-    """Forwards at which the mean curve first is as good as `target`, between milestones by log-linear interpolation.
-
-    A loss is to fall to it, any other metric to rise to it. None if it never does; within the first milestone that has
-    the metric counts as that milestone.
-    """
-    sign, before = (1 if metric == "loss" else -1), None
-    for point in (point for point in curve if metric in point):
-        forwards, gap = point["forwards"][0], sign * (point[metric][0] - target)
-        if gap <= 0:
-            if before is None or gap == before[1]:
-                return forwards
-            share = before[1] / (before[1] - gap)
-            return math.exp(math.log(before[0]) + share * (math.log(forwards) - math.log(before[0])))
-        before = forwards, gap
-    return None
-
-
 def summarise(contents, names, subjects):
     """Method -> seeds, curve (`over_seeds`) and forwards to the reference's final quality, for methods with a seed."""
     of = {name: [c for c in contents if c["settings"]["name"] == name] for name in names}
@@ -394,12 +357,13 @@ def collect(listed, cache_dir, subjects):
         {
             **{key: content["settings"][key] for key in ("name", "subject", "seed")},
             **{key: [point.get(key) for point in content["curve"]] for key in columns},
-            **{key: content[key] for key in ("steps", "seconds", "kept") if key in content},
+            **{key: content[key] for key in ("steps", "seconds", "commit", "changed", "source")},
+            **({"kept": content["kept"]} if "kept" in content else {}),
         }
         for _, content in pairs
     ]
     return {
-        "command": shlex.join(["python", "benchmarks/compare_methods.py", *sys.argv[1:]]),
+        **common.provenance(),
         "subjects": list(subjects),
         "methods": {run.name: asdict(run.method) for run in listed},
         "configuration": {
@@ -408,8 +372,6 @@ def collect(listed, cache_dir, subjects):
             "judging": asdict(longest.judging),
             "base": longest.base,
         },
-        "hardware": {"name": cpu_name(), "cores": os.cpu_count()},
-        "versions": provenance.installed_versions("torch diffusers transformers openvino cma"),
         "summary": summarise([content for _, content in pairs], names, subjects),
         "runs": curves,
     }
@@ -446,7 +408,7 @@ def parse_args(input_args=None):
     known = sorted(path.parent.name for path in SUBJECTS.glob("*/metadata.jsonl"))
     parser = flags.new_parser(__file__, "Compare ways to learn a token at equal cost.", "%(prog)s [options]")
     add = parser.add_argument
-    add("--grid", choices=list(GRIDS), default="main", help="Which set of methods, see methods.py.")
+    add("--grid", choices=list(GRIDS), default="main", help="Which set of methods, see grids.py.")
     add("--methods", nargs="+", help="Of the grid; default: all.")
     of_ablations = "of an ablation's grid as in ablations.py"
     add("--subjects", nargs="+", choices=["all", *known], help=f"Of demo/subjects. Default: all; {of_ablations}.")
@@ -465,8 +427,9 @@ def parse_args(input_args=None):
     add("--num_inference_steps", type=int, default=20, help="Denoising steps of a picture.")
     add("--unet_backend", choices=["openvino", "torch"], default="openvino", help="What computes forward passes.")
     add("--processes", type=int, default=2, help="Runs at a time, one thread each.")
+    add("--other_code", action="store_true", help="Count finished runs of other code, too; each has its commit.")
     add("--collect", action="store_true", help="Run nothing; write results from what is finished.")
-    add("--cache_dir", type=Path, default=HERE / ".cache" / "compare", help="Where runs and weights are kept.")
+    add("--cache_dir", type=Path, default=CACHE / "compare", help="Where runs and weights are kept.")
     add("--output_dir", type=Path, help="Of results and figures. Default: benchmarks/results and docs.")
     args = parser.parse_args(input_args)
     several = flags.Range(1, 10**9)
@@ -535,8 +498,10 @@ def main(args):
     judging = Judging(num_inference_steps=args.num_inference_steps, unet_backend=args.unet_backend)
     milestones = (tuple(given) if given else None for given in (args.milestones, args.image_milestones))
     plan = args.grid, args.methods, args.subjects, args.seeds, *milestones
-    listed = list_runs(*plan, judging, fingerprint(BASE, SCORER))
-    results, figures = (args.output_dir,) * 2 if args.output_dir else (HERE / "results", ROOT / "docs")
+    listed = list_runs(*plan, judging, fingerprint(BASE, SCORER), hash_code())
+    if args.other_code:
+        listed = [with_finished(run, args.cache_dir) for run in listed]
+    results, figures = (args.output_dir,) * 2 if args.output_dir else (RESULTS, DOCS)
     (args.cache_dir / "weights").mkdir(parents=True, exist_ok=True)
     try:
         if not args.collect:

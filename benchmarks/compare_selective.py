@@ -13,34 +13,28 @@ and `docs/selective_probability.png` (p_BP) are drawn anew.
 
 import argparse
 import itertools
-import json
-import os
-import shlex
-import sys
 import time
 from pathlib import Path
 
+from benchmarks import common
+from benchmarks.common import CACHE, DEMO, DOCS, RESULTS, as_words
+from benchmarks.compare_tuneqdm import GUIDANCE, IMAGES, INFERENCE_STEPS, Judge
+
+
+# isort: split
 import numpy as np
 import torch
-from bench_real_photos import cpu_name
-from compare_tuneqdm import DEMO, GUIDANCE, IMAGES, INFERENCE_STEPS, ROOT, Judge
 from PIL import Image, ImageDraw
 
-
-sys.path += [str(ROOT), str(ROOT / "demo")]
-
-import world  # noqa: E402
-
-import train_selective_dreambooth_lora as script  # noqa: E402
-from personalization.files import atomic_path, write_json  # noqa: E402
-from personalization.methods import dreambooth  # noqa: E402
-from personalization.runs import provenance  # noqa: E402
+import train_selective_dreambooth_lora as script
+from demo import world
+from personalization.files import atomic_path, write_json
+from personalization.methods import dreambooth
 
 
-RESULT = ROOT / "benchmarks" / "results" / "selective_quality.json"
-GRADIENTS = ROOT / "benchmarks" / "results" / "selective_gradients.json"
-PICTURES = ROOT / "benchmarks" / ".cache" / "selective"  # of each entry, its first image of each prompt
-SHEET, PROBABILITY = ROOT / "docs" / "selective_sheet.png", ROOT / "docs" / "selective_probability.png"
+RESULT, GRADIENTS = RESULTS / "selective_quality.json", RESULTS / "selective_gradients.json"
+PICTURES = CACHE / "selective"  # of each entry, its first image of each prompt
+SHEET, PROBABILITY = DOCS / "selective_sheet.png", DOCS / "selective_probability.png"
 KEY = ("variant", "subject", "seed", "changes")
 
 ALWAYS, NEVER = 100.0, -100.0  # midpoints of a ramp that is 1, or 0, everywhere
@@ -71,7 +65,7 @@ def script_args(subject, seed, variant, steps, **more):
         **VARIANTS[variant],
         **more,
     }
-    return script.parse_args([word for name, value in flags.items() for word in (f"--{name}", str(value))])
+    return script.parse_args(as_words(flags))
 
 
 def prepare(settings):
@@ -154,8 +148,7 @@ def compare_gradients(subject, seed=0, updates=12, batches=8):
         "num_perturbations": sampling.num_perturbations,
         "weights": len(learner.theta),
         **{"subject": subject, "seed": seed, "updates_before": updates, "batches": batches},
-        "command": shlex.join(["python", "benchmarks/compare_selective.py", *sys.argv[1:]]),
-        "versions": provenance.installed_versions("torch diffusers peft"),
+        **common.provenance(),
     }
 
 
@@ -189,18 +182,14 @@ def compare_windows(subject, seed=0, timesteps=(100, 400, 700, 950), spread=0.02
 
 
 def read_result(path):
-    return json.loads(path.read_text()) if path.is_file() else {"entries": [], "plain_word": {}}
+    return {"entries": [], "plain_word": {}} | common.read(path)
 
 
-def store(path, entry=None, plain_word=None):
-    """Adds an entry, or scores of the plain word, to the file."""
-    result = read_result(path)
-    if entry:
-        result["entries"] = [old for old in result["entries"] if any(old[name] != entry[name] for name in KEY)]
-        result["entries"] = sorted([*result["entries"], entry], key=lambda e: [str(e[name]) for name in KEY])
-    result["plain_word"] |= plain_word or {}
-    result["settings"] = {"images": IMAGES, "guidance": GUIDANCE, "inference_steps": INFERENCE_STEPS}
-    write_json(path, result)
+def store(path, entries=(), plain_word=None):
+    """Adds entries, or scores of the plain word, to the file."""
+    settings = {"images": IMAGES, "guidance": GUIDANCE, "inference_steps": INFERENCE_STEPS}
+    plain_word = read_result(path)["plain_word"] | (plain_word or {})
+    common.put(path, entries, KEY, settings=settings, plain_word=plain_word)
 
 
 def keep_pictures(folder, label, subject, pictures):
@@ -277,6 +266,7 @@ def parse_args():
         action="store_true",
         help="Only compare gradients: BP-low's with ZO-high's, windows' with whole pictures'; on the first subject.",
     )
+    add("--anew", action="store_true", help="Train again what other code has trained.")
     add("--plot_only", action="store_true", help="Train nothing, draw the pictures from what is there.")
     return parser.parse_args()
 
@@ -296,15 +286,21 @@ def main():
 
 def compare(args):
     """Trains and judges what is not there yet, seeds outermost, so that a stopped run is as even as can be."""
-    judge = Judge()
+    common.warn_if_busy()
+    judge, source = Judge(), common.source_hash("benchmarks/compare_selective.py", without=["benchmarks/common.py"])
     for subject in (name for name in args.subjects if name not in read_result(args.output)["plain_word"]):
         pictures = judge.draw(judge.pipeline.unet, subject)
         keep_pictures(PICTURES, "plain", subject, pictures)
         store(args.output, plain_word={subject: judge.score(pictures, subject)})
-    for seed, subject, variant in itertools.product(args.seeds, args.subjects, args.variants):
-        key = variant, subject, seed, " ".join(args.set)
-        if key in {tuple(entry[name] for name in KEY) for entry in read_result(args.output)["entries"]}:
-            continue
+    runs = itertools.product(args.seeds, args.subjects, args.variants)
+    keys = [(variant, subject, seed, " ".join(args.set)) for seed, subject, variant in runs]
+    done = {common.key_of(e, KEY): e for e in read_result(args.output)["entries"]}
+    done = {key: entry for key, entry in done.items() if key in keys}
+    if args.anew:
+        done = {key: entry for key, entry in done.items() if entry.get("source") == source}
+    common.say_what_is_kept(done.values(), source)
+    for key in (key for key in keys if key not in done):
+        variant, subject, seed, _ = key
         settings = script_args(subject, seed, variant, args.steps, **dict(one.split("=") for one in args.set))
         model, figures = train(settings, variant)
         pictures = draw_with_adapters(judge, script.adapter_tensors(model.unet), subject)
@@ -313,10 +309,7 @@ def compare(args):
         scores = judge.score(pictures, subject)
         entry = {**dict(zip(KEY, key)), "scores": scores, **figures}
         entry |= {"steps": args.steps, "settings": {name: getattr(settings, name) for name in RECORDED}}
-        entry |= {"hardware": {"name": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}}
-        entry |= {"versions": provenance.installed_versions("torch diffusers peft")}
-        entry |= {"command": shlex.join(["python", "benchmarks/compare_selective.py", *sys.argv[1:]])}
-        store(args.output, entry)
+        store(args.output, [entry | common.provenance() | {"source": source}])
         print(*key, " ".join(f"{name} {x:.3f}" for name, x in scores.items()), figures, flush=True)
 
 

@@ -13,36 +13,29 @@ drawn anew at the end.
 
 import argparse
 import itertools
-import json
-import os
-import shlex
-import sys
 import time
 from pathlib import Path
 
+from benchmarks import common
+from benchmarks.common import DEMO, DOCS, RESULTS, as_words
+
+
+# isort: split
 import numpy as np
 import torch
-from bench_real_photos import cpu_name
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from PIL import Image
 
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path += [str(ROOT), str(ROOT / "demo")]
-
-import world  # noqa: E402
-
-import evaluate_personalization as evaluation  # noqa: E402
-import train_tuneqdm_dreambooth as script  # noqa: E402
-from personalization.files import atomic_path, write_json  # noqa: E402
-from personalization.methods import dreambooth  # noqa: E402
-from personalization.models import base_model  # noqa: E402
-from tuneqdm_pipeline import quantize_unet  # noqa: E402
+import evaluate_personalization as evaluation
+import train_tuneqdm_dreambooth as script
+from demo import world
+from personalization.files import atomic_path
+from personalization.methods import dreambooth
+from personalization.models import base_model
+from tuneqdm_pipeline import quantize_unet
 
 
-DEMO = ROOT / "demo"
-RESULT = ROOT / "benchmarks" / "results" / "tuneqdm_quality.json"
-PICTURE = ROOT / "docs" / "tuneqdm_tradeoff.png"
+RESULT, PICTURE = RESULTS / "tuneqdm_quality.json", DOCS / "tuneqdm_tradeoff.png"
 NAMES = {"CLIP-I": "CLIP-I", "DINO": "identity", "CLIP-T": "CLIP-T"}  # the scorer's stand-in for DINO is its own
 IMAGES, GUIDANCE, INFERENCE_STEPS, IMAGE_SEED = 4, 4.0, 25, 0
 KEY = ("variant", "bits", "learning_rate", "subject", "seed")
@@ -81,8 +74,7 @@ def script_args(subject, seed, bits, variant, learning_rate, args):
         "report_to": "none",
         **(VARIANTS[variant] or {}),
     }
-    words = [[f"--{name}"] if value is True else [f"--{name}", str(value)] for name, value in flags.items()]
-    return script.parse_args(list(itertools.chain.from_iterable(words)))
+    return script.parse_args(as_words(flags))
 
 
 class Judge:
@@ -136,7 +128,7 @@ def train_and_judge(settings, bits, subject, judge, lengths):
     else:
         unet = base_model.load_component(base, "unet")
         changes = dict(unet.requires_grad_(True).named_parameters())
-        model = script.Model(unet, None, base.scheduler, conditioning, compute)
+        model = script.Model(base.family, unet, None, base.scheduler, conditioning, compute)
     learner = script.start_learner(settings, changes, compute)
     sampling = script.choose_sampling(settings, table)
     scores, seconds, losses = {}, 0.0, []
@@ -167,18 +159,13 @@ def judge_bases(judge, subjects):
 
 
 def read_result(path):
-    return json.loads(path.read_text()) if path.is_file() else {"entries": [], "bases": {}}
+    return {"entries": [], "bases": {}} | common.read(path)
 
 
-def store(path, entry=None, bases=None):
-    """Adds an entry, or scores of bases, to the file."""
-    result = read_result(path)
-    if entry:
-        result["entries"] = [old for old in result["entries"] if any(old[name] != entry[name] for name in KEY)]
-        result["entries"] = sorted([*result["entries"], entry], key=lambda e: [str(e[name]) for name in KEY])
-    result["bases"] |= bases or {}
-    result["settings"] = {"images": IMAGES, "guidance": GUIDANCE, "inference_steps": INFERENCE_STEPS}
-    write_json(path, result)
+def store(path, entries=(), bases=None):
+    """Adds entries, or scores of bases, to the file."""
+    settings = {"images": IMAGES, "guidance": GUIDANCE, "inference_steps": INFERENCE_STEPS}
+    common.put(path, entries, KEY, settings=settings, bases=read_result(path)["bases"] | (bases or {}))
 
 
 def means(entries, length, name):
@@ -231,6 +218,7 @@ def parse_args():
     add("--learning_rates", nargs="+", type=float, default=[1e-2], help="Relative, of quantized variants.")
     add("--full_learning_rates", nargs="+", type=float, default=[FULL_LEARNING_RATE], help="Of full fine-tuning.")
     add("--output", type=Path, default=RESULT, help="JSON file that is added to.")
+    add("--anew", action="store_true", help="Train again what other code has trained.")
     add("--plot_only", action="store_true", help="Train nothing, draw the picture from what is there.")
     return parser.parse_args()
 
@@ -257,22 +245,25 @@ def main():
 
 def compare(args):
     """Trains and judges what is not there yet."""
+    common.warn_if_busy()
     judge, lengths = Judge(), {str(step) for step in args.steps}
+    source = common.source_hash("benchmarks/compare_tuneqdm.py", without=["benchmarks/common.py"])
     if missing := [name for name in args.subjects if name not in read_result(args.output)["bases"]]:
         store(args.output, bases=judge_bases(judge, missing))
-    for key in list_runs(args):
-        done = {tuple(e[name] for name in KEY): e for e in read_result(args.output)["entries"]}
-        if key in done and lengths <= done[key]["scores"].keys():
-            continue
+    there = {common.key_of(e, KEY): e for e in read_result(args.output)["entries"]}
+    done = {key: there[key] for key in list_runs(args) if key in there and lengths <= there[key]["scores"].keys()}
+    if args.anew:
+        done = {key: entry for key, entry in done.items() if entry.get("source") == source}
+    common.say_what_is_kept(done.values(), source)
+    for key in (key for key in list_runs(args) if key not in done):
         variant, bits, rate, subject, seed = key
         settings = script_args(subject, seed, bits, variant, rate, args)
         scores, seconds = train_and_judge(settings, bits, subject, judge, args.steps)
+        if there.get(key, {}).get("source") == source:  # those of other lengths stay
+            scores = there[key]["scores"] | scores
         entry = {**dict(zip(KEY, key)), "scores": scores, "training_seconds": seconds}
-        entry["scores"] = done.get(key, {}).get("scores", {}) | scores  # those of other lengths stay
         entry |= {"train_batch_size": BATCH_SIZE, "calibration": CALIBRATION}
-        entry |= {"hardware": {"name": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}}
-        entry |= {"command": shlex.join(["python", "benchmarks/compare_tuneqdm.py", *sys.argv[1:]])}
-        store(args.output, entry)
+        store(args.output, [entry | common.provenance() | {"source": source}])
         last = scores[str(max(args.steps))]
         print(*key, " ".join(f"{name} {last[name]:.3f}" for name in NAMES.values()), f"{seconds:.0f} s", flush=True)
 

@@ -13,6 +13,7 @@ from diffusers.optimization import get_scheduler
 
 from benchmarks import methods
 from benchmarks.methods import FlagshipLearner, zoodip
+from demo import world
 from personalization.models import base_model
 
 
@@ -104,8 +105,6 @@ class SummedWordsLearner(FlagshipLearner):
     """
 
     def __init__(self, task):
-        import world  # of demo/, which `compare_methods` has put on the path
-
         scene = world.SUBJECTS[Path(task.args.train_data_dir).name]
         words = " ".join(dict.fromkeys((scene.colour, scene.colour2, scene.pattern, scene.shape)))
         ids = task.base.tokenizer.encode(words, add_special_tokens=False)

@@ -2,14 +2,12 @@
 
 A learner is made from a `Task`, has the placeholder's vectors in `theta` `[k, d]` and changes them by `step()`. All of
 them see the loss through the script's `FrozenModel` and draw batches by its `draw_batch`. To compare another setting
-of the script takes one line in `GRIDS`.
+of the script takes one line in `grids.py`.
 """
 
 import argparse
 import math
-import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import cma
 import numpy as np
@@ -17,12 +15,9 @@ import torch
 import torch.nn.functional as F
 from diffusers.optimization import get_scheduler
 
-
-sys.path.append(str(Path(__file__).resolve().parent.parent))  # the training script lies beside this folder
-
-import train_zoodip_textual_inversion as zoodip  # noqa: E402
-from personalization.data import examples, prompts  # noqa: E402
-from personalization.models import base_model  # noqa: E402
+import train_zoodip_textual_inversion as zoodip
+from personalization.data import examples, prompts
+from personalization.models import base_model
 
 
 @dataclass
@@ -47,7 +42,7 @@ def prepare(words):
     args = zoodip.parse_args([str(word) for word in words])
     base, placeholder, compute = zoodip.resolve_settings(args, torch.device("cpu"))
     pictures = zoodip.read_pictures(args)
-    captions = prompts.build_prompts(pictures, placeholder, base.tokenizer, args.learnable_property)
+    captions = prompts.build_prompts(pictures, placeholder, base, args.learnable_property)
     concept, _ = examples.load_concept(pictures, captions, base, args.flip_probability, compute)
     text_encoder, unet, *_ = zoodip.load_networks(args, base, compute)
     model, initial = zoodip.assemble_model(args, base, placeholder, concept.prompt_ids, text_encoder, unet, compute)
@@ -70,11 +65,9 @@ class FlagshipLearner:
     """The script's own step, whatever its flags make of it."""
 
     def __init__(self, task):
-        directions = None
-        if task.args.optimizer == "gauss_newton":
-            words = task.args, task.base, task.placeholder, task.concept.prompt_ids
-            directions = zoodip.choose_directions(*words)
-        self.task, self.learner = task, zoodip.start_learner(task.args, task.initial, directions)
+        words = task.args, task.base, task.placeholder, task.concept.prompt_ids
+        found = zoodip.OPTIMIZERS[task.args.optimizer].look_ahead(*words)
+        self.task, self.learner = task, zoodip.start_learner(task.args, task.initial, found)
 
     @staticmethod
     def forwards_per_step(args):
@@ -250,51 +243,3 @@ class Method:
 
     def forwards_per_step(self, args):
         return LEARNERS[self.learner].forwards_per_step(args)
-
-
-AUTOGRAD = "--unet_backend torch --quantization none --mixed_precision no --adam_epsilon 1e-8 --train_batch_size 1"
-PAPER = (
-    "--quantization int8 --mixed_precision no --gradient_estimator rge --num_perturbations 2 --perturbation_scale 1e-3"
-    " --learning_rate 5e-3 --lr_scheduler constant --adam_epsilon 1e-3 --sg_threshold 1e-3 --train_batch_size 1"
-)
-PUTS = "--puts_min_timestep 500 --puts_max_timestep 900"
-UNIFORM = "--puts_min_timestep 0 --puts_max_timestep 1000"
-
-
-def by_gradient(title, rate, timesteps=PUTS, learner="gradient"):
-    """Autograd through the unquantized model in float32, the learning rate falling along a cosine."""
-    return Method(title, f"{AUTOGRAD} --learning_rate {rate} --lr_scheduler cosine {timesteps}", learner)
-
-
-def by_evolution(title, dimension, sigma, timesteps=PUTS):
-    """CMA-ES with 30 candidates a step."""
-    flags = f"--quantization int8 --mixed_precision no --num_perturbations 29 --train_batch_size 1 {timesteps}"
-    return Method(title, flags, "evolution", {"dimension": dimension, "sigma": sigma})
-
-
-GRIDS = {
-    "main": {
-        "plain": Method("plain word", learner=None),
-        "gradient_ti": by_gradient("gradient Textual Inversion, fp32", 3e-3),
-        "dti": by_gradient("Directional Textual Inversion, fp32", 1e-2, learner="directional"),
-        "paper": Method("ZOODiP, paper's settings", f"{PAPER} {PUTS}"),
-        "naive_zo": Method("naive ZO (no SG, no PUTS)", f"{PAPER} --sg_window 0 {UNIFORM}"),
-        "gf_ti": by_evolution("GF-TI (CMA-ES)", 32, 1.0),
-        "fast": Method("Gauss-Newton, bf16 (ours)", "--recipe fast --mixed_precision bf16"),
-        "fast_float32": Method("Gauss-Newton, fp32 (ours)", "--recipe fast --mixed_precision no"),
-    },
-    # What papers leave open: a fifth of the budget on two subjects, see docs/results.md.
-    "pilots": {
-        "gradient_puts_1e-3": by_gradient("gradient TI, lr 1e-3, PUTS", 1e-3),
-        "gradient_puts_3e-3": by_gradient("gradient TI, lr 3e-3, PUTS", 3e-3),
-        "gradient_puts_1e-2": by_gradient("gradient TI, lr 1e-2, PUTS", 1e-2),
-        "gradient_uniform_1e-3": by_gradient("gradient TI, lr 1e-3, uniform", 1e-3, UNIFORM),
-        "gradient_uniform_3e-3": by_gradient("gradient TI, lr 3e-3, uniform", 3e-3, UNIFORM),
-        "dti_1e-2": by_gradient("Directional TI, lr 1e-2, PUTS", 1e-2, learner="directional"),
-        "dti_3e-2": by_gradient("Directional TI, lr 3e-2, PUTS", 3e-2, learner="directional"),
-        "gf_ti_puts_32_1.0": by_evolution("GF-TI, r = 32, σ = 1, PUTS", 32, 1.0),
-        "gf_ti_puts_32_0.3": by_evolution("GF-TI, r = 32, σ = 0.3, PUTS", 32, 0.3),
-        "gf_ti_puts_64_0.3": by_evolution("GF-TI, r = 64, σ = 0.3, PUTS", 64, 0.3),
-        "gf_ti_uniform_32_0.3": by_evolution("GF-TI, r = 32, σ = 0.3, uniform", 32, 0.3, UNIFORM),
-    },
-}

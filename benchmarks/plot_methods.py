@@ -2,16 +2,13 @@
 
 import re
 
-import matplotlib
+import matplotlib.pyplot as plt
 from PIL import Image, ImageDraw
 
 from personalization.files import atomic_path
 
 
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt  # noqa: E402
-
+plt.switch_backend("Agg")
 
 TITLES = {"loss": "held-out loss", "CLIP-I": "CLIP-I", "identity": "identity"}
 

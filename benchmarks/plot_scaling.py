@@ -3,16 +3,12 @@
 python benchmarks/plot_scaling.py
 """
 
-import json
+import matplotlib.pyplot as plt
 
-import matplotlib
+from benchmarks.common import DOCS, RESULTS, read
 
 
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt  # noqa: E402
-from make_tables import ROOT  # noqa: E402
-
+plt.switch_backend("Agg")
 
 START = {"resolution": 256, "num_perturbations": 2, "batch_size": 1}  # what stays while one of them grows
 NAMES = {"ours-int8": "torch INT8", "ours-openvino": "OpenVINO INT8"}
@@ -28,8 +24,7 @@ def line(entries, name, axis, value):
 
 
 def main():
-    results = ROOT / "benchmarks" / "results"
-    steps, memory = (json.loads((results / name).read_text()) for name in ("step_cpu.json", "memory_cpu.json"))
+    steps, memory = (read(RESULTS / name) for name in ("step_cpu.json", "memory_cpu.json"))
     figure, axes = plt.subplots(2, 4, figsize=(14, 6), constrained_layout=True)
     for column, (axis, label) in enumerate(AXES.items()):
         for name, words in NAMES.items():
@@ -48,7 +43,7 @@ def main():
     axes[0, 3].plot(counts, [entry["forward_passes_per_second"] for entry in steps["processes"]], "o-")
     axes[0, 3].set(xlabel="processes (demo base)", ylabel="examples per second, all together", ylim=0, xticks=counts)
     axes[1, 3].axis("off")
-    figure.savefig(ROOT / "docs" / "scaling.png", dpi=90)
+    figure.savefig(DOCS / "scaling.png", dpi=90)
 
 
 if __name__ == "__main__":

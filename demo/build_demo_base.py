@@ -14,6 +14,10 @@ A stage that has begun keeps its plan: other settings are refused, not mixed in.
 take `--processes N`, one thread each: the threads of one process lose most of their time waiting for each other.
 """
 
+import personalization.quiet  # noqa: F401, before the libraries that it is about
+
+
+# isort: split
 import argparse
 import json
 import math

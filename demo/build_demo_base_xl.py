@@ -57,7 +57,7 @@ class Teacher:
 
         self.tokenizer = CLIPTokenizer.from_pretrained(args.teacher / "tokenizer")
         self.encoder = CLIPTextModel.from_pretrained(args.teacher / "text_encoder", dtype=torch.float32)
-        self.unet = UNet2DConditionModel.from_pretrained(args.teacher / "unet", torch_dtype=torch.float32)
+        self.unet = UNet2DConditionModel.from_pretrained(args.teacher / "unet", dtype=torch.float32)
         self.unet.set_attn_processor(AttnProcessor())
         for model in (self.encoder, self.unet):
             model.to(args.device).eval().requires_grad_(False)

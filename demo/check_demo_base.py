@@ -13,12 +13,14 @@ import argparse
 import json
 import os
 import platform
-import shlex
-import sys
 import textwrap
 import time
 from pathlib import Path
 
+from benchmarks import common
+
+
+# isort: split
 import numpy as np
 import torch
 import world
@@ -173,8 +175,9 @@ def main(argv=None):
     manifest = args.demo_dir / args.base / "demo_base.json"
     hardware = f"{os.cpu_count()} CPU cores, {platform.machine()}" if args.device == "cpu" else args.device
     quality = {
-        "command": shlex.join(["python", *sys.argv]) if argv is None else "main()",
-        "config": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+        "command": common.command_line() if argv is None else "main()",
+        **common.CODE,
+        "config": {k: common.public(str(v)) if isinstance(v, Path) else v for k, v in vars(args).items()},
         "definitions": {
             "colour": "share of images whose whole set of colours is read right (both of a two-coloured object)",
             "generated": "full captions (colours, pattern, shape, background) of combinations allowed in training",

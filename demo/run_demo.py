@@ -9,25 +9,20 @@ a model that the base has never seen. Written to `demo/output/`: `before_after.p
 output of each training run.
 """
 
-# ruff: noqa: E402
-import sys
-from pathlib import Path
-
-
-DEMO = Path(__file__).resolve().parent
-sys.path.insert(0, str(DEMO.parent))
-import personalization.quiet  # noqa: F401, before the libraries whose false alarms it silences
-
-
-# isort: split
 import argparse
 import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+from benchmarks import common
+
+
+# isort: split
 import torch
 import world
 from PIL import Image, ImageDraw
@@ -38,6 +33,7 @@ from personalization.models import families
 from personalization.models.base_model import ModelSource, open_base
 
 
+DEMO = Path(__file__).resolve().parent
 SCRIPT = DEMO.parent / "train_zoodip_textual_inversion.py"
 PLACEHOLDER = "<my-toy>"
 
@@ -175,7 +171,8 @@ def main():
         pairs = (f"{result['before'][n]:.3f} -> {result['after'][n]:.3f}" for n in names)
         print(f"{subject:18}" + "".join(f"{pair:>22}" for pair in pairs))
     figures = {
-        "command": " ".join([Path(sys.executable).name, *sys.argv]),
+        "command": common.command_line(),
+        **common.CODE,
         "settings": {**SETTINGS, "--max_train_steps": args.max_train_steps},
         "seed": args.seed,
         "base": args.base,

@@ -1,11 +1,20 @@
-"""Keeps three false alarms of other libraries off the screen; imported before them, for this effect alone.
+"""Keeps processes and their screens quiet; imported before the libraries that it is about, for this effect alone.
 
-bitsandbytes offers a kernel that is not needed, transformers misses torchvision, which diffusers' pipelines can do
-without, and it announces how it fills rows of a token table that are overwritten at once.
+Threads that have nothing to do sleep. torch's would wait for each other in a busy loop; beside other work two of them
+took five times as long as one thread then, and as long as one where they sleep.
+
+Three false alarms stay off the screen: bitsandbytes offers a kernel that is not needed, transformers misses
+torchvision, which diffusers' pipelines can do without, and it announces how it fills rows of a token table that are
+overwritten at once.
 """
 
 import logging
+import os
 
+
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "PASSIVE"
+)  # read when torch is imported; processes that are started inherit it
 
 FALSE_ALARMS = {
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",

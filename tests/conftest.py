@@ -11,6 +11,9 @@ import tempfile
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="zoodip-tests-")
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
+# What tests start as processes imports this checkout, not the one that this environment has installed.
+os.environ["PYTHONPATH"] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
 # Tests run side by side (pytest-xdist), so each process, and each one it starts, keeps to one thread: threads that
 # share a core spend their time waiting for each other.
 os.environ["OMP_NUM_THREADS"] = "1"

@@ -94,7 +94,7 @@ def remembered(predict):
 
     def answer(args, base, compute):
         settings = {name: value for name, value in vars(args).items() if name != "output_dir"}
-        key = repr((settings, base.unet_config, base.vae_config, base.text_config.to_dict(), compute))
+        key = repr((settings, base.denoiser_config, base.vae_config, base.text_config.to_dict(), compute))
         if key not in known:
             known[key] = predict(args, base, compute)
         return known[key]

@@ -14,7 +14,8 @@ from conftest import REPO
 from PIL import Image
 
 import train_zoodip_textual_inversion as zoodip
-from benchmarks import ablations, compare_methods, ideas, make_tables, methods, plot_methods
+from benchmarks import ablations, compare_methods, grids, ideas, make_tables, methods, plot_methods
+from benchmarks.tables import methods as tables
 from evaluate_personalization import bootstrap_interval
 
 
@@ -55,7 +56,7 @@ def test_cells_of_one_name_are_the_same_and_paper_is_the_papers():
             what = method.flags, method.learner, str(method.options)
             assert flags.setdefault(name, what) == what
             assert re.fullmatch(r"[a-z0-9_-]+", name)
-    assert flags["paper"][0].split() == methods.GRIDS["main"]["paper"].flags.split()
+    assert flags["paper"][0].split() == grids.GRIDS["main"]["paper"].flags.split()
     assert len(set(flags.values())) == len(flags)
 
 
@@ -65,7 +66,7 @@ def test_ideas_move_theta_at_the_cost_that_they_state(tmp_path, name):
     (tmp_path / "weights").mkdir()
     run = run_of(name)
     task = methods.prepare([*compare_methods.common_flags(run, tmp_path), *run.method.flags.split()])
-    learner, count = run.method.make(task), methods.ForwardCount(task.model.unet)
+    learner, count = run.method.make(task), methods.ForwardCount(task.model.denoiser)
     start = learner.theta.clone()
     for _ in range(2):
         assert np.isfinite(learner.step().item())
@@ -192,6 +193,7 @@ def stored(name, subject, seed, losses, kept=None, steps=1500):
         for m, loss in losses.items()
     ]
     content = {"settings": {"name": name, "subject": subject, "seed": seed}, "curve": curve, "steps": steps}
+    content |= {"commit": "c" * 40, "changed": False, "source": "s"}
     return content | ({"kept": {"window": 10, "counts": kept}} if kept else {})
 
 
@@ -256,7 +258,7 @@ def result_of(grid, contents):
 
 
 def test_the_table_says_how_sure_and_how_complete_it_is():
-    text = make_tables.ablation(result_of("n", synthetic()[0]))
+    text = tables.ablation(result_of("n", synthetic()[0]))
     lines = text.splitlines()
     assert "published" in lines[0] and "i*" not in lines[0] and len({line.count("|") for line in lines[:-2]}) == 1
     assert len(lines) == 2 + 5 + 2 and "0.736" in lines[2] and "0.736" not in lines[3]
@@ -264,8 +266,8 @@ def test_the_table_says_how_sure_and_how_complete_it_is():
     assert "bootstrap" in lines[-1] and "--grid n" in lines[-1]
     sure = [stored("paper", s, k, {4500: 0.5}) for s in SUBJECTS for k in range(2)]
     sure += [stored("n_1", s, k, {4500: 0.6 + 0.01 * k}) for s in SUBJECTS for k in range(2)]
-    assert "**+0.1050 [+0.1000, +0.1100]**" in make_tables.ablation(result_of("n", sure))
-    with_kept = make_tables.ablation(result_of("sg_puts", [stored("paper", "a", 0, {4500: 0.5}, [5, 6])]))
+    assert "**+0.1050 [+0.1000, +0.1100]**" in tables.ablation(result_of("n", sure))
+    with_kept = tables.ablation(result_of("sg_puts", [stored("paper", "a", 0, {4500: 0.5}, [5, 6])]))
     assert "i*/τ" in with_kept and "| 0.55 |" in with_kept and with_kept.endswith("(ablation_sg.png)")
 
 
@@ -292,7 +294,8 @@ def test_results_are_collected_from_what_is_finished(tmp_path, demo_base, capsys
     base = compare_methods.fingerprint(compare_methods.BASE, compare_methods.SCORER)
     judging = compare_methods.Judging()
     plan = "sg_puts", args.methods, args.subjects, args.seeds, None, None
-    for run in compare_methods.list_runs(*plan, judging, base)[:9]:  # as if they were done
+    code = judging, base, compare_methods.hash_code()
+    for run in compare_methods.list_runs(*plan, *code)[:9]:  # as if they were done
         content = stored(run.name, run.subject, run.seed, {4500: 0.5}, kept=[18] if "no_sg" not in run.name else None)
         content |= {"settings": run.settings(), "thetas": {}, "seconds": {"whole": 60.0, "training": 50.0}}
         run.path(args.cache_dir).parent.mkdir(parents=True, exist_ok=True)
@@ -301,7 +304,7 @@ def test_results_are_collected_from_what_is_finished(tmp_path, demo_base, capsys
     read = json.loads((tmp_path / "out" / "ablation_sg_puts.json").read_text())
     assert [row["runs"] for row in read["rows"]] == [3, 3, 3] and len(read["runs"]) == 9
     assert "3 of 6" in capsys.readouterr().out and (tmp_path / "out" / "ablation_sg.png").is_file()
-    listed = compare_methods.list_runs(*plan, judging, base)
+    listed = compare_methods.list_runs(*plan, *code)
     compare_methods.say_how_long(listed, args.cache_dir, 2)
     assert capsys.readouterr().out.startswith("15 of 24 runs are missing: 0.1 h on 2 free cores, as long as")
     compare_methods.say_how_long(listed, tmp_path, 2)

@@ -181,6 +181,14 @@ def test_rounding_noise_is_not_a_direction():
     assert len(subspace.removed) == 6 - 2
 
 
+def test_a_large_token_that_hardly_moves_has_no_more_directions():
+    """Centring numbers of 1e6 that differ by 1e-3 leaves more than rounding of the standardised trajectory."""
+    subspace = SubspaceGradient(6, 0.999999)
+    for theta in np.random.default_rng(0).normal(size=(6, 1, 40)):
+        subspace.update(torch.from_numpy(1e6 + 1e-3 * theta))
+    assert len(subspace.removed) == 6 - 2
+
+
 def test_window_zero_switches_it_off():
     subspace = SubspaceGradient(0, 1e-3)
     for theta in trajectory(5, (1, 8)):
@@ -212,3 +220,18 @@ def test_subspace_state_survives_a_file(tmp_path):
 def test_the_script_never_runs_a_backward_pass():
     source = inspect.getsource(zoodip)
     assert not re.search(r"\.backward\(|autograd\.grad|requires_grad_?\(True\)|requires_grad=True", source)
+
+
+# ------------------------------------------------------------------------------------------------------------- ZO-Adam
+
+
+def test_weight_decay_acts_on_theta_itself_as_adamw_has_it():
+    """Without a gradient θ shrinks by η times the decay; inside Adam it would move by η, whatever the decay is."""
+    flags = "--placeholder_token <t> --initializer_token x --pretrained_model_name_or_path m --train_data_dir d"
+    args = zoodip.parse_args(
+        [*flags.split(), "--adam_weight_decay", "0.5", "--learning_rate", "0.1", "--sg_window", "0"]
+    )
+    theta = torch.ones(1, 4)
+    rule = zoodip.OPTIMIZERS["zo_adam"].start(args, theta, None, num_processes=1)
+    rule.update(theta, torch.zeros(1, 4))
+    torch.testing.assert_close(theta, torch.full((1, 4), 1 - 0.1 * 0.5))

@@ -239,7 +239,7 @@ def test_captions_mark_the_concept_by_braces_or_by_name(two_images, name, demo_b
     captions(two_images, rows, name)
     base, placeholder = placeholder_in(demo_base, 2)
     tokenizer, pictures = base.tokenizer, images.read_folder(two_images, 64, False)
-    prompt_ids, prompts_of_image = prompts.build_prompts(pictures, placeholder, tokenizer)
+    prompt_ids, prompts_of_image = prompts.build_prompts(pictures, placeholder, base)
     assert prompts_of_image == [[0], [1]] and prompt_ids.shape == (2, tokenizer.model_max_length)
     texts = tokenizer.batch_decode(prompt_ids, skip_special_tokens=True)
     for text, words in zip(texts, (["a", "on", "the", "beach"], ["my", ",", "red"])):
@@ -269,7 +269,7 @@ def test_images_without_captions_get_the_templates(two_images, demo_base):
     for learnable, count in (("object", 27), ("style", 17)):
         base, placeholder = placeholder_in(demo_base, 1)
         pictures = images.read_folder(two_images, 64, False)
-        _, rows = prompts.build_prompts(pictures, placeholder, base.tokenizer, learnable)
+        _, rows = prompts.build_prompts(pictures, placeholder, base, learnable)
         assert [len(r) for r in rows] == [1, count]
 
 

@@ -20,10 +20,12 @@ import train_zoodip_textual_inversion as zoodip
 from personalization import flags
 from personalization.errors import InputError
 from personalization.models import base_model, memory, openvino_unet, weight_cache
-from personalization.models.base_model import COMPONENTS, ModelSource
+from personalization.models.base_model import ModelSource
 from personalization.models.compute import Compute
+from personalization.models.families import SD1, clip
 
 
+COMPONENTS = SD1.components
 CPU = Compute(torch.device("cpu"), torch.float32, torch.contiguous_format)
 
 
@@ -379,10 +381,10 @@ def test_merges_that_were_cut_do_not_spell_words_in_silence(tmp_path):
     (tmp_path / "vocab.json").write_text(json.dumps({f"t{i}": i for i in range(1512)}))
     for count in (998, 990):
         (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "a b\n" * count)
-        base_model.check_merges(tmp_path)
+        clip.check_merges(tmp_path)
     (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "a b\n" * 900)
     with pytest.raises(ValueError, match="merges.txt has 900 merges for 1512 tokens"):
-        base_model.check_merges(tmp_path)
+        clip.check_merges(tmp_path)
 
 
 def test_a_tokenizer_that_is_nowhere_is_not_blamed_on_the_base(base, monkeypatch):
@@ -588,7 +590,7 @@ def test_what_killed_runs_left_in_the_cache_goes_at_the_next_start(tmp_path):
 def test_a_killed_write_is_cleaned_up_after(demo_base, tmp_path):
     """The writer is killed in the middle, as by `kill -9`."""
     code = (
-        "import os, sys, pathlib; from personalization import weight_cache\n"
+        "import os, sys, pathlib; from personalization.models import weight_cache\n"
         "def write(folder): (folder / 'a').write_text('b'); print(folder.name, flush=True); os.kill(os.getpid(), 9)\n"
         "weight_cache.provide(pathlib.Path(sys.argv[1]) / 'unet-int8', write)"
     )
@@ -626,7 +628,7 @@ def test_a_damaged_openvino_export_is_made_again(tmp_path, monkeypatch, caplog, 
     monkeypatch.setattr(openvino_unet, "OpenVINOUNet", lambda model, *_: model)
 
     def compile():
-        what = {"config": None, "latent_size": 8, "prompt_length": 4, "engine": "CPU", "dtype": None, "device": None}
+        what = {"config": None, "call": None, "engine": "CPU", "dtype": None, "device": None}
         return openvino_unet.compile_openvino_unet(tmp_path / "unet-openvino-1", lambda: None, **what)
 
     assert compile() == compile() == (tmp_path / "unet-openvino-1" / "unet.xml", 5000)

@@ -11,6 +11,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 import train_zoodip_textual_inversion as zoodip
 from benchmarks import baselines
 from personalization.models.compute import choose_compute
+from personalization.models.families import SD1, TextEncoders
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,8 @@ def test_official_estimate_equals_the_scripts_on_the_same_models(quanto_models, 
     rows = zoodip.PromptRows(table.weight, batch.prompt_ids, first, 3, "cpu", torch.float32)
     models.text_encoder.set_input_embeddings(rows)  # where the script's candidates live
     compute, _ = choose_compute(torch.device("cpu"))
-    model = zoodip.FrozenModel(models.text_encoder, models.unet, models.scheduler, first, None, compute)
+    networks = SD1, TextEncoders(SD1, [models.text_encoder]), models.unet
+    model = zoodip.FrozenModel(*networks, models.scheduler, first, None, compute)
     losses = functools.partial(model.losses, batch=batch)
     with torch.inference_mode():
         scripts, scripts_loss = zoodip.estimate_gradient(losses, theta, 2, 0.05, torch.Generator().manual_seed(3))

@@ -5,13 +5,8 @@ import sys
 
 import pytest
 
-
-@pytest.fixture
-def bench(repo, monkeypatch):
-    monkeypatch.syspath_prepend(repo / "benchmarks")
-    import bench_memory
-
-    return bench_memory
+from benchmarks import bench_memory as bench
+from benchmarks import common, watching
 
 
 def entry_of(row, seconds):
@@ -21,10 +16,10 @@ def entry_of(row, seconds):
     }
 
 
-def test_two_rows_write_what_was_measured_and_predicted(bench, tmp_path, monkeypatch):
+def test_two_rows_write_what_was_measured_and_predicted(tmp_path, monkeypatch):
     path = tmp_path / "memory.json"
-    bench.store(path, entry_of("int8-first", -1))  # replaced by this run
-    bench.store(path, entry_of("none", -2))  # kept
+    common.put(path, [entry_of("int8-first", -1)], bench.KEY)  # replaced by this run
+    common.put(path, [entry_of("none", -2)], bench.KEY)  # kept
     rows = ["--rows", "int8-first", "load-int8-no-cache"]
     monkeypatch.setattr(
         sys, "argv", ["bench", "--architecture", "demo", *rows, "--device", "cpu", "--output", str(path)]
@@ -45,20 +40,21 @@ def test_two_rows_write_what_was_measured_and_predicted(bench, tmp_path, monkeyp
     loading = by_row["load-int8-no-cache"]["loading"]
     assert 0 < loading["peak_anonymous_above_start_mb"] <= loading["peak_rss_above_start_mb"] < 50
     assert by_row["int8-first"]["command"].startswith("python train_zoodip_textual_inversion.py --pretrained")
+    assert len(by_row["imports"]["commit"]) == 40 and by_row["imports"]["changed"] in (True, False)
 
 
-def test_phases_begin_with_the_lines_that_name_them(bench):
-    mb = bench.MB
+def test_phases_begin_with_the_lines_that_name_them():
+    mb = watching.MB
     samples = [
-        bench.Sample(t, rss=rss * mb, anonymous=rss * mb // 2, high_water=0) for t, rss in enumerate([10, 40, 20])
+        watching.Sample(t, rss=rss * mb, anonymous=rss * mb // 2, high_water=0) for t, rss in enumerate([10, 40, 20])
     ]
     lines = [(0.5, "phase: loading"), (1.5, "INFO - 2 images, 3 candidates a step (3 a pass)")]
-    phases = bench.divide_phases(bench.Watched(samples, lines, 3.0, {}, None))
+    phases = watching.divide_phases(watching.Watched(samples, lines, 3.0, {}, None))
     assert list(phases) == ["start", "loading", "training"]
     assert [phase["peak_rss_mb"] for phase in phases.values()] == [10, 40, 20]
     assert phases["loading"]["anonymous_at_begin_mb"] == 20
 
 
-def test_a_failing_process_is_reported_with_what_it_said(bench):
+def test_a_failing_process_is_reported_with_what_it_said():
     with pytest.raises(RuntimeError, match="exit code 3.*\n.*no luck"):
-        bench.watch([sys.executable, "-c", "import sys; print('no luck'); sys.exit(3)"], "cpu")
+        watching.watch([sys.executable, "-c", "import sys; print('no luck'); sys.exit(3)"], "cpu")

@@ -6,24 +6,11 @@ import sys
 import pytest
 import torch
 
-
-@pytest.fixture
-def bench(repo, monkeypatch):
-    monkeypatch.syspath_prepend(repo / "benchmarks")
-    import bench_selective
-
-    return bench_selective
+from benchmarks import bench_selective as bench
+from benchmarks import compare_selective as compare
 
 
-@pytest.fixture
-def compare(repo, monkeypatch):
-    monkeypatch.syspath_prepend(repo / "benchmarks")
-    import compare_selective
-
-    return compare_selective
-
-
-def test_a_row_of_the_memory_benchmark(bench, demo_base, tmp_path, monkeypatch):
+def test_a_row_of_the_memory_benchmark(demo_base, tmp_path, monkeypatch):
     path = tmp_path / "memory.json"
     flags = ["--base", demo_base, "--resolution", "64", "--rows", "selective", "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", ["bench", *flags, "--cache_dir", "none", "--output", str(path)])
@@ -35,7 +22,7 @@ def test_a_row_of_the_memory_benchmark(bench, demo_base, tmp_path, monkeypatch):
     assert "training" in row["measured"]["phases"] and str(tmp_path) not in row["command"]
 
 
-def test_a_stopped_comparison_goes_on(compare, tmp_path, monkeypatch):
+def test_a_stopped_comparison_goes_on(tmp_path, monkeypatch):
     path, done = tmp_path / "quality.json", []
 
     class Judge:
@@ -75,7 +62,7 @@ def test_a_stopped_comparison_goes_on(compare, tmp_path, monkeypatch):
     assert (tmp_path / "probability.png").stat().st_size > 10_000
 
 
-def test_variants_train_what_they_say(compare, monkeypatch):
+def test_variants_train_what_they_say(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["compare"])
     shares, timesteps = {}, torch.arange(0, 1, 0.01)
     for variant in compare.VARIANTS:
@@ -88,7 +75,7 @@ def test_variants_train_what_they_say(compare, monkeypatch):
     assert shares["selective"].std(dim=0).max() > 0 and shares["selective"].std(dim=1).max() > 0
 
 
-def test_one_adam_shares_its_moments(compare):
+def test_one_adam_shares_its_moments():
     settings = compare.script_args("striped_star", 0, "one-adam", 4, num_perturbations=1, bp_progress_midpoint=0.3)
     learner, model, subjects, sampling = compare.prepare(settings)
     compare.share_moments(learner)

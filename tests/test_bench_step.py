@@ -36,9 +36,9 @@ def test_steps_leave_the_token_that_the_script_leaves(demo_base, cache, basics, 
         assert step.step().isfinite()
     (theirs,) = load_file(output / "learned_embeds.safetensors").values()
     assert torch.equal(step.learner.theta, theirs) and not torch.equal(theirs, step.initial)
-    unet = step.model.unet
+    unet = step.model.denoiser
     step.configure(64, 2, 3)  # starts anew, with the same networks
-    assert torch.equal(step.learner.theta, step.initial) and step.model.unet is unet
+    assert torch.equal(step.learner.theta, step.initial) and step.model.denoiser is unet
 
 
 def test_rows_take_turns_and_a_rerun_replaces_only_its_own(demo_base, cache, tmp_path, monkeypatch):
@@ -61,7 +61,7 @@ def test_rows_take_turns_and_a_rerun_replaces_only_its_own(demo_base, cache, tmp
     rounds = [ours, "official", "ti", "floor", "official", "ti", "floor", ours]
     assert order == 2 * [ours, "official", "ti", "floor", *rounds]
     content = json.loads(output.read_text())
-    rows = {bench_step.key_of(row): row for row in content["rows"]}
+    rows = {bench_step.key_of(row, bench_step.KEY): row for row in content["rows"]}
     assert len(rows) == len(content["rows"]) == 9 and older in content["rows"] and content["left_out"] == []
     measured = [row for row in rows.values() if row is not older and row["architecture"] == "demo"]
     for row in measured:
@@ -75,7 +75,7 @@ def test_rows_take_turns_and_a_rerun_replaces_only_its_own(demo_base, cache, tmp
     assert rows[key]["ratio_to"]["official"] == pytest.approx(ours / theirs, rel=1e-2)
     before = {k: row for k, row in rows.items() if k != key}
     bench_step.main([*words, "ours-int8", "--steps", "2"])
-    rows = {bench_step.key_of(row): row for row in json.loads(output.read_text())["rows"]}
+    rows = {bench_step.key_of(row, bench_step.KEY): row for row in json.loads(output.read_text())["rows"]}
     assert rows[key]["steps_per_round"] == 2 and rows[key]["ratio_to"] == {}
     assert {k: row for k, row in rows.items() if k != key} == before
 

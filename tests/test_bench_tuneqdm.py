@@ -11,26 +11,12 @@ from tiny_base import build_tiny_base
 
 import train_tuneqdm_dreambooth as script
 import tuneqdm_pipeline as tuneqdm
-
-
-@pytest.fixture
-def bench(repo, monkeypatch):
-    monkeypatch.syspath_prepend(repo / "benchmarks")
-    import bench_tuneqdm
-
-    return bench_tuneqdm
-
-
-@pytest.fixture
-def compare(repo, monkeypatch):
-    monkeypatch.syspath_prepend(repo / "benchmarks")
-    import compare_tuneqdm
-
-    return compare_tuneqdm
+from benchmarks import bench_tuneqdm as bench
+from benchmarks import compare_tuneqdm as compare
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_the_official_way_computes_the_same(bench, tmp_path, monkeypatch, bits):
+def test_the_official_way_computes_the_same(tmp_path, monkeypatch, bits):
     build_tiny_base(tmp_path / "base")
     unet = UNet2DConditionModel.from_pretrained(tmp_path / "base", subfolder="unet").requires_grad_(False)
     selection = tuneqdm.quantize_unet(unet, bits, "minmax")
@@ -50,7 +36,7 @@ def test_the_official_way_computes_the_same(bench, tmp_path, monkeypatch, bits):
         torch.testing.assert_close(ours, official, rtol=1e-3, atol=1e-4)
 
 
-def test_a_row_of_the_memory_benchmark(bench, demo_base, tmp_path, monkeypatch):
+def test_a_row_of_the_memory_benchmark(demo_base, tmp_path, monkeypatch):
     path = tmp_path / "memory.json"
     flags = ["--base", demo_base, "--resolution", "64", "--rows", "official-peqa", "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", ["bench", *flags, "--output", str(path)])
@@ -61,7 +47,7 @@ def test_a_row_of_the_memory_benchmark(bench, demo_base, tmp_path, monkeypatch):
     assert "training" in row["measured"]["phases"] and str(tmp_path) not in row["command"]
 
 
-def test_a_stopped_comparison_goes_on(compare, tmp_path, monkeypatch):
+def test_a_stopped_comparison_goes_on(tmp_path, monkeypatch):
     path, done = tmp_path / "quality.json", []
 
     def train(settings, bits, subject, judge, lengths):
@@ -91,7 +77,7 @@ def test_a_stopped_comparison_goes_on(compare, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("variant, bits", [("full", 0), ("s2-2-inputs", 4)])
-def test_a_variant_is_trained_and_judged(compare, monkeypatch, variant, bits):
+def test_a_variant_is_trained_and_judged(monkeypatch, variant, bits):
     monkeypatch.setattr(compare, "INFERENCE_STEPS", 2)
     monkeypatch.setattr(sys, "argv", ["compare", "--steps", "1", "2"])
     args = compare.parse_args()

@@ -21,7 +21,8 @@ from PIL import Image
 from transformers import CLIPTextModel
 
 import train_zoodip_textual_inversion as zoodip
-from benchmarks import compare_methods, make_tables, methods
+from benchmarks import common, compare_methods, grids, methods
+from benchmarks.tables import methods as tables
 from personalization.models import base_model
 
 
@@ -30,7 +31,7 @@ TINY = compare_methods.Judging(held_out=8, images_per_prompt=1, num_inference_st
 
 
 def make_run(name, milestones=(6, 12), seed=0, method=None):
-    method = method or methods.GRIDS["main"][name]
+    method = method or grids.GRIDS["main"][name]
     milestones = milestones if method.learner else (0,)
     return compare_methods.Run("main", name, method, SUBJECT, seed, milestones, milestones[-1:], TINY, "a base")
 
@@ -141,11 +142,11 @@ def test_evolution_finds_the_minimum_in_its_subspace(monkeypatch):
     torch.testing.assert_close(learner.theta[0], initial + best @ learner.basis, atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("name", [name for name, method in methods.GRIDS["main"].items() if method.learner])
+@pytest.mark.parametrize("name", [name for name, method in grids.GRIDS["main"].items() if method.learner])
 def test_forwards_are_counted_as_they_happen(cache, name):
     run = make_run(name)
     task = prepared(run, cache)
-    learner, count = run.method.make(task), methods.ForwardCount(task.model.unet)
+    learner, count = run.method.make(task), methods.ForwardCount(task.model.denoiser)
     seen = {"forward": 0, "backward": 0}
 
     def watch(unet, inputs, outputs):
@@ -157,7 +158,7 @@ def test_forwards_are_counted_as_they_happen(cache, name):
 
             outputs[0].register_hook(backward)
 
-    task.model.unet.register_forward_hook(watch)
+    task.model.denoiser.register_forward_hook(watch)
     for _ in range(2):
         learner.step()
     per_step = run.method.forwards_per_step(task.args)
@@ -167,9 +168,9 @@ def test_forwards_are_counted_as_they_happen(cache, name):
     assert (seen["backward"] > 0) == (name in ("gradient_ti", "dti"))
 
 
-@pytest.mark.parametrize("grid", methods.GRIDS)
+@pytest.mark.parametrize("grid", grids.GRIDS)
 def test_every_method_parses(grid, cache):
-    for name, method in methods.GRIDS[grid].items():
+    for name, method in grids.GRIDS[grid].items():
         words = [*compare_methods.common_flags(make_run("plain"), cache), *method.flags.split()]
         zoodip.parse_args([str(word) for word in words])
         assert method.learner is None or method.learner in methods.LEARNERS, name
@@ -237,6 +238,35 @@ def test_a_finished_run_has_its_curve_and_is_not_run_again(cache, two_runs):
     assert compare_methods.finished(two_runs[1], cache / "elsewhere") is None
 
 
+def test_other_code_makes_a_run_again_or_counts_it_with_its_commit(cache, two_runs):
+    run = two_runs[1]
+    changed = dataclasses.replace(run, source="0123456789ab")
+    assert compare_methods.finished(changed, cache) is None
+    assert compare_methods.with_finished(changed, cache) == run
+    other = dataclasses.replace(changed, seed=7)  # which nobody has run
+    assert compare_methods.with_finished(other, cache) == other
+    content = compare_methods.finished(run, cache)
+    assert content["commit"] == common.CODE["commit"] and content["source"] == run.source
+    (row,) = compare_methods.collect([run], cache, [SUBJECT])["runs"]
+    assert row["commit"] == content["commit"] and row["source"] == run.source
+
+
+def test_what_is_compared_is_no_part_of_the_code(monkeypatch):
+    first, read = compare_methods.hash_code(), REPO.__class__.read_text
+
+    def changed(name):
+        def read_text(path, **options):
+            return read(path, **options) + ("\nx = 1\n" if path == REPO / name else "")
+
+        monkeypatch.setattr(REPO.__class__, "read_text", read_text)
+        return compare_methods.hash_code()
+
+    assert changed("benchmarks/grids.py") == changed("benchmarks/tables/methods.py") == first
+    for name in ("benchmarks/methods.py", "benchmarks/ideas.py", "demo/world.py", "train_zoodip_textual_inversion.py"):
+        assert changed(name) != first
+    assert changed("personalization/data/examples.py") != first
+
+
 def test_the_run_trains_what_the_script_trains(cache, two_runs):
     import base64
 
@@ -258,7 +288,7 @@ def test_results_are_collected_and_shown(cache, two_runs, tmp_path):
     assert read == json.loads(json.dumps(result)) and len((tmp_path / "m.json").read_text().splitlines()) < 20
     for row in read["runs"]:
         assert len(row["forwards"]) == len(row["loss"]) == len(row["CLIP-I"])
-    text = make_tables.methods(read)
+    text = tables.methods(read)
     assert "plain word" in text and "naive" not in text
     compare_methods.plot(read, tmp_path / "m.png")
     strips = compare_methods.list_strips([*two_runs, missing], cache)
@@ -353,7 +383,7 @@ def test_forwards_to_reach():
 
 
 def test_seeds_come_one_after_the_other():
-    names = list(methods.GRIDS["main"])
+    names = list(grids.GRIDS["main"])
     listed = compare_methods.list_runs("main", names, ["a", "b"], [0, 1], (3,), (3,), TINY, "x")
     assert [run.seed for run in listed] == sorted(run.seed for run in listed)
     assert len(listed) == 2 + 2 * 2 * (len(names) - 1)

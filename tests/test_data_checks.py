@@ -248,42 +248,42 @@ def test_no_metadata_at_all(tmp_path):
 
 
 @pytest.fixture
-def tokenizer(demo_base):
-    return base_model.open_base(base_model.ModelSource(demo_base)).tokenizer
+def base(demo_base):
+    return base_model.open_base(base_model.ModelSource(demo_base))
 
 
-def build(tokenizer, caption, num_vectors=1, token="<my-toy>"):
-    placeholder = prompts.add_placeholder(tokenizer, token, num_vectors, "star")
-    return prompts.build_prompts([images.Picture("a.png", None, caption)], placeholder, tokenizer)
+def build(base, caption, num_vectors=1, token="<my-toy>"):
+    placeholder = prompts.add_placeholder(base.tokenizer, token, num_vectors, "star")
+    return prompts.build_prompts([images.Picture("a.png", None, caption)], placeholder, base)
 
 
-def test_a_megabyte_of_caption_is_not_echoed(tokenizer):
-    assert "'red red " in sentence(build, tokenizer, "red " * 250_000)
-    message = sentence(build, tokenizer, "red " * 250_000 + "{}", 1, "<other>")
+def test_a_megabyte_of_caption_is_not_echoed(base):
+    assert "'red red " in sentence(build, base, "red " * 250_000)
+    message = sentence(build, base, "red " * 250_000 + "{}", 1, "<other>")
     assert "cut off <other>: shorten it." in message
 
 
-def test_the_longest_caption_that_fits(tokenizer):
-    words = prompts.words_in_prompt(tokenizer)
-    build(tokenizer, "red " * (words - 2) + "{}", 2)
-    message = sentence(build, tokenizer, "red " * (words - 1) + "{}", 2, "<other>")
+def test_the_longest_caption_that_fits(base):
+    words = prompts.words_in_prompt(base.tokenizer)
+    build(base, "red " * (words - 2) + "{}", 2)
+    message = sentence(build, base, "red " * (words - 1) + "{}", 2, "<other>")
     assert "the caption 'red red" in message and "shorten it, or lower --num_vectors 2." in message
 
 
 @pytest.mark.parametrize("caption", [None, "{}"])
 @pytest.mark.parametrize("many", [31, 10**12])
-def test_more_vectors_than_a_prompt_takes(tokenizer, many, caption):
-    message = sentence(build, tokenizer, caption, many)
+def test_more_vectors_than_a_prompt_takes(base, many, caption):
+    message = sentence(build, base, caption, many)
     assert f"--num_vectors {many} does not fit into a prompt, which takes 30 tokens" in message
 
 
-def test_more_vectors_than_the_templates_have_room_for(tokenizer):
-    message = sentence(build, tokenizer, None, 28)
+def test_more_vectors_than_the_templates_have_room_for(base):
+    message = sentence(build, base, None, 28)
     assert "--num_vectors 28 does not fit" in message and "caption" not in message
     most = int(message.split("give at most ")[1].rstrip("."))
-    build(tokenizer, None, most, "<fits>")
-    assert f"give at most {most}." in sentence(build, tokenizer, None, most + 1, "<does-not>")
-    build(tokenizer, "{}", 30, "<whole>")
+    build(base, None, most, "<fits>")
+    assert f"give at most {most}." in sentence(build, base, None, most + 1, "<does-not>")
+    build(base, "{}", 30, "<whole>")
 
 
 @pytest.mark.parametrize(
@@ -294,23 +294,23 @@ def test_more_vectors_than_the_templates_have_room_for(tokenizer):
         *("<toy\u200d>", "<toy\u202e>", "<toy\udcff>", "<toy\ue000>", "{}", "<{}>", "a\n" * 10**5),
     ],
 )
-def test_a_placeholder_is_one_visible_word(tokenizer, token):
-    message = sentence(build, tokenizer, "{}", 1, token)
+def test_a_placeholder_is_one_visible_word(base, token):
+    message = sentence(build, base, "{}", 1, token)
     assert message.startswith("--placeholder_token '") and "must be one word" in message
 
 
 @pytest.mark.parametrize(
     "token", ["<toy>", "<玩具>", "<my-игрушка>", "<🧸>", "<é>", "<e\u0301>", "<a|b>", '<"q">', "sksx"]
 )
-def test_placeholders_of_any_script(tokenizer, token):
-    placeholder = prompts.add_placeholder(tokenizer, token, 2, "star")
-    ids, _ = prompts.build_prompts([images.Picture("a.png", None, "red {}, red")], placeholder, tokenizer)
+def test_placeholders_of_any_script(base, token):
+    placeholder = prompts.add_placeholder(base.tokenizer, token, 2, "star")
+    ids, _ = prompts.build_prompts([images.Picture("a.png", None, "red {}, red")], placeholder, base)
     assert [placeholder.first_id, placeholder.first_id + 1] == ids[0, 2:4].tolist()
 
 
-def test_an_initializer_with_half_a_character(tokenizer):
+def test_an_initializer_with_half_a_character(base):
     assert "--initializer_token has '\\udcff' in it" in sentence(
-        prompts.add_placeholder, tokenizer, "<toy>", 1, "st\udcffar"
+        prompts.add_placeholder, base.tokenizer, "<toy>", 1, "st\udcffar"
     )
 
 

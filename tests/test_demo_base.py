@@ -93,7 +93,7 @@ def test_smoke_run_gives_a_pipeline_that_generates(smoke):
     from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
 
     base = smoke / "out" / "base"
-    pipeline = StableDiffusionPipeline.from_pretrained(base, torch_dtype=torch.float32)
+    pipeline = StableDiffusionPipeline.from_pretrained(base, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     assert isinstance(pipeline.scheduler, DPMSolverMultistepScheduler) and pipeline.safety_checker is None
     image = pipeline("a photo of a red star", num_inference_steps=2).images[0]
@@ -243,7 +243,7 @@ def test_committed_base_generates():
     import torch
     from diffusers import StableDiffusionPipeline
 
-    pipeline = StableDiffusionPipeline.from_pretrained(DEMO / "base", torch_dtype=torch.float32)
+    pipeline = StableDiffusionPipeline.from_pretrained(DEMO / "base", dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline(["a photo of a red star in the snow"], num_inference_steps=2, output_type="np").images
     assert images.shape == (1, 64, 64, 3) and np.isfinite(images).all() and images.std() > 0.02
@@ -256,7 +256,7 @@ def test_smoke_run_of_the_sdxl_recipe(smoke):
     command = [sys.executable, str(DEMO / "build_demo_base_xl.py"), "--smoke", "--device", "cpu", "--threads", "1"]
     command += ["--out_dir", str(smoke / "out"), "--work_dir", str(smoke / "work")]
     subprocess.run(command, check=True, env=ENVIRONMENT, capture_output=True, text=True)
-    pipeline = StableDiffusionXLPipeline.from_pretrained(smoke / "out" / "base_xl", torch_dtype=torch.float32)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(smoke / "out" / "base_xl", dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline.text_encoder_2.config.eos_token_id == 2 and pipeline.tokenizer_2.pad_token == "!"
     assert pipeline("a photo of a red star", num_inference_steps=2).images[0].size == (64, 64)
@@ -269,7 +269,7 @@ def test_committed_sdxl_base_is_small_and_generates():
 
     files = [path for path in (DEMO / "base_xl").rglob("*") if path.is_file() and "vae" not in path.parts]
     assert sum(path.stat().st_size for path in files) <= 12e6  # the VAE is a link to that of demo/base
-    pipeline = StableDiffusionXLPipeline.from_pretrained(DEMO / "base_xl", torch_dtype=torch.float32)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(DEMO / "base_xl", dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline(["a photo of a red star in the snow"], num_inference_steps=2, output_type="np").images
     assert images.shape == (1, 64, 64, 3) and np.isfinite(images).all() and images.std() > 0.02

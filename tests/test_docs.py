@@ -1,6 +1,5 @@
 """README and docs say what the stored results say, what the parsers say, and what is there."""
 
-import importlib.util
 import json
 import re
 import statistics
@@ -9,6 +8,8 @@ import sys
 
 import pytest
 from conftest import REPO
+
+from benchmarks import make_tables
 
 
 PAGES = {path.relative_to(REPO).as_posix(): path for path in [REPO / "README.md", *sorted(REPO.glob("docs/**/*.md"))]}
@@ -34,10 +35,7 @@ def anchors(text):
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_tables_are_generated_from_the_results(repo):
-    spec = importlib.util.spec_from_file_location("make_tables", repo / "benchmarks" / "make_tables.py")
-    make_tables = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(make_tables)
+def test_tables_are_generated_from_the_results():
     assert set(make_tables.PAGES) == set(PAGES)
     pages = [text_of(page) for page in PAGES]
     for text in pages:

@@ -178,7 +178,7 @@ import hashlib, shutil, sys, torch
 from pathlib import Path
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 home, out = Path(sys.argv[1]), sys.argv[2]
-base, hub, full = "alice/demo-base", "alice/my-toy", {"torch_dtype": torch.float32}
+base, hub, full = "alice/demo-base", "alice/my-toy", {"dtype": torch.float32}
 
 def custom():
     code = {"custom_pipeline": hub, "trust_remote_code": True}

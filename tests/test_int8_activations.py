@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 import train_zoodip_textual_inversion as zoodip
 from personalization.data import examples, prompts
 from personalization.errors import InputError
+from personalization.methods import gauss_newton
 from personalization.models import openvino_unet
 
 
@@ -43,7 +44,7 @@ def judge(basics, theta, count=18):
     args = zoodip.parse_args(as_arguments(flags))
     base, placeholder, compute = zoodip.resolve_settings(args, torch.device("cpu"))
     pictures = zoodip.read_pictures(args)
-    captions = prompts.build_prompts(pictures, placeholder, base.tokenizer)
+    captions = prompts.build_prompts(pictures, placeholder, base)
     concept, _ = examples.load_concept(pictures, captions, base, 0.0, compute)
     networks = zoodip.load_networks(args, base, compute)[:2]
     model, start = zoodip.assemble_model(args, base, placeholder, concept.prompt_ids, *networks, compute)
@@ -98,13 +99,13 @@ def test_the_calibration_is_what_training_asks(basics, few_passes):
     args = zoodip.parse_args(as_arguments(basics | {f"--{name}": value for name, value in SHORT.items()}))
     base, placeholder, compute = zoodip.resolve_settings(args, torch.device("cpu"))
     pictures = zoodip.read_pictures(args)
-    captions = prompts.build_prompts(pictures, placeholder, base.tokenizer)
+    captions = prompts.build_prompts(pictures, placeholder, base)
     concept, _ = examples.load_concept(pictures, captions, base, 0.0, compute)
     text_encoder, unet, *_ = zoodip.load_networks(args, base, compute)
     assert unet is None
     ids = concept.prompt_ids
     model, start = zoodip.assemble_model(args, base, placeholder, ids, text_encoder, None, compute)
-    learner = zoodip.start_learner(args, start, zoodip.choose_directions(args, base, placeholder, ids))
+    learner = zoodip.start_learner(args, start, gauss_newton.choose_directions(args, base, placeholder, ids))
     candidates = []
     write = zoodip.PromptRows.write
     text_encoder.get_input_embeddings().write = lambda rows: (
@@ -114,7 +115,9 @@ def test_the_calibration_is_what_training_asks(basics, few_passes):
     inputs = zoodip.draw_calibration(args, model, learner, concept)
     assert len(inputs) == len(candidates) == 3 and len({int(timesteps[0]) for _, timesteps, _ in inputs}) == 3
     for (sample, timesteps, conditioning), rows in zip(inputs, candidates):
-        assert len(sample) == len(timesteps) == len(conditioning) == zoodip.GAUSS_NEWTON_PASS
+        assert (
+            len(sample) == len(timesteps) == len(conditioning) == zoodip.OPTIMIZERS["gauss_newton"].candidates_per_pass
+        )
         assert sample.dtype == conditioning.dtype == torch.float32
         assert timesteps.unique().numel() == 1 and 500 <= timesteps[0] < 900
         assert torch.equal(rows[0, 0], start)

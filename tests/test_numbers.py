@@ -99,7 +99,7 @@ def test_the_least_steps_are_those_that_were_measured(repo):
     results = repo / "benchmarks" / "results"
     files = [json.loads((results / name).read_text()) for name in ("signal.json", "signal_float32.json")]
     names = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
-    for precision, (_, least) in zoodip.PERTURBATION_SCALES["zo_adam"].items():
+    for precision, (_, least) in zoodip.OPTIMIZERS["zo_adam"].perturbation_scales.items():
         seen = [
             (row["mu"], row["exact"]["correlation_median"])
             for result in files
@@ -115,7 +115,7 @@ def test_the_least_steps_of_gauss_newton_are_those_that_were_measured(repo):
     measured = json.loads((repo / "benchmarks" / "results" / "signal.json").read_text())["evidence"]
     rows = {"no": ("int8", "float32"), "fp16": ("int8", "float16"), "bf16": ("int8", "bfloat16")}
     rows |= {"int8": ("openvino int8", "int8")}
-    for precision, (_, least) in zoodip.PERTURBATION_SCALES["gauss_newton"].items():
+    for precision, (_, least) in zoodip.OPTIMIZERS["gauss_newton"].perturbation_scales.items():
         of_row = [row for row in measured if (row["backend"], row["activations"]) == rows[precision]]
         assert least == min(row["step"] for row in of_row if row["gradient_both_signs"] <= 1 / 3)
 

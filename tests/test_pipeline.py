@@ -48,7 +48,7 @@ def concept(tmp_path, dimension):
 def load(demo_base, repo):
     def from_pretrained(learned_embeds=None, **more):
         code = {"custom_pipeline": f"{repo}/zoodip_pipeline.py", "trust_remote_code": True}
-        more = {"torch_dtype": torch.float32, **more}
+        more = {"dtype": torch.float32, **more}
         return DiffusionPipeline.from_pretrained(demo_base, **code, **more, learned_embeds=learned_embeds)
 
     return from_pretrained
@@ -57,7 +57,7 @@ def load(demo_base, repo):
 @pytest.fixture
 def plain(demo_base):
     def load_plain(*concepts):
-        pipeline = StableDiffusionPipeline.from_pretrained(demo_base, torch_dtype=torch.float32)
+        pipeline = StableDiffusionPipeline.from_pretrained(demo_base, dtype=torch.float32)
         for folder in concepts:
             pipeline.load_textual_inversion(str(folder))
         return pipeline
@@ -225,7 +225,7 @@ def test_vectors_that_cannot_be_used(knows_nothing, make, expected, tmp_path, di
 
 def test_vectors_too_large_for_the_precision_of_the_text_encoder(load, tmp_path, dimension):
     save_file({"<toy>": torch.full((1, dimension), 1e6)}, tmp_path / "toy.safetensors")
-    refused(load(torch_dtype=torch.float16), tmp_path / "toy.safetensors", "too large for float16.*torch.float32")
+    refused(load(dtype=torch.float16), tmp_path / "toy.safetensors", "too large for float16.*torch.float32")
 
 
 @pytest.mark.parametrize(
@@ -296,7 +296,7 @@ def test_a_damaged_config_is_ignored(load, concept, config):
 @pytest.fixture(scope="module")
 def knows_nothing(demo_base):
     """A pipeline that every concept in these tests is refused by."""
-    return ZOODiPPipeline.from_pretrained(demo_base, torch_dtype=torch.float32)
+    return ZOODiPPipeline.from_pretrained(demo_base, dtype=torch.float32)
 
 
 def refused(pipeline, path, expected):

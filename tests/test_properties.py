@@ -51,8 +51,8 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def read(folder, demo_base):
     """Reads the pictures with this metadata; returns captions by name, or the sentence that refuses it."""
-    tokenizer = base_model.open_base(base_model.ModelSource(demo_base)).tokenizer
-    placeholder = prompts.add_placeholder(tokenizer, "<my-toy>", 1, "star")
+    base = base_model.open_base(base_model.ModelSource(demo_base))
+    placeholder = prompts.add_placeholder(base.tokenizer, "<my-toy>", 1, "star")
 
     def run(content, name="metadata.jsonl"):
         for other in folder.glob("metadata.*"):
@@ -60,7 +60,7 @@ def read(folder, demo_base):
         (folder / name).write_bytes(content)
         try:
             pictures = images.read_folder(folder, 8, False)
-            prompts.build_prompts(pictures, placeholder, tokenizer)
+            prompts.build_prompts(pictures, placeholder, base)
         except InputError as error:
             sentence = str(error)
             assert "\n" not in sentence and len(sentence) <= LONGEST_SENTENCE, sentence

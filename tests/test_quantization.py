@@ -195,8 +195,8 @@ def test_int8_loading_never_holds_the_whole_float_unet(demo_base, monkeypatch, t
     def forget(size):
         alive[0] -= size
 
-    def watched(files):
-        for name, tensor in original(files):
+    def watched(files, *rest):
+        for name, tensor in original(files, *rest):
             size = tensor.numel() * tensor.element_size()
             alive[0] += size
             weakref.finalize(tensor, forget, size)
@@ -249,3 +249,10 @@ def test_channels_last_weights_stay_so_and_change_nothing():
         torch.nn.Sequential(layer).to(memory_format=torch.channels_last)
         assert dequantized(layer).is_contiguous(memory_format=torch.channels_last)
         torch.testing.assert_close(layer(x), expected)
+
+
+def test_quanto_that_is_not_installed_is_one_sentence(basics, monkeypatch):
+    monkeypatch.setattr(zoodip.provenance, "installed_versions", lambda packages: {})
+    words = [word for pair in (basics | {"--quantization": "quanto-int8"}).items() for word in pair]
+    with pytest.raises(InputError, match="--quantization quanto-int8 is not installed: pip install"):
+        zoodip.resolve_settings(zoodip.parse_args(words), torch.device("cpu"))

@@ -17,6 +17,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 import evaluate_personalization as evaluate
 import train_tuneqdm_dreambooth as tuneqdm
 import train_zoodip_textual_inversion as zoodip
+from benchmarks import baselines
 from personalization.data import examples, images, prompts
 from personalization.errors import InputError
 from personalization.models import families
@@ -71,7 +72,7 @@ def assembled(flags, **more):
     args = zoodip.parse_args(as_arguments(flags(**more)))
     base, placeholder, compute = zoodip.resolve_settings(args, CPU)
     pictures = zoodip.read_pictures(args)
-    captions = prompts.build_prompts(pictures, placeholder, base.tokenizer, "object", base.tokenizers[1:])
+    captions = prompts.build_prompts(pictures, placeholder, base)
     concept, _ = examples.load_concept(pictures, captions, base, args.flip_probability, compute)
     networks = zoodip.load_networks(args, base, compute)[:2]
     model, start = zoodip.assemble_model(args, base, placeholder, concept.prompt_ids, *networks, compute)
@@ -85,7 +86,7 @@ def autograds_gradient(folder, theta, batch, first_id, width):
     """Loss and its gradient `[k, d]` by backpropagation through transformers' and diffusers' own models."""
     first = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32)
     second = CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder_2", dtype=torch.float32)
-    unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32)
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet", dtype=torch.float32)
     theta, found = theta.clone().requires_grad_(True), []
     for encoder, half, ids in zip(
         (first, second), theta.split([width, theta.shape[1] - width], 1), batch[3].chunk(2, 1)
@@ -107,8 +108,8 @@ def test_mean_estimate_points_along_autograds_gradient_for_both_halves(flags, pl
     batch = zoodip.draw_batch(concept, sampling, model.scheduler, torch.Generator().manual_seed(0))
     assert batch.size_ids.shape == (2, 6)
     loss, gradient = autograds_gradient(place / "xl", theta, batch, placeholder.first_id, base.word_widths[0])
-    model.text_encoder.first.set_input_embeddings(room(model.text_encoder.first, placeholder, base, 0, batch))
-    model.text_encoder.second.set_input_embeddings(room(model.text_encoder.second, placeholder, base, 1, batch))
+    for number, encoder in enumerate(model.text_encoder.encoders):
+        encoder.set_input_embeddings(room(placeholder, base, number, batch))
     model.max_candidates, generator, total = 101, torch.Generator().manual_seed(1), torch.zeros_like(theta)
     with torch.inference_mode():
         assert model.losses(theta[None], batch).item() == pytest.approx(loss, rel=1e-5)
@@ -119,17 +120,14 @@ def test_mean_estimate_points_along_autograds_gradient_for_both_halves(flags, pl
         assert torch.cosine_similarity(half.flatten(), wanted.flatten(), dim=0) > 0.95
 
 
-def test_the_official_loop_extended_to_sdxl_estimates_the_same(flags, place, repo, monkeypatch):
+def test_the_official_loop_extended_to_sdxl_estimates_the_same(flags, place):
     """What step times are compared with computes what the script computes, of the same batch and directions."""
-    monkeypatch.syspath_prepend(str(repo / "benchmarks"))
-    import baselines
-
     _, base, placeholder, model, theta, _ = assembled(flags, quantization="none")
     loop = baselines.OfficialLoop(baselines.load_models(place / "xl"), 16, initializer_id=placeholder.initializer_id)
     batch = loop.draw_batch(700, 900)
     assert loop.placeholder_id == placeholder.first_id and torch.equal(loop.theta, theta)
-    for number, encoder in enumerate((model.text_encoder.first, model.text_encoder.second)):
-        encoder.set_input_embeddings(room(encoder, placeholder, base, number, batch))
+    for number, encoder in enumerate(model.text_encoder.encoders):
+        encoder.set_input_embeddings(room(placeholder, base, number, batch))
     directions = torch.randn(2, *theta.shape, generator=torch.Generator().manual_seed(3))
     found, loss = loop.estimate(batch, directions)
     with torch.inference_mode():
@@ -140,8 +138,8 @@ def test_the_official_loop_extended_to_sdxl_estimates_the_same(flags, place, rep
     torch.testing.assert_close(found, wanted, rtol=0.05, atol=1e-3)
 
 
-def room(encoder, placeholder, base, number, batch):
-    """The encoder's token rows with room for 101 candidates."""
+def room(placeholder, base, number, batch):
+    """The token rows of an encoder with room for 101 candidates."""
     table = zoodip.base_model.load_token_tables(base)[number]
     ids = batch.prompt_ids.chunk(2, dim=1)[number]
     return zoodip.PromptRows(table, ids, placeholder.first_id, 101 * placeholder.num_vectors, "cpu", torch.float32)
@@ -183,7 +181,7 @@ def test_every_way_to_train_trains_it(train, more):
 @pytest.mark.parametrize("quantization", ["int8", "nf4", "quanto-int8"])
 def test_both_text_encoders_are_quantized(flags, quantization):
     *_, model, _, _ = assembled(flags, quantization=quantization)
-    for encoder in (model.text_encoder.first, model.text_encoder.second, model.unet):
+    for encoder in (*model.text_encoder.encoders, model.denoiser):
         assert not any(type(module) is torch.nn.Linear for module in encoder.modules())
 
 
@@ -216,13 +214,15 @@ def test_the_settings_of_the_paper_follow_the_family(flags, place):
     assert found == (700, 900, 1e-2, 5e-3) and args.center_crop
     for family, wanted in ((families.SD1, (500, 900, None, 5e-3)), (families.SD2, (500, 900, 1e-2, 1e-2))):
         args = zoodip.parse_args(as_arguments(flags()))
-        families.complete_settings(args, family)
+        zoodip.complete_for_family(args, family)
         assert (args.puts_min_timestep, args.puts_max_timestep, args.perturbation_scale, args.learning_rate) == wanted
     given = zoodip.parse_args(as_arguments(flags(puts_min_timestep=0, perturbation_scale=3e-3)))
-    families.complete_settings(given, families.SDXL)
+    zoodip.complete_for_family(given, families.SDXL)
     assert (given.puts_min_timestep, given.perturbation_scale) == (0, 3e-3)
-    assert [families.recognise({}, 1024), families.recognise({}, 768)] == [families.SD2, families.SD1]
-    assert families.SDXL.paper["max_train_steps"] == 20_000
+    for width, family in ((1024, families.SD2), (768, families.SD1)):
+        configs = {"text_encoder": {"hidden_size": width}}
+        assert families.recognise({"unet": []}, configs, families.FAMILIES.values(), "it") is family
+    assert families.SDXL.defaults("zo_adam")["max_train_steps"] == 20_000
 
 
 def test_the_model_is_told_sizes_and_the_crops_true_offset(tmp_path, flags):
@@ -316,7 +316,7 @@ def test_training_our_pipeline_and_plain_diffusers_compute_the_same_conditioning
     _, base, placeholder, model, _, _ = assembled(flags, **kind)
     halves = load_file(out / "learned_embeds.safetensors")
     model.text_encoder.get_input_embeddings().write(torch.cat([halves["clip_l"], halves["clip_g"]], dim=1)[None])
-    ids = prompts.tokenize(base.tokenizer, [placeholder.expand(prompt)], base.tokenizers[1:])
+    ids = base.tokenize([placeholder.expand(prompt)])
     with torch.no_grad():
         states, pooled = model.text_encoder(ids)
     code = {"custom_pipeline": f"{repo}/zoodip_xl_pipeline.py", "trust_remote_code": True}

@@ -13,7 +13,7 @@ from conftest import as_arguments
 from safetensors.torch import load_file
 
 import train_zoodip_textual_inversion as zoodip
-from personalization.data import examples, prompts
+from personalization.data import examples
 from personalization.errors import InputError
 from personalization.models import base_model, memory, openvino_unet
 
@@ -37,7 +37,7 @@ def model(basics, cache):
         base, placeholder, compute = zoodip.resolve_settings(args, CPU)
         text_encoder, unet, *_ = zoodip.load_networks(args, base, compute)
         first = placeholder.first_id
-        ids = prompts.tokenize(base.tokenizer, ["a photo of a star"]).repeat(2, 1)
+        ids = base.tokenize(["a photo of a star"]).repeat(2, 1)
         ids[ids == placeholder.initializer_id] = first
         assert (ids == first).sum() == 2
         args.max_candidates_per_forward = 8  # room for as many
@@ -46,7 +46,7 @@ def model(basics, cache):
         g = torch.Generator().manual_seed(0)
         size = args.resolution // base.vae_factor
         latents = torch.randn(2, unet.config.in_channels, size, size, generator=g)
-        batch = examples.noise_batch(latents, ids, torch.tensor([520, 870]), g, base.scheduler)
+        batch = examples.noise_batch(base.family, latents, ids, torch.tensor([520, 870]), g, base.scheduler)
 
         def loss_of(candidates):
             with torch.inference_mode():
@@ -195,7 +195,7 @@ def test_more_candidates_a_pass_need_more_memory_and_streaming_less(basics):
     assert many.activations > 2 * plain.activations
     assert figures(num_perturbations=8, max_candidates_per_forward=3).activations == plain.activations
     whole, streamed = figures(quantization="none"), figures(quantization="none", low_vram=True)
-    assert streamed.unet < plain.unet < whole.unet
+    assert streamed.denoiser < plain.denoiser < whole.denoiser
     assert plain.peak == plain.libraries + max(plain.phases.values())
 
 

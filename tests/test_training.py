@@ -23,6 +23,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 import train_zoodip_textual_inversion as zoodip
 from personalization.data import examples
 from personalization.errors import DivergedError, InputError
+from personalization.models.families import SD1, TextEncoders
 from personalization.runs import checkpoints
 
 
@@ -65,7 +66,7 @@ def test_launch_writes_everything_and_diffusers_reads_it(launch, basics, demo_ba
     assert config["figures"]["steps"] == 3 and config["figures"]["forward_passes"] == 9
     assert config["components"]["unet"]["quantized_share"] > 0.9
 
-    pipeline = StableDiffusionPipeline.from_pretrained(demo_base, torch_dtype=torch.float32)
+    pipeline = StableDiffusionPipeline.from_pretrained(demo_base, dtype=torch.float32)
     pipeline.load_textual_inversion(str(out))
     learned = embeds(out)
     assert learned.shape[0] == 2 and learned.dtype == torch.float32
@@ -79,11 +80,11 @@ def test_every_vector_is_trained_and_all_else_is_frozen(train, demo_base, monkey
     seen = []
     original = zoodip.candidate_losses
 
-    def watched(candidates, batch, text_encoder, unet, *rest, **more):
+    def watched(candidates, batch, family, text_encoder, unet, *rest, **more):
         assert torch.is_inference_mode_enabled()
         tensors = [candidates, *batch, *text_encoder.parameters(), *unet.parameters()]
         assert not any(tensor.requires_grad for tensor in tensors)
-        losses = original(candidates, batch, text_encoder, unet, *rest, **more)
+        losses = original(candidates, batch, family, text_encoder, unet, *rest, **more)
         assert losses.dtype == torch.float32 and not losses.requires_grad
         seen.append((text_encoder, unet))
         return losses
@@ -114,7 +115,7 @@ def zoodip_ids(demo_base, word):
 def demo_loss(demo_base):
     """The demo base in float32 with a fixed batch: `(loss_of(candidates, **), embedding start, placeholder id)`."""
     text_encoder = CLIPTextModel.from_pretrained(demo_base, subfolder="text_encoder", dtype=torch.float32).eval()
-    unet = UNet2DConditionModel.from_pretrained(demo_base, subfolder="unet", torch_dtype=torch.float32).eval()
+    unet = UNet2DConditionModel.from_pretrained(demo_base, subfolder="unet", dtype=torch.float32).eval()
     scheduler = DDPMScheduler.from_pretrained(demo_base, subfolder="scheduler")
     table = text_encoder.get_input_embeddings().weight.detach()
     first = len(table)
@@ -127,11 +128,12 @@ def demo_loss(demo_base):
     prompt = torch.where(prompt == zoodip_ids(demo_base, "star"), first, prompt)
     assert (prompt == first).sum() == 1
     latents = torch.randn(1, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size, generator=g)
-    batch = examples.noise_batch(latents, prompt, torch.tensor([600]), g, scheduler)
+    batch = examples.noise_batch(SD1, latents, prompt, torch.tensor([600]), g, scheduler)
     start = table[zoodip_ids(demo_base, "star")][None].clone()
 
     def loss_of(candidates, **rest):
-        return zoodip.candidate_losses(candidates, batch, text_encoder, unet, first, **rest)
+        networks = SD1, TextEncoders(SD1, [text_encoder]), unet
+        return zoodip.candidate_losses(candidates, batch, *networks, first, **rest)
 
     return loss_of, start, (text_encoder, unet, batch, first)
 
@@ -246,7 +248,7 @@ def test_killed_run_resumes_bit_identical(run_script, basics, tmp_path):
 RANK_DUMP = """
 import sys, torch
 import train_zoodip_textual_inversion as zoodip
-from personalization import checkpoints
+from personalization.runs import checkpoints
 original = checkpoints.save_checkpoint
 def dump(accelerator, output_dir, state, *rest):
     torch.save({"theta": state.shared["theta"], "processes": accelerator.num_processes},
@@ -355,16 +357,6 @@ def test_a_checkpoint_knows_the_weights_it_was_trained_on(train, demo_base, tmp_
     save_file({name: 1.01 * weight for name, weight in load_file(path).items()}, path, metadata={"format": "pt"})
     with pytest.raises(InputError, match="other settings: weights of the model"):
         train(max_train_steps=2, pretrained_model_name_or_path=base, resume_from_checkpoint="latest")
-
-
-def test_a_checkpoint_from_before_averaging_is_resumed(train):
-    out = train(max_train_steps=1, checkpointing_steps=1)
-    path = out / "checkpoint-1" / "state.pt"
-    state = torch.load(path, weights_only=True)
-    del state["mean"], state["updates"]
-    torch.save(state, path)
-    (out / "checkpoint-1" / "manifest.json").unlink()  # older than manifests
-    train(max_train_steps=2, resume_from_checkpoint="latest")
 
 
 def test_checkpoints_are_rotated(train):

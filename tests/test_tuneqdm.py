@@ -14,6 +14,7 @@ import train_tuneqdm_dreambooth as script
 import tuneqdm_pipeline as tuneqdm
 from personalization.data import examples
 from personalization.models.compute import Compute
+from personalization.models.families import SD1
 
 
 @pytest.fixture(scope="module")
@@ -367,9 +368,9 @@ def learner_of(unet, table, dtype=torch.float32, **flags):
     compute = Compute(torch.device("cpu"), dtype, torch.contiguous_format)
     g = torch.Generator().manual_seed(0)
     moments = torch.cat([torch.randn(1, 3, 4, 8, 8, generator=g), torch.full((1, 3, 4, 8, 8), -5.0)], dim=2)
-    concept = examples.Concept(moments, 0.0, 0.18, torch.arange(2), [[0], [1], [0]])
+    concept = examples.Concept(moments, 0.0, SD1, {"scaling_factor": 0.18}, torch.arange(2), [[0], [1], [0]])
     text = torch.randn(2, 32, 16, generator=g).to(dtype)
-    model = script.Model(unet, selection, DDPMScheduler(), text, compute)
+    model = script.Model(SD1, unet, selection, DDPMScheduler(), text, compute)
     learner = script.start_learner(args, changes, compute)
     if dtype == torch.float16:  # as on CUDA; a CPU would not be offered it
         learner.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)

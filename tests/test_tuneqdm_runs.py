@@ -209,7 +209,7 @@ def test_two_processes_stay_identical(basics, tmp_path):
     driver.write_text(
         f"import sys; sys.path.insert(0, {str(REPO)!r})\n"
         "import torch, train_tuneqdm_dreambooth as script\n"
-        "from personalization import checkpoints\n"
+        "from personalization.runs import checkpoints\n"
         "original = checkpoints.save_checkpoint\n"
         "def dump(accelerator, output_dir, state, *rest):\n"
         "    torch.save(state.shared['changes'], f'{output_dir}/rank-{accelerator.process_index}.pt')\n"

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 
 from ..models.base_model import StoredModel, load_vae
+from ..models.families import Family
 from ..models.memory import release_freed_memory, tensor_bytes
 from .images import Framing
 
@@ -18,7 +19,8 @@ class Concept:
         moments: mean and log-variance of the latents, float32 `[1 or 2, N, 2C, h, w]`: of N pictures, and of their
             flips where the first dimension is 2.
         flip_probability: how often the flip is drawn.
-        scaling_factor: of the VAE.
+        family: of the model that they were encoded for.
+        vae_config: of the VAE that encoded them.
         prompt_ids: `[P, length]`, or `[P]`, rows of a table of prompts that are encoded already.
         prompts_of_image: for each picture, the rows of `prompt_ids` that fit it.
         size_ids: `[1 or 2, N, 6]`, see `describe_sizes`; None for models that are not told.
@@ -26,7 +28,8 @@ class Concept:
 
     moments: torch.Tensor
     flip_probability: float
-    scaling_factor: float
+    family: Family
+    vae_config: dict
     prompt_ids: torch.Tensor
     prompts_of_image: list
     size_ids: torch.Tensor | None = None
@@ -36,7 +39,7 @@ class Batch(NamedTuple):
     """b examples of a denoising task."""
 
     noisy_latents: torch.Tensor  # [b, C, h, w]
-    target: torch.Tensor  # [b, C, h, w], noise or velocity
+    target: torch.Tensor  # [b, C, h, w], what the denoiser is to predict: noise, or velocity
     timesteps: torch.Tensor  # [b]
     prompt_ids: torch.Tensor  # [b, length] or [b], see `Concept`
     size_ids: torch.Tensor = torch.empty(0)  # [b, 6], see `Concept`; [b, 0] where there are none
@@ -66,7 +69,7 @@ def encode_images(vae, pictures, sides, device):
 
 
 def load_concept(pictures, prompts, base, flip_probability, compute):
-    """The VAE encodes every picture (and its flip, if any is drawn) once, then leaves before the UNet arrives.
+    """The VAE encodes every picture (and its flip, if any is drawn) once, then leaves before the denoiser arrives.
 
     Args:
         pictures: `Picture`s.
@@ -88,7 +91,7 @@ def load_concept(pictures, prompts, base, flip_probability, compute):
     if base.family.crops:
         rows = [[describe_sizes(picture.framing, flipped) for picture in pictures] for flipped in (False, True)]
         size_ids = torch.tensor(rows[:sides], dtype=torch.float32)
-    concept = Concept(moments, flip_probability, vae.config.scaling_factor, *prompts, size_ids)
+    concept = Concept(moments, flip_probability, base.family, base.vae_config, *prompts, size_ids)
     del vae
     release_freed_memory()
     return concept, stored
@@ -109,15 +112,13 @@ def draw_examples(concept, batch_size, generator):
     prompts = [concept.prompts_of_image[i] for i in chosen.tolist()]
     picks = [p[int(torch.randint(len(p), (1,), generator=generator))] for p in prompts]
     size_ids = None if concept.size_ids is None else concept.size_ids[side, chosen]
-    return latents * concept.scaling_factor, concept.prompt_ids[picks], size_ids
+    return concept.family.to_latents(latents, concept.vae_config), concept.prompt_ids[picks], size_ids
 
 
-def noise_batch(latents, prompt_ids, timesteps, generator, scheduler, size_ids=None):
-    """Noises latents to timesteps t and pairs them with the model's target (noise, or velocity for v-prediction)."""
+def noise_batch(family, latents, prompt_ids, timesteps, generator, scheduler, size_ids=None):
+    """A `Batch` of latents noised to timesteps, and of what a model of the family is to predict of them."""
     noise = torch.randn(latents.shape, generator=generator)
-    noisy = scheduler.add_noise(latents, noise, timesteps)
-    predicts_noise = scheduler.config.prediction_type == "epsilon"
-    target = noise if predicts_noise else scheduler.get_velocity(latents, noise, timesteps)
+    noisy, target = family.noise(latents, noise, timesteps, scheduler)
     size_ids = torch.empty(len(latents), 0) if size_ids is None else size_ids
     return Batch(noisy, target, timesteps, prompt_ids, size_ids)
 

@@ -111,29 +111,17 @@ def words_in_prompt(tokenizer):
     return tokenizer.model_max_length - tokenizer.num_special_tokens_to_add()
 
 
-def tokenize(tokenizer, texts, partners=()):
-    """Prompt ids `[len(texts), length]`, padded and cut as the text encoder wants them.
-
-    Those of the tokenizer's partners lie beside them, `[len(texts), length times all tokenizers]`.
-    """
-    limit = {"padding": "max_length", "truncation": True, "max_length": tokenizer.model_max_length}
-    texts = list(texts)
-    parts = [each(texts, return_tensors="pt", **limit).input_ids for each in (tokenizer, *partners)]
-    return torch.cat(parts, dim=1)
-
-
-def build_prompts(pictures, placeholder, tokenizer, learnable_property="object", partners=()):
+def build_prompts(pictures, placeholder, base, learnable_property="object"):
     """Tokenizes the captions (or the templates, for pictures without one) with the placeholder's vectors in place.
 
     Args:
         pictures: `Picture`s.
-        placeholder: `Placeholder`, known to the tokenizer.
-        tokenizer: `CLIPTokenizer`.
+        placeholder: `Placeholder`, known to the base's tokenizers.
+        base: `Base`.
         learnable_property: "object" or "style", which templates.
-        partners: further tokenizers.
 
     Returns:
-        Prompt ids (see `tokenize`) and, for each picture, the list of its rows.
+        Prompt ids (see `Base.tokenize`) and, for each picture, the list of its rows.
 
     Raises:
         InputError: a caption has no placeholder, or is so long, or the vectors so many, that it is cut off.
@@ -149,10 +137,10 @@ def build_prompts(pictures, placeholder, tokenizer, learnable_property="object",
             )
         texts = [placeholder.expand(text) for text in (templates if caption is None else [caption])]
         prompts_of_image.append([rows_of_text.setdefault(text, len(rows_of_text)) for text in texts])
-    prompt_ids = tokenize(tokenizer, rows_of_text, partners)
+    prompt_ids, tokenizer = base.tokenize(rows_of_text), base.tokenizer
     vector_ids = torch.tensor(tokenizer.convert_tokens_to_ids(placeholder.names))
     for text, ids in zip(rows_of_text, prompt_ids):
-        if not all(torch.isin(vector_ids, part).all() for part in ids.split(tokenizer.model_max_length)):
+        if not all(torch.isin(vector_ids, part).all() for part in ids.chunk(len(base.tokenizers))):
             raise cut_off(text, of_templates, placeholder, tokenizer)
     return prompt_ids, prompts_of_image
 

@@ -17,6 +17,7 @@ from ..files import atomic_path, check_writable
 from ..flags import Range
 from ..models import base_model, memory
 from ..models.base_model import StoredModel
+from ..models.families import Text
 from ..runs import validation
 
 
@@ -164,10 +165,10 @@ def encode_prompts(base, texts, compute):
     Returns:
         Text embeddings `[P, length, d]` where and in what is computed, and the text encoder's `StoredModel`.
     """
-    text_encoder = base_model.load_component(base, "text_encoder", compute.dtype).to(compute.device)
-    ids = prompts.tokenize(base.tokenizer, texts).to(compute.device)
+    text_encoder = base_model.load_text_encoder(base, compute.dtype).to(compute.device)
+    ids = base.tokenize(texts).to(compute.device)
     with torch.no_grad():  # inference mode's tensors could not take part in training
-        encoded = torch.cat([text_encoder(part)[0] for part in ids.split(8)])
+        encoded = torch.cat([text_encoder(part).states for part in ids.split(8)])
     stored = StoredModel(memory.tensor_bytes(text_encoder), 0.0)
     del text_encoder
     memory.release_freed_memory()
@@ -230,7 +231,7 @@ def read_class(args, base, compute, load_unet):
     if missing > 0:
         logger.info(f"Drawing {missing} class images of {args.class_prompt!r} into {folder}")
         unet = load_unet()
-        text_encoder = base_model.load_component(base, "text_encoder", compute.dtype).to(compute.device)
+        text_encoder = base_model.load_text_encoder(base, compute.dtype).to(compute.device)
         pipeline = validation.open_pipeline(base, text_encoder, unet, compute)
         paths = ((number, folder / f"class-{number:06d}.png") for number in itertools.count())
         free = itertools.islice(((number, path) for number, path in paths if not path.exists()), missing)
@@ -307,18 +308,19 @@ def encode_pictures(pictures, texts, class_pictures, base, flip_probability, com
 # =====================================================================================================
 
 
-def denoising_errors(unet, batch, conditioning, memory_format=None):
+def denoising_errors(family, denoiser, batch, conditioning, memory_format=None):
     """‖ε − ε_φ(z_t, t, c)‖² of each example, float32 `[b]`: means over its latent entries.
 
     Args:
-        unet: any, frozen but for what is trained.
+        family: of the model.
+        denoiser: any, frozen but for what is trained.
         batch: `Batch`.
         conditioning: text embeddings `[b, length, d]`.
         memory_format: of the latents; None leaves them as they are.
     """
     noisy = batch.noisy_latents.to(conditioning)
     noisy = noisy.contiguous(memory_format=memory_format or torch.preserve_format)
-    prediction = unet(noisy, batch.timesteps, conditioning, return_dict=False)[0]
+    prediction = family.predict(denoiser, noisy, batch.timesteps, Text(conditioning), batch.size_ids)
     return F.mse_loss(prediction.float(), batch.target, reduction="none").flatten(1).mean(dim=1)
 
 

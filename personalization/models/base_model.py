@@ -17,24 +17,12 @@ from typing import NamedTuple
 import torch
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from huggingface_hub import HfApi, snapshot_download
 from safetensors import SafetensorError, safe_open
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextModelWithProjection, PreTrainedModel
 
 from ..errors import InputError
 from . import families, weight_files
-
-
-CLASSES = {
-    "unet": UNet2DConditionModel,
-    "text_encoder": CLIPTextModel,
-    "text_encoder_2": CLIPTextModelWithProjection,
-    "vae": AutoencoderKL,
-}
-COMPONENTS = families.SD1.components
-SMALL_FILES = ["model_index.json", "scheduler/*.json", "tokenizer/*", "tokenizer_2/*"]
-SMALL_FILES += [f"{name}/config.json" for name in CLASSES]
 
 
 class ModelSource(NamedTuple):
@@ -52,25 +40,25 @@ class ModelSource(NamedTuple):
 
 @dataclass(frozen=True)
 class Base:
-    """The small files of a Stable Diffusion model.
+    """The small files of a base model.
 
     Args:
         family: of `families.FAMILIES`.
         source: where it comes from.
         root: the local folder, or the Hub's snapshot of it.
-        tokenizers: a `CLIPTokenizer` for each text encoder.
-        scheduler: `DDPMScheduler`.
-        unet_config, vae_config: of diffusers, defaults filled in.
-        text_configs: a `CLIPTextConfig` for each text encoder.
+        tokenizers: one for each text encoder.
+        scheduler: of the family's class, with the noise levels of training.
+        denoiser_config, vae_config: of diffusers, defaults filled in.
+        text_configs: of transformers, one for each text encoder.
         checked_files: component -> its weight files, once they have been checked.
     """
 
-    family: families.StableDiffusion
+    family: families.Family
     source: ModelSource
     root: Path
     tokenizers: tuple
-    scheduler: DDPMScheduler
-    unet_config: dict
+    scheduler: object
+    denoiser_config: dict
     vae_config: dict
     text_configs: tuple
     checked_files: dict = field(default_factory=dict, repr=False, compare=False)
@@ -96,6 +84,11 @@ class Base:
         return sum(self.word_widths)
 
     @property
+    def word_parts(self):
+        """How a word is saved in parts: key -> entries, in the order in which they lie side by side; {} if whole."""
+        return dict(zip(self.family.word_keys, self.word_widths))
+
+    @property
     def vae_factor(self):
         """Pixels along the side of a latent entry."""
         return 2 ** (len(self.vae_config["block_out_channels"]) - 1)
@@ -103,7 +96,7 @@ class Base:
     @property
     def resolution(self):
         """Side of the pictures that the model was trained on; None where its config does not say."""
-        sizes = self.unet_config["sample_size"]
+        sizes = self.denoiser_config["sample_size"]
         sizes = set(sizes) if isinstance(sizes, (list, tuple)) else {sizes}
         size = sizes.pop() if len(sizes) == 1 else None
         return size * self.vae_factor if type(size) is int and size > 0 else None
@@ -111,17 +104,42 @@ class Base:
     @property
     def resolution_multiple(self):
         """What divides every possible side of a picture."""
-        return math.lcm(8, self.vae_factor * 2 ** (len(self.unet_config["block_out_channels"]) - 1))
+        return math.lcm(8, self.vae_factor * self.family.latent_multiple(self.denoiser_config))
 
     @property
     def prompt_length(self):
         """Tokens of a prompt, padding included."""
         return self.tokenizer.model_max_length
 
+    def tokenize(self, texts):
+        """Prompt ids `[len(texts), length]`, of all tokenizers side by side."""
+        return self.family.tokenize(self.tokenizers, texts)
+
 
 # =====================================================================================================
 # The small files
 # =====================================================================================================
+
+
+def small_files():
+    """Patterns of the files that tell what a base is, without its weights."""
+    patterns = ["model_index.json", "scheduler/*.json"]
+    for family in families.FAMILIES.values():
+        patterns += [f"{name}/*" for name in family.tokenizers]
+        patterns += [f"{name}/config.json" for name in family.components]
+    return list(dict.fromkeys(patterns))
+
+
+class Configs(dict):
+    """The content of each component's config.json, read when it is first asked for."""
+
+    def __init__(self, root, label):
+        super().__init__()
+        self.root, self.label = root, label
+
+    def __missing__(self, component):
+        self[component] = read_json(self.root, f"{component}/config.json", self.label)
+        return self[component]
 
 
 def open_base(source, tokenizer_name=None, accepted=(families.SD1, families.SD2)):
@@ -136,45 +154,27 @@ def open_base(source, tokenizer_name=None, accepted=(families.SD1, families.SD2)
         InputError: it is no such model, a file of it is missing or damaged, or it is of a kind that cannot be trained.
     """
     label, root = source.label, find_root(source)
-    index = read_json(root, "model_index.json", label)
-    served = "Stable Diffusion 1.x and 2.x"
-    if families.SDXL in accepted:
-        served = "Stable Diffusion 1.x, 2.x and XL"
-    for name in ("transformer", "prior"):
-        if name in index and "unet" not in index:
-            raise InputError(f"{label} has a {name} and no UNet; this script trains {served}: choose one of those.")
-    if "text_encoder_2" in index and families.SDXL not in accepted:
-        raise InputError(f"{label} has two text encoders (SDXL); this script trains {served}: choose one of those.")
-    if "text_encoder_2" in index and not all(index.get("text_encoder") or [None]):
-        raise InputError(
-            f"{label} has text_encoder_2 alone, as SDXL's refiner has; this script trains {served}: choose the base"
-            " model beside the refiner."
-        )
-    family = families.recognise(index, None)  # of how many text encoders; their width is not known yet
-    configs = {name: read_json(root, f"{name}/config.json", label) for name in family.components}
-    for name, expected in (("unet", "UNet2DConditionModel"), ("vae", "AutoencoderKL")):
-        found = configs[name].get("_class_name", expected)
-        if found != expected:
-            raise InputError(
-                f"{label}: {name}/config.json is of a {found!r} and must be of a {expected}: choose a Stable Diffusion"
-                " model."
-            )
-    text_configs = [read_text_config(root, name, configs[name], label) for name in family.text_encoders]
-    family = families.recognise(index, text_configs[0].hidden_size)
-    scheduler = read_scheduler(root, label)
+    index, configs = read_json(root, "model_index.json", label), Configs(root, label)
+    family = families.recognise(index, configs, accepted, label)
+    for name in family.components:
+        check_class(configs[name], name, family, label)
+    text_configs = tuple(read_text_config(root, name, configs[name], family, label) for name in family.text_encoders)
+    scheduler = read_scheduler(root, family, label)
     tokenizers = [
-        read_tokenizer(root / name, f"{label}: {name}/", "get the model again")
+        read_tokenizer(family, root / name, f"{label}: {name}/", "get the model again")
         for name in family.tokenizers[tokenizer_name is not None :]
     ]
     if tokenizer_name is not None:
-        tokenizers.insert(0, read_tokenizer(*find_tokenizer(tokenizer_name), "give another one"))
-    configs = {name: build_empty(name, configs[name], label).config for name in ("unet", "vae")}
-    parts = tuple(tokenizers), scheduler, dict(configs["unet"]), dict(configs["vae"]), tuple(text_configs)
+        tokenizers.insert(0, read_tokenizer(family, *find_tokenizer(tokenizer_name), "give another one"))
+    whole = (build_empty(family.classes[name], configs[name], name, label) for name in (family.denoiser, "vae"))
+    parts = tuple(tokenizers), scheduler, *(dict(model.config) for model in whole), text_configs
     base = Base(family, source, root, *parts)
     labels = [f"{label}: {name}/" for name in family.tokenizers]
     if tokenizer_name:
         labels[0] = f"--tokenizer_name {tokenizer_name!r}"
-    check_fit(base, labels)
+    family.check(base)
+    check_tokenizers(base, labels)
+    compute_empty(base)
     return base
 
 
@@ -198,11 +198,11 @@ def find_root(source):
             " (scripts/convert_original_stable_diffusion_to_diffusers.py of diffusers)."
         )
     try:
-        return Path(snapshot_download(source.name, revision=source.revision, allow_patterns=SMALL_FILES))
+        return Path(snapshot_download(source.name, revision=source.revision, allow_patterns=small_files()))
     except Exception as error:  # huggingface_hub raises its own errors, the HTTP library's and the system's
         raise InputError(
-            f"{label} is not a Stable Diffusion model in diffusers format, neither a local folder nor on the Hub"
-            f" ({first_line(error)}): check the name and your connection."
+            f"{label} is not a model in diffusers format, neither a local folder nor on the Hub ({first_line(error)}):"
+            " check the name and your connection."
         ) from None
 
 
@@ -221,8 +221,8 @@ def read_json(root, name, label):
     path = root / name
     if not os.path.isfile(path):
         raise InputError(
-            f"{label} is not a whole Stable Diffusion model in diffusers format, {name} is missing: check the name or"
-            " get the model again."
+            f"{label} is not a whole model in diffusers format, {name} is missing: check the name or get the model"
+            " again."
         )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -234,52 +234,52 @@ def read_json(root, name, label):
     raise InputError(f"{label}: {name} cannot be read ({reason}): get it again.")
 
 
-def read_text_config(root, component, content, label):
-    """The `CLIPTextConfig` of a text encoder.
+def check_class(content, component, family, label):
+    """Raises an `InputError` unless a config is of the class that the family's component has, as far as it says."""
+    kind = family.classes[component]
+    if issubclass(kind, PreTrainedModel):
+        prefix = kind.config_class.model_type.partition("_")[0]
+        kinds = [str(content.get("model_type", prefix)), *map(str, content.get("architectures") or [])]
+        found = None if all(each.lower().startswith(prefix) for each in kinds) else kinds[-1]
+    else:
+        found = content.get("_class_name", kind.__name__)
+        found = None if found == kind.__name__ else found
+    if found is not None:
+        raise InputError(
+            f"{label}: {component}/config.json is of a {found!r} and must be of a {kind.__name__}: choose a model that"
+            f" is {family.label}."
+        )
+
+
+def read_text_config(root, component, content, family, label):
+    """The config of a text encoder, of transformers.
 
     Raises:
-        InputError: it describes another kind of model.
+        InputError: it cannot be read.
     """
-    kinds = [str(content.get("model_type", "clip_text_model")), *map(str, content.get("architectures") or [])]
-    if not all(kind.lower().startswith("clip") for kind in kinds):
-        raise InputError(
-            f"{label}: {component}/config.json is of a {kinds[-1]} and must be of a {CLASSES[component].__name__}:"
-            " choose a Stable Diffusion model."
-        )
     try:
-        return CLIPTextConfig.from_pretrained(root / component)
+        return family.classes[component].config_class.from_pretrained(root / component)
     except Exception as error:  # transformers raises nearly anything on values of other types
         raise InputError(
             f"{label}: {component}/config.json cannot be read ({first_line(error)}): get it again."
         ) from None
 
 
-def read_scheduler(root, label):
-    """The `DDPMScheduler`.
+def read_scheduler(root, family, label):
+    """The scheduler with the noise levels of training.
 
     Raises:
-        InputError: it is damaged, or the model predicts something else than noise or velocity.
+        InputError: it is missing or damaged.
     """
     name = "scheduler/scheduler_config.json"
     content = read_json(root, name, label)
-    prediction = content.get("prediction_type", "epsilon")
-    if prediction not in ("epsilon", "v_prediction"):
+    try:
+        check_counts(content)
+        return family.open_scheduler(content)
+    except Exception as error:  # whatever arithmetic raises on values of other types
         raise InputError(
-            f"{label} predicts {prediction!r}; only epsilon and v_prediction models can be trained: choose another."
-        )
-    missing = [key for key in ("beta_schedule", "beta_start", "beta_end") if key not in content]
-    reason = f"it has no {', '.join(missing)}"
-    if not missing or content.get("trained_betas") is not None:
-        try:
-            check_counts(content)
-            scheduler = DDPMScheduler.from_config(content)
-            noise, count = scheduler.alphas_cumprod, scheduler.config.num_train_timesteps
-            if type(count) is int and len(noise) == count and bool(((noise >= 0) & (noise <= 1)).all()):
-                return scheduler
-            reason = "its noise levels lie outside [0, 1]"
-        except Exception as error:  # whatever arithmetic raises on values of other types
-            reason = first_line(error)
-    raise InputError(f"{label}: {name} describes no noise schedule ({reason}): get it again or choose another model.")
+            f"{label}: {name} describes no noise schedule ({first_line(error)}): get it again or choose another model."
+        ) from None
 
 
 def find_tokenizer(name):
@@ -296,37 +296,17 @@ def find_tokenizer(name):
         ) from None
 
 
-def read_tokenizer(folder, label, fix):
-    """The `CLIPTokenizer` of a folder; without its files transformers would make an empty one in silence.
+def read_tokenizer(family, folder, label, fix):
+    """The tokenizer of a folder.
 
     Raises:
         InputError: files are missing or damaged.
     """
-    names = set(weight_files.names_in(folder))
-    if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= names:
-        raise InputError(f"{label} has neither tokenizer.json nor vocab.json and merges.txt: {fix}.")
     try:
-        if "tokenizer.json" not in names:
-            check_merges(folder)
-        tokenizer = CLIPTokenizer.from_pretrained(folder)
-        length = tokenizer.model_max_length
-        if type(length) is not int or not 3 <= length < 10**6:
-            raise ValueError("tokenizer_config.json is missing or gives no model_max_length")
-        ids = tokenizer(["a photo"], padding="max_length", truncation=True, max_length=length).input_ids[0]
-        if len(ids) != length:
-            raise ValueError(f"it pads to {len(ids)} tokens and not to {length}")
+        return family.read_tokenizer(folder)
     except Exception as error:  # tokenizers raises plain exceptions
-        raise InputError(f"{label} is no tokenizer of CLIP ({first_line(error)}): {fix}.") from None
-    return tokenizer
-
-
-def check_merges(folder):
-    """Raises a `ValueError` if merges.txt has lost lines: words would fall into letters in silence."""
-    vocabulary = len(json.loads((folder / "vocab.json").read_text(encoding="utf-8")))
-    lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
-    merges = sum(bool(line.strip()) and not line.startswith("#version") for line in lines)
-    if merges + 2 * 256 + 16 < vocabulary:  # every token but bytes and a few special ones is made by a merge
-        raise ValueError(f"merges.txt has {merges} merges for {vocabulary} tokens, it is cut")
+        kind = family.tokenizer_kind
+        raise InputError(f"{label} is no tokenizer of {kind} ({first_line(error)}): {fix}.") from None
 
 
 # =====================================================================================================
@@ -334,14 +314,14 @@ def check_merges(folder):
 # =====================================================================================================
 
 
-def build_empty(component, config, label):
-    """The component (of `CLASSES`) that a config describes, frozen, on the meta device.
+def build_empty(kind, config, component, label):
+    """The component, a `kind`, that a config describes, frozen, on the meta device.
 
     Raises:
         InputError: it describes none.
     """
     try:
-        kind, of_text = CLASSES[component], component.startswith("text_encoder")
+        of_text = issubclass(kind, PreTrainedModel)
         check_counts(config.to_dict() if of_text else config)
         with init_empty_weights():
             model = kind(config) if of_text else kind.from_config(config)
@@ -365,60 +345,29 @@ def check_counts(config):
 
 def empty_model(base, component):
     """The component as its config describes it, frozen, on the meta device."""
-    configs = {"unet": base.unet_config, "vae": base.vae_config}
-    configs |= dict(zip(base.family.text_encoders, base.text_configs))
-    return build_empty(component, configs[component], base.source.label)
+    family = base.family
+    configs = {family.denoiser: base.denoiser_config, "vae": base.vae_config}
+    configs |= dict(zip(family.text_encoders, base.text_configs))
+    return build_empty(family.classes[component], configs[component], component, base.source.label)
 
 
 def empty_text_encoder(base):
-    """All text encoders as one module (see `families`), frozen, on the meta device."""
-    return base.family.join([empty_model(base, name) for name in base.family.text_encoders])
+    """The `TextEncoders`, frozen, on the meta device."""
+    return families.TextEncoders(base.family, [empty_model(base, name) for name in base.family.text_encoders])
 
 
-def check_fit(base, tokenizer_labels):
-    """Makes sure that tokenizers, text encoders, UNet and VAE fit each other and need nothing that training lacks.
-
-    What has a sentence of its own comes first; then empty models compute once, with the shapes that training has.
+def check_tokenizers(base, labels):
+    """Makes sure that tokenizers fit each other and their text encoders.
 
     Args:
         base: `Base`.
-        tokenizer_labels: the beginnings of messages about the tokenizers.
+        labels: the beginnings of messages about the tokenizers.
 
     Raises:
         InputError: they do not.
     """
-    label, unet, vae = base.source.label, base.unet_config, base.vae_config
-    faults = []
-    if unet["in_channels"] == 9 and vae["latent_channels"] == 4:
-        faults.append("is for inpainting (its UNet has 9 input channels): choose its text-to-image model")
-    elif not unet["in_channels"] == unet["out_channels"] == vae["latent_channels"]:
-        channels = f"takes {unet['in_channels']} channels and returns {unet['out_channels']}"
-        faults.append(f"has a UNet that {channels}, and a VAE with {vae['latent_channels']}: choose another model")
-    if unet["addition_embed_type"] not in base.family.addition_embed_types:
-        faults.append(
-            f"has a UNet with addition_embed_type {unet['addition_embed_type']!r}, whose input this script does not"
-            " have (SDXL, Kandinsky): choose a Stable Diffusion model whose UNet fits its text encoders"
-        )
-    for name in ("class_embed_type", "num_class_embeds"):
-        if unet[name] is not None:
-            faults.append(f"has a UNet with class labels ({name}: {unet[name]!r}): choose a text-to-image model")
-    width = unet["encoder_hid_dim"] or unet["cross_attention_dim"]
-    widths = set(width) if isinstance(width, (list, tuple)) else {width}
-    if widths != {base.word_width}:
-        of_encoders = " and ".join(map(str, base.word_widths))
-        faults.append(
-            f"has a UNet for text embeddings of width {width} and a text encoder of width {of_encoders}: unet/ or"
-            " text_encoder/ belongs to another model, get it again"
-        )
-    if vae["latents_mean"] is not None:
-        faults.append("has a VAE with latents_mean (Playground v2.5), which this script cannot serve: choose another")
-    scaling = vae["scaling_factor"]
-    if type(scaling) not in (int, float) or not 0 < scaling < math.inf:
-        faults.append(f"has a VAE with scaling_factor {scaling!r}: get vae/config.json again")
-    if faults:
-        raise InputError(f"{label} {faults[0]}.")
     vocabulary = base.tokenizer.get_vocab()
-    for tokenizer, text, of_tokenizer in zip(base.tokenizers, base.text_configs, tokenizer_labels):
+    for tokenizer, text, of_tokenizer in zip(base.tokenizers, base.text_configs, labels):
         size = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))
         if size > text.vocab_size:
             raise InputError(
@@ -436,36 +385,35 @@ def check_fit(base, tokenizer_labels):
                 f"{of_tokenizer} has another vocabulary than the first tokenizer of {base.source.name!r}, or prompts"
                 " of another length: one of them belongs to another model, get the model again."
             )
-    compute_empty(base)
 
 
 def compute_empty(base):
     """Lets the empty models of a base compute once, on the meta device.
 
     Raises:
-        InputError: they cannot, or the UNet's prediction is not shaped like a latent.
+        InputError: they cannot, or the prediction is not shaped like a latent.
     """
-    networks, text_encoder = {name: empty_model(base, name) for name in ("unet", "vae")}, empty_text_encoder(base)
-    side = base.resolution_multiple
+    family, side = base.family, base.resolution_multiple
+    denoiser, vae = (empty_model(base, name).to("meta") for name in (family.denoiser, "vae"))  # their buffers, too
+    text_encoder, what = empty_text_encoder(base), family.denoiser_label
     try:
         with torch.no_grad():
             pixels = torch.empty(1, 3, side, side, device="meta")
-            moments = networks["vae"].encode(pixels).latent_dist.parameters
+            moments = vae.encode(pixels).latent_dist.parameters
             ids = torch.zeros(1, len(base.tokenizers) * base.prompt_length, dtype=torch.long, device="meta")
-            latents, encoded = moments.chunk(2, dim=1)[0], text_encoder(ids)
-            added = base.family.added_conditions(encoded, torch.empty(1, 6, device="meta"))
-            inputs = latents, torch.empty(1, device="meta"), encoded[0]
-            prediction = networks["unet"](*inputs, **added, return_dict=False)[0]
-            decoded = networks["vae"].decode(latents, return_dict=False)[0]
+            latents, text = moments.chunk(2, dim=1)[0], text_encoder(ids)
+            example = family.example(base, 1, side, "meta")
+            prediction = family.predict(denoiser, latents, example.timesteps, text, example.sizes)
+            decoded = vae.decode(latents, return_dict=False)[0]
         fits = prediction.shape == latents.shape and decoded.shape == pixels.shape
-        reason = f"a latent is {list(latents.shape)}, the UNet's prediction {list(prediction.shape)}"
+        reason = f"a latent is {list(latents.shape)}, the {what}'s prediction {list(prediction.shape)}"
         fits = fits and latents.shape[-1] * base.vae_factor == side
     except Exception as error:  # whatever layers raise on shapes that do not fit, or inputs that they miss
         fits, reason = False, first_line(error)
     if not fits:
         raise InputError(
-            f"{base.source.label} has a UNet, a text encoder and a VAE that cannot work together as in Stable"
-            f" Diffusion ({reason}): choose another model, or get its configs again."
+            f"{base.source.label} has a {what}, a text encoder and a VAE that cannot work together as in"
+            f" {family.label} ({reason}): choose another model, or get its configs again."
         )
 
 
@@ -474,8 +422,9 @@ def check_resolution(base, resolution):
     multiple, own = base.resolution_multiple, base.resolution
     if resolution is None and own is None:
         raise InputError(
-            f"{base.source.label} does not say how large its pictures are (sample_size in unet/config.json is"
-            f" {base.unet_config['sample_size']!r}): give --resolution, a multiple of {multiple}."
+            f"{base.source.label} does not say how large its pictures are (sample_size in"
+            f" {base.family.denoiser}/config.json is {base.denoiser_config['sample_size']!r}): give --resolution, a"
+            f" multiple of {multiple}."
         )
     flag = (
         "--resolution" if resolution is not None else f"{base.source.label} draws pictures of a side that cannot be,"
@@ -554,7 +503,8 @@ def find_weight_files(base, component):
     if component in base.checked_files:
         return base.checked_files[component]
     source, label = base.source, base.source.label
-    stem = "model" if component.startswith("text_encoder") else "diffusion_pytorch_model"
+    of_text = issubclass(base.family.classes[component], PreTrainedModel)
+    stem = "model" if of_text else "diffusion_pytorch_model"
     folder = base.root / component
     if base.root != Path(source.name):
         download_weights(base, component, stem)
@@ -564,7 +514,7 @@ def find_weight_files(base, component):
     for path in files:
         where = f"{component}/{path.name}"
         for name, stored in weight_files.read_header(path, label).items():
-            name = current_name(name, component)
+            name = current_name(name, base.family.classes[component])
             if name not in known:
                 if name.startswith(NO_WEIGHTS) or name.rpartition(".")[2] == "position_ids":
                     continue
@@ -621,10 +571,10 @@ def download_weights(base, component, stem):
     )
 
 
-def current_name(name, component=None):
-    """A tensor's name in a file as today's models spell it."""
-    if component != "text_encoder_2":
-        name = name.removeprefix("text_model.")  # a prefix that transformers dropped for the first in its version 5
+def current_name(name, kind=None):
+    """A tensor's name in a file as today's models, here one of a class, spell it."""
+    if kind is not CLIPTextModelWithProjection:
+        name = name.removeprefix("text_model.")  # a prefix that transformers dropped for the others in its version 5
     old = re.fullmatch(r"(.*\bmid_block\.attentions\.\d+)\.(query|key|value|proj_attn)\.(weight|bias)", name)
     if old:  # VAEs of 2022
         new = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}[old[2]]
@@ -632,8 +582,8 @@ def current_name(name, component=None):
     return name
 
 
-def stored_tensors(files):
-    """(name, tensor) of safetensors files, one memory-mapped tensor at a time.
+def stored_tensors(files, kind=None):
+    """(name, tensor) of the safetensors files of a model of a class, one memory-mapped tensor at a time.
 
     Raises:
         InputError: a file cannot be read.
@@ -645,15 +595,17 @@ def stored_tensors(files):
             for name in names:
                 with safe_open(path, framework="pt") as tensors:  # opened anew, so that pages read before leave
                     value = tensors.get_tensor(name)
-                yield current_name(name, Path(path).parent.name), value  # the folder is named by the component
+                yield current_name(name, kind), value
         except (OSError, SafetensorError) as error:
             raise InputError(f"{path} cannot be read ({first_line(error)}): get the model again.") from None
 
 
 def load_token_table(base, component="text_encoder"):
     """The token table `[vocabulary, d]` of a text encoder, memory-mapped, as stored."""
-    files = find_weight_files(base, component)
-    return next(value for name, value in stored_tensors(files) if name.endswith("embeddings.token_embedding.weight"))
+    empty = empty_model(base, component)
+    table = next(name for name, module in empty.named_modules() if module is empty.get_input_embeddings())
+    stored = stored_tensors(find_weight_files(base, component), base.family.classes[component])
+    return next(value for name, value in stored if name == f"{table}.weight")
 
 
 def load_token_tables(base):
@@ -661,8 +613,14 @@ def load_token_tables(base):
     return [load_token_table(base, component) for component in base.family.text_encoders]
 
 
+def load_text_encoder(base, dtype=torch.float32):
+    """The frozen, unquantized `TextEncoders`, on the CPU."""
+    parts = [load_component(base, name, dtype) for name in base.family.text_encoders]
+    return families.TextEncoders(base.family, parts)
+
+
 def load_vae(base, dtype=torch.float32):
-    """The frozen `AutoencoderKL`, on the CPU."""
+    """The frozen VAE, on the CPU."""
     return load_component(base, "vae", dtype)
 
 
@@ -670,7 +628,7 @@ def load_component(base, component, dtype=torch.float32):
     """A frozen, unquantized component, on the CPU."""
     model = empty_model(base, component)
     known = model.state_dict()
-    for name, value in stored_tensors(find_weight_files(base, component)):
+    for name, value in stored_tensors(find_weight_files(base, component), base.family.classes[component]):
         if name in known:
             set_module_tensor_to_device(model, name, "cpu", value=value.to(dtype), dtype=dtype, clear_cache=False)
     return model.requires_grad_(False)

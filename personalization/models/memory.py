@@ -155,7 +155,7 @@ OPENVINO_BYTES = 120 * 2**20
 class MemoryPlan(NamedTuple):
     """How a run treats its memory."""
 
-    examples: int  # of one forward pass of the UNet
+    examples: int  # of one forward pass of the denoiser
     resolution: int  # of the pictures
     cached: bool  # quantized weights may be kept in files and mapped from there
     streamed: bool  # --low_vram
@@ -170,20 +170,22 @@ class MemoryPrediction:
 
     Args:
         libraries: this process as it is now, on a CPU; 0 on CUDA.
-        vae, text_encoder, unet: weights, the last as they are while training.
-        vae_activations, activations: of encoding or decoding a picture, of a forward pass of the UNet.
+        vae, text_encoder, denoiser: weights, the last as they are while training.
+        vae_activations, activations: of encoding or decoding a picture, of a forward pass of the denoiser.
         mapped: the part of the weights that is pages of files, which the system can drop.
         phases: name -> bytes that are there in it, libraries left out; 0 where it does not take place.
+        denoiser_label: what the table calls it.
     """
 
     libraries: int
     vae: int
     text_encoder: int
-    unet: int
+    denoiser: int
     vae_activations: int
     activations: int
     mapped: int
     phases: dict
+    denoiser_label: str = "UNet"
 
     @property
     def peak(self):
@@ -197,7 +199,7 @@ class MemoryPrediction:
             "VAE": self.vae,
             "VAE activations": self.vae_activations,
             "text encoder": self.text_encoder,
-            "UNet": self.unet,
+            self.denoiser_label: self.denoiser,
             "activations": self.activations,
             **{f"while {name}": self.libraries + size for name, size in self.phases.items() if size},
             "peak": self.peak,
@@ -208,11 +210,11 @@ class MemoryPrediction:
         return "\n".join(lines)
 
 
-def predict_memory(text_encoder, unet, vae, backend, plan, base, compute):
+def predict_memory(text_encoder, denoiser, vae, backend, plan, base, compute):
     """The memory that a run will need, from empty models alone.
 
     Args:
-        text_encoder, unet, vae: on the meta device, unquantized, the first all of the family's; they are changed.
+        text_encoder, denoiser, vae: on the meta device, unquantized, the first `TextEncoders`; they are changed.
         backend: how weights are stored: `quantizes(layer)`, `weight_bytes(layer, dtype)`, `replace_layers(model,
             dtype)` and the properties cached, whole_model, hidden_copies.
         plan: `MemoryPlan`.
@@ -228,23 +230,23 @@ def predict_memory(text_encoder, unet, vae, backend, plan, base, compute):
     device, dtype = compute.device, compute.dtype
     on_cpu, is_mapped = device.type == "cpu", device.type == "cpu" and backend.cached and plan.cached
     text_encoder.set_input_embeddings(torch.nn.Identity())  # only the rows in use come
-    layers = [layer for layer in unet.modules() if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d))]
+    layers = [layer for layer in denoiser.modules() if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d))]
     largest = max(layers, key=lambda layer: layer.weight.numel())
     largest_weights, largest_bytes = largest.weight.numel(), backend.weight_bytes(largest, dtype)
     linear_weights = sum(layer.weight.numel() for layer in layers if isinstance(layer, torch.nn.Linear))
     all_weights = sum(layer.weight.numel() for layer in layers)
-    text_bytes, unet_bytes = stored_bytes(text_encoder, backend, dtype), stored_bytes(unet, backend, dtype)
-    unquantized_bytes = sum(p.numel() for p in unet.parameters()) * dtype.itemsize
+    text_bytes, denoiser_bytes = (stored_bytes(model, backend, dtype) for model in (text_encoder, denoiser))
+    unquantized_bytes = sum(p.numel() for p in denoiser.parameters()) * dtype.itemsize
     vae_dtype = torch.float32 if base.family.vae_in_float32 else dtype
     vae_bytes = sum(p.numel() for p in vae.parameters()) * vae_dtype.itemsize
 
     if not backend.hidden_copies:
-        backend.replace_layers(unet, dtype)
-    for model, its_dtype in ((vae, vae_dtype), (unet, dtype)):
+        backend.replace_layers(denoiser, dtype)
+    for model, its_dtype in ((vae, vae_dtype), (denoiser, dtype)):
         for parameter in model.parameters():
             parameter.data = parameter.data.to(its_dtype)
     try:
-        activations, encoding, decoding = count_activations(unet, vae, plan, base, compute)
+        activations, encoding, decoding = count_activations(denoiser, vae, plan, base, compute)
     except (RuntimeError, OverflowError, TypeError) as error:  # PyTorch cannot count that far
         raise InputError(
             f"--resolution {plan.resolution} and {plan.examples} examples a pass make tensors too large to be counted"
@@ -255,7 +257,7 @@ def predict_memory(text_encoder, unet, vae, backend, plan, base, compute):
         activations += 2 * largest_weights * dtype.itemsize
     vae.decoder = None  # as while encoding
 
-    mapped, kept = text_bytes if is_mapped else 0, unet_bytes
+    mapped, kept = text_bytes if is_mapped else 0, denoiser_bytes
     if plan.openvino:
         # Beside the stored weights it has all of them in float32, and those of products a second time, repacked.
         kept += 4 * (all_weights + linear_weights) + OPENVINO_BYTES
@@ -267,7 +269,7 @@ def predict_memory(text_encoder, unet, vae, backend, plan, base, compute):
     phases = {
         "encoding the images": max(vae_bytes if on_cpu else 0, tensor_bytes(vae) + encoding),
         "quantizing": text_bytes + unquantized_bytes if on_cpu and backend.whole_model else 0,
-        "writing the layers to disk": text_bytes + unet_bytes if on_cpu and plan.streamed else 0,
+        "writing the layers to disk": text_bytes + denoiser_bytes if on_cpu and plan.streamed else 0,
         "training": text_bytes + kept + activations + points,
         "validation images": text_bytes + kept + vae_bytes + decoding if plan.images else 0,
     }
@@ -275,27 +277,24 @@ def predict_memory(text_encoder, unet, vae, backend, plan, base, compute):
         libraries=process_memory().rss + CPU_KERNEL_BYTES if on_cpu else 0,
         vae=vae_bytes,
         text_encoder=text_bytes,
-        unet=kept,
+        denoiser=kept,
         vae_activations=max(encoding, decoding),
         activations=activations,
         mapped=mapped,
         phases=phases,
+        denoiser_label=base.family.denoiser_label,
     )
 
 
-def count_activations(unet, vae, plan, base, compute):
-    """Bytes of the activations of a pass of the UNet, of encoding and of decoding a picture; see `predict_memory`."""
-    device, dtype = compute.device, compute.dtype
-    meta, size = {"device": "meta", "dtype": dtype}, plan.resolution // base.vae_factor
-    sample = torch.empty(plan.examples, unet.config.in_channels, size, size, **meta)
-    context = torch.empty(plan.examples, base.prompt_length, base.word_width, **meta)
-    pooled = torch.empty(plan.examples, base.text_configs[-1].projection_dim, **meta)
-    added = base.family.added_conditions((context, pooled), torch.empty(plan.examples, 6, device="meta"))
-    timesteps = torch.empty(plan.examples, device="meta")
+def count_activations(denoiser, vae, plan, base, compute):
+    """Bytes of the activations of a denoiser's pass, of encoding and of decoding a picture; see `predict_memory`."""
+    device, family = compute.device, base.family
+    denoiser.to("meta")  # its buffers, which even an empty model has
+    inputs = family.example(base, plan.examples, plan.resolution, "meta", compute.dtype)
     slack = 0.0 if plan.streamed else HEAP_SLACK
-    activations = activation_bytes(lambda: unet(sample, timesteps, context, **added), device, slack)
+    activations = activation_bytes(lambda: family.predict(denoiser, *inputs), device, slack)
     pixels = torch.empty(1, 3, plan.resolution, plan.resolution, device="meta", dtype=vae.dtype)
-    latent = sample[:1].to(vae.dtype)
+    latent = inputs.noisy[:1].to(vae.dtype)
     encoding = activation_bytes(lambda: vae.encode(pixels).latent_dist.parameters, device, heap_slack=0.0)
     decoding = activation_bytes(lambda: vae.decode(latent), device) if plan.images else 0
     return activations, encoding, decoding

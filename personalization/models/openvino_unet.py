@@ -1,4 +1,4 @@
-"""The UNet in OpenVINO: nothing here needs autograd, so any engine that computes a forward pass will do."""
+"""A denoiser in OpenVINO: nothing here needs autograd, so any engine that computes a forward pass will do."""
 
 import contextlib
 import io
@@ -17,69 +17,59 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
 from ..errors import InputError
 from . import weight_cache
+from .families import Call, Replay
 
 
 # torch.export finds that diffusers' upsampling branches at 64 examples; one graph serves every batch below.
 OPENVINO_MAX_BATCH = 63
-ADDED_CONDITIONS = "text_embeds", "time_ids"  # of SDXL's UNet, in the order of the graph's inputs
 # Scales of activations move into the weights before them (SmoothQuant), which leaves much less error.
 NNCF_MODEL_TYPE = "transformer"
 
 
-def export_openvino(unet, latent_size, prompt_length):
-    """The UNet as an OpenVINO model with a free batch size, its INT8 weights as they are.
+def export_openvino(denoiser, call):
+    """A denoiser as an OpenVINO model with a free batch size, its INT8 weights as they are.
 
     `torch.export` runs on fake tensors: beside the weights this takes some 100 MB, where tracing takes gigabytes.
+
+    Args:
+        denoiser: torch module.
+        call: `Call` of it with two examples; the graph's inputs are its tensors, in their order.
     """
     import openvino
 
-    class Positional(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.unet = unet
-
-        def forward(self, sample, timestep, encoder_hidden_states, *added):
-            added = {"added_cond_kwargs": dict(zip(ADDED_CONDITIONS, added))} if added else {}
-            return self.unet(sample, timestep, encoder_hidden_states, **added, return_dict=False)[0]
-
-    config = unet.config
-    sample = torch.zeros(2, config.in_channels, latent_size, latent_size)
-    context = torch.zeros(2, prompt_length, config.cross_attention_dim)
+    example = tuple(call.tensors().values())
     batch = torch.export.Dim("batch", min=1, max=OPENVINO_MAX_BATCH)
-    example = (sample, torch.zeros(2), context)
-    if config.addition_embed_type == "text_time":  # SDXL
-        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        example += (torch.zeros(2, pooled), torch.zeros(2, 6))
     with torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # torch's, about itself
-        open_batch = ({0: batch},) * 3
-        if len(example) > 3:  # what *added takes is one argument
-            open_batch += (({0: batch},) * (len(example) - 3),)
-        program = torch.export.export(Positional().eval(), example, dynamic_shapes=open_batch)
+        shapes = (({0: batch},) * len(example),)  # `Replay` takes them as one argument
+        program = torch.export.export(Replay(denoiser, call).eval(), example, dynamic_shapes=shapes)
         model = openvino.convert_model(program)
-    for node, tensor in zip(model.inputs, example):  # the graph keeps only the batch open, its inputs should say so
+    # The graph keeps only the batch open, its inputs should say so.
+    for node, tensor in zip(model.inputs, example):
         node.get_node().set_partial_shape(openvino.PartialShape([-1, *tensor.shape[1:]]))
     model.validate_nodes_and_infer_types()
     return model
 
 
 class OpenVINOUNet(torch.nn.Module):
-    """A UNet that OpenVINO computes, called like the torch one by training and by diffusers' pipelines.
+    """A denoiser that OpenVINO computes, called like the torch one by training and by diffusers' pipelines.
 
     Args:
         model: an `openvino.Model`, or the path of its `.xml`.
-        config: the torch UNet's.
+        config: the torch denoiser's.
+        call: the `Call` that it was exported with.
         engine: OpenVINO's device: CPU, GPU, NPU.
         dtype: torch.float32, or torch.bfloat16 to let OpenVINO compute in it.
         device: torch device of what is returned.
     """
 
-    def __init__(self, model, config, engine, dtype, device):
+    def __init__(self, model, config, call, engine, dtype, device):
         super().__init__()
         import openvino
 
         self.config, self.dtype, self.device = config, dtype, device
-        if config.addition_embed_type == "text_time":  # `StableDiffusionXLPipeline` reads the width of this layer
+        self.kind, self.names = call.kind, list(call.tensors())
+        if config.get("addition_embed_type") == "text_time":  # `StableDiffusionXLPipeline` reads this layer's width
             layer = SimpleNamespace(in_features=config.projection_class_embeddings_input_dim)
             self.add_embedding = SimpleNamespace(linear_1=layer)
         core = openvino.Core()
@@ -94,20 +84,21 @@ class OpenVINOUNet(torch.nn.Module):
         settings |= {name: value for name, value in optional.items() if name in supported}
         self.compiled = core.compile_model(model, engine, settings)
 
-    def forward(self, sample, timestep, encoder_hidden_states, return_dict=True, added_cond_kwargs=None, **unused):
-        timesteps = torch.as_tensor(timestep).float().expand(len(sample))
-        added = [added_cond_kwargs[name] for name in ADDED_CONDITIONS] if added_cond_kwargs else []
-        inputs = [x.float().cpu().numpy() for x in (sample, timesteps, encoder_hidden_states, *added)]
-        prediction = torch.from_numpy(self.compiled(inputs)[0]).to(sample)
+    def forward(self, *given, return_dict=True, **named):
+        tensors = Call(self.kind, given, named).tensors()
+        inputs = [tensors[name] for name in self.names]
+        latents = next(x for x in inputs if x.dim() == 4)
+        inputs = [x if x.dim() else x.expand(len(latents)) for x in inputs]  # pipelines give one timestep for all
+        prediction = torch.from_numpy(self.compiled([x.float().cpu().numpy() for x in inputs])[0]).to(latents)
         return UNet2DConditionOutput(sample=prediction) if return_dict else (prediction,)
 
 
 class Calibration(NamedTuple):
-    """What the ranges of a UNet's activations are measured on, to compute in INT8."""
+    """What the ranges of a denoiser's activations are measured on, to compute in INT8."""
 
     source: tuple  # what it is drawn from, with a faithful `repr`
     files: list  # the weight files that had a part in it
-    draw: Callable  # returns inputs of the UNet (sample, timesteps, encoder_hidden_states, ...), pass by pass
+    draw: Callable  # returns the tensors of calls of the denoiser, see `Call.tensors`, pass by pass
 
 
 def quantize_activations(graph, calibration):
@@ -122,7 +113,7 @@ def quantize_activations(graph, calibration):
 
 
 def export_path(cache_dir, files, config, *shape):
-    """The folder of the exported graph of a UNet, named by its weight files, config and shape."""
+    """The folder of the exported graph of a denoiser, named by its weight files, config and shape."""
     key = weight_cache.source_key(files, weight_cache.config_key(config), version("openvino"), *shape)
     return Path(cache_dir) / f"unet-openvino-{key}"
 
@@ -159,29 +150,24 @@ def kept_graph(path, what, make):
     return graph, sum(node.data.nbytes for node in graph.get_ops() if node.get_type_name() == "Constant")
 
 
-def compile_openvino_unet(
-    path, load_unet, config, latent_size, prompt_length, engine, dtype, device, calibration=None
-):
-    """Compiles a UNet for an OpenVINO device; its graph is kept in the cache, and verified there.
+def compile_openvino_unet(path, load_denoiser, config, call, engine, dtype, device, calibration=None):
+    """Compiles a denoiser for an OpenVINO device; its graph is kept in the cache, and verified there.
 
     Args:
         path: folder of the exported graph, whose name says what it was made of; None keeps nothing.
-        load_unet: returns the torch UNet; called only where there is no such graph yet.
-        config, latent_size, prompt_length: of the UNet and of its inputs.
+        load_denoiser: returns the torch module; called only where there is no such graph yet.
+        config: of the denoiser.
+        call: `Call` of it with two examples of the right shapes.
         engine, dtype, device: see `OpenVINOUNet`.
         calibration: `Calibration`, to compute in INT8; None computes in `dtype`.
 
     Returns:
         The `OpenVINOUNet`, and the bytes of its weights as stored.
     """
-    if path is not None:
-        for suffix in (".xml", ".bin"):  # where earlier versions kept it, without a manifest
-            with contextlib.suppress(OSError):
-                path.with_suffix(suffix).unlink()
 
     def exported():
         what = "Exporting the UNet to OpenVINO"
-        return kept_graph(path, what, lambda: export_openvino(load_unet(), latent_size, prompt_length))
+        return kept_graph(path, what, lambda: export_openvino(load_denoiser(), call))
 
     def quantized():
         import openvino
@@ -195,7 +181,7 @@ def compile_openvino_unet(
     else:
         kept = path and calibrated_path(path, calibration)
         graph, size = kept_graph(kept, "Quantizing the UNet's activations", quantized)
-    return OpenVINOUNet(graph, config, engine, dtype, device), size
+    return OpenVINOUNet(graph, config, call, engine, dtype, device), size
 
 
 def check_openvino(engine, examples_per_pass, quantizes=False):

@@ -99,10 +99,7 @@ def check(path):
         if not isinstance(count, int) or count < 1:
             raise DamagedError(f"settings.json says {count!r} processes")
         parts = ["state.pt", *(f"generators_{rank}.pt" for rank in range(count))]
-        if (path / MANIFEST).exists():
-            check_hashes(path, ["settings.json", *parts])
-        else:
-            check_loads(path, parts)
+        check_hashes(path, ["settings.json", *parts])
     except FileNotFoundError as error:
         raise DamagedError(f"{Path(error.filename or 'a file').name} is missing") from None
     except (ValueError, OSError) as error:
@@ -122,21 +119,6 @@ def check_hashes(path, names):
             raise DamagedError(f"{name} has {size} bytes and was written with {facts.get('size')}")
         if sha256(path / name) != facts.get("sha256"):
             raise DamagedError(f"{name} is not what was written")
-
-
-def check_loads(path, names):
-    """Loads the files of a checkpoint that is older than manifests."""
-    for name in names:
-        (path / name).stat()
-        try:
-            content = torch.load(path / name, map_location="cpu", weights_only=True)
-        except Exception as error:  # what torch raises for bytes that are none of its own is anything
-            raise DamagedError(f"{name} cannot be read: {type(error).__name__}") from None
-        if not isinstance(content, dict):
-            raise DamagedError(f"{name} holds something else")
-        progress = content.get("progress", {"step": None}) if name == "state.pt" else {"step": step_of(path)}
-        if not isinstance(progress, dict) or step_of(path) not in (None, progress.get("step")):
-            raise DamagedError(f"{name} is not the state at this step")
 
 
 def changed_settings(before, now):

@@ -7,38 +7,37 @@ from safetensors.torch import load_file, save
 
 from ..errors import RunError, is_outside, reason
 from ..files import atomic_folder, atomic_path, save_tensors, tolerated
-from ..models.families import SD1
+from ..models.families import SD1, SDXL
 from .run_folder import PIPELINE
 
 
-PAIR_KEYS = "clip_l", "clip_g"  # the halves of an SDXL word, as kohya, OneTrainer and ComfyUI call them
-PAIR_FILES = "learned_embeds_1.safetensors", "learned_embeds_2.safetensors"  # each half by itself, for diffusers
+PART_FILES = "learned_embeds_1.safetensors", "learned_embeds_2.safetensors"  # each half of a pair, for diffusers
 
 
-def save_embeds(path, placeholder_token, theta, widths=()):
+def save_embeds(path, placeholder_token, theta, parts=None):
     """`{placeholder: [k, d]}`, float32: what `load_textual_inversion` of any diffusers reads.
 
-    Where a word has two halves (of these widths) it is `{"clip_l": [k, d1], "clip_g": [k, d2]}`, what the programs
-    around SDXL read.
+    Where a word is saved in parts (key -> width, see `Base.word_parts`) each has its key: of SDXL it is
+    `{"clip_l": [k, d1], "clip_g": [k, d2]}`, what the programs around it read.
     """
     with atomic_path(path) as temporary:
-        temporary.write_bytes(as_bytes(placeholder_token, theta, widths))
+        temporary.write_bytes(as_bytes(placeholder_token, theta, parts))
 
 
-def as_bytes(placeholder_token, theta, widths=()):
+def as_bytes(placeholder_token, theta, parts=None):
     """The content of a file by `save_embeds`."""
     theta = theta.detach().cpu()
-    if len(widths) < 2:
+    if not parts:
         return save({placeholder_token: theta.clone()}, metadata={"format": "pt"})
-    halves = {key: half.contiguous() for key, half in zip(PAIR_KEYS, theta.split(widths, dim=-1))}
+    halves = {key: half.contiguous() for key, half in zip(parts, theta.split(list(parts.values()), dim=-1))}
     # One entry only: safetensors writes several in an order that changes from process to process.
     return save(halves, metadata={"placeholder_token": placeholder_token})
 
 
-def save_halves(results, placeholder_token, theta, widths):
+def save_halves(results, placeholder_token, theta, parts=None):
     """Each half of a pair as `{placeholder: [k, d]}`, for two calls of `load_textual_inversion`; others have none."""
-    halves = theta.split(widths, dim=-1) if len(widths) == 2 else ()
-    for name, half in zip(PAIR_FILES, halves):
+    halves = theta.split(list(parts.values()), dim=-1) if parts and len(parts) == 2 else ()
+    for name, half in zip(PART_FILES, halves):
         with results.file(name) as path:
             save_embeds(path, placeholder_token, half)
 
@@ -50,7 +49,7 @@ def load_concept(pipeline, folder, placeholder_token, name="learned_embeds.safet
         return
     halves = load_file(Path(folder) / name)
     parts = (pipeline.text_encoder, pipeline.tokenizer), (pipeline.text_encoder_2, pipeline.tokenizer_2)
-    for key, (text_encoder, tokenizer) in zip(PAIR_KEYS, parts):
+    for key, (text_encoder, tokenizer) in zip(SDXL.word_keys, parts):
         word = {placeholder_token: halves[key]}
         pipeline.load_textual_inversion(word, text_encoder=text_encoder, tokenizer=tokenizer)
 
@@ -63,24 +62,24 @@ def unload_concepts(pipeline):
         pipeline.unload_textual_inversion(**parts)
 
 
-def try_to_save_embeds(results, name, placeholder_token, theta, widths=()):
+def try_to_save_embeds(results, name, placeholder_token, theta, parts=None):
     """Saves an embedding that a run can do without: if the disk, say, fails it, a warning says so."""
     with tolerated(f"Writing {name}"), results.file(name) as path:
-        save_embeds(path, placeholder_token, theta, widths)
+        save_embeds(path, placeholder_token, theta, parts)
 
 
-def save_result(results, name, placeholder_token, theta, widths=()):
+def save_result(results, name, placeholder_token, theta, parts=None):
     """Saves what a run has learned: in its folder or, if that fails, in the system's folder for temporary files.
 
     Args:
         results: `run_folder.ResultFolder`.
         name: of the file.
-        placeholder_token, theta, widths: as for `save_embeds`.
+        placeholder_token, theta, parts: as for `save_embeds`.
 
     Raises:
         RunError: it is not in the run's folder; the message says where it is instead.
     """
-    save_content(results, name, as_bytes(placeholder_token, theta, widths))
+    save_content(results, name, as_bytes(placeholder_token, theta, parts))
 
 
 def save_content(results, name, content):

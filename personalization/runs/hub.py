@@ -56,7 +56,7 @@ class Publication:
         card_name: template of the model card, from the script's folder.
         load: how a pipeline of diffusers takes up what was learned, by itself; None where it needs `pipeline_name`.
         keyword: under which `pipeline_name` takes it up.
-        pipeline_of_family: `pipeline_name` where it depends on the family of the base (its name -> file).
+        families: name -> family, where `pipeline_name` depends on that of the base.
         reference_images: pattern of the training images, which are published on request only.
     """
 
@@ -70,12 +70,13 @@ class Publication:
     card_name: str = "model_card_template.md"
     load: str | None = None
     keyword: str | None = None
-    pipeline_of_family: dict = field(default_factory=dict)
+    families: dict = field(default_factory=dict)
     reference_images: str = REFERENCE_IMAGES
 
     def pipeline_file(self, config):
         """What travels as `pipeline.py` with the result of a run, by its config; None where nothing does."""
-        name = self.pipeline_of_family.get(config.get("family"), self.pipeline_name)
+        family = self.families.get(config.get("family"))
+        name = self.pipeline_name if family is None else family.pipeline_file
         return name and self.script.with_name(name)
 
     @property
@@ -255,6 +256,8 @@ def write_model_card(output_dir, config, publication, repo_id=None):
         "scales": config.get("scales"),
         "paired": len(family.text_encoders) > 1,
         "pipeline_class": family.pipeline.__name__,
+        "denoiser": family.denoiser,
+        "denoiser_label": family.denoiser_label,
         "repo_id": repo_id,
         "name": name,
         "concept": repo_id or f"./{name}",

@@ -2,7 +2,7 @@
 
 import functools
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ class Result:
     pictures: list  # `images.Picture`s it learned from
     config: dict  # `provenance.describe_result`
     base: str  # the model it was learned on, as it was given
-    widths: tuple = ()  # of the halves of the embedding, see `embeddings.save_embeds`
+    parts: dict = field(default_factory=dict)  # of the embedding, see `embeddings.save_embeds`
 
 
 def write_result(result, results, publication, repo_id, save_a1111=False, full_pipeline=None):
@@ -53,10 +53,10 @@ def write_result(result, results, publication, repo_id, save_a1111=False, full_p
         results.set_aside()
     if result.theta is not None:
         with attempt():
-            embeddings.save_halves(results, token, result.theta, result.widths)
+            embeddings.save_halves(results, token, result.theta, result.parts)
     if result.best is not None:
         with attempt(), results.file(publication.best_name) as path:
-            embeddings.save_embeds(path, token, result.best, result.widths)
+            embeddings.save_embeds(path, token, result.best, result.parts)
     if save_a1111:
         with attempt(), results.file("learned_embeds.pt") as path:
             embeddings.save_a1111(path, token, result.theta, config["figures"]["steps"])
@@ -100,7 +100,7 @@ def usage(result, folder, publication):
     """
     quoted = functools.partial(json.dumps, ensure_ascii=False)
     load = f"from_pretrained({quoted(result.base)}"
-    if publication.load and len(result.widths) < 2:  # in one call, and without code of ours
+    if publication.load and len(result.parts) < 2:  # in one call, and without code of ours
         load += f"); pipeline.{publication.load}({quoted(str(folder))})"
     else:
         pipeline = quoted(str(publication.pipeline_file(result.config)))

@@ -2,7 +2,6 @@
 
 import numpy as np
 import torch
-from diffusers import DPMSolverMultistepScheduler
 from diffusers.utils import make_image_grid
 
 from ..files import atomic_path, tolerated
@@ -10,20 +9,22 @@ from ..models.base_model import load_vae
 from .loop import tracking
 
 
-def open_pipeline(base, text_encoder, unet, compute):
+def open_pipeline(base, text_encoder, denoiser, compute):
     """The family's pipeline around models in training, with a VAE that leaves with it.
 
     Args:
         base: `Base`.
-        text_encoder, unet: as trained, in place; the first all of the family's, joined.
+        text_encoder: `TextEncoders` as trained, in place; None where prompts come encoded.
+        denoiser: as trained, in place.
         compute: `Compute`.
     """
     family = base.family
+    encoders = [None] * len(family.text_encoders) if text_encoder is None else text_encoder.encoders
     pipeline = family.pipeline(
         vae=load_vae(base, compute.dtype).to(compute.device),
-        unet=unet,
-        scheduler=DPMSolverMultistepScheduler.from_config(base.scheduler.config),
-        **dict(zip(family.text_encoders, family.parts(text_encoder))),
+        scheduler=family.sampler(base.scheduler),
+        **{family.denoiser: denoiser},
+        **dict(zip(family.text_encoders, encoders)),
         **dict(zip(family.tokenizers, base.tokenizers)),
         **family.pipeline_options,
     )
@@ -36,9 +37,9 @@ def draw_image(pipeline, prompt, seed, **options):
     return pipeline(prompt, generator=torch.Generator().manual_seed(seed), **options).images[0]
 
 
-def draw_images(base, text_encoder, unet, compute, prompt, count, seed, **options):
+def draw_images(base, text_encoder, denoiser, compute, prompt, count, seed, **options):
     """`count` images of a prompt, with the seeds from `seed` on; see `open_pipeline` and `draw_image`."""
-    pipeline = open_pipeline(base, text_encoder, unet, compute)
+    pipeline = open_pipeline(base, text_encoder, denoiser, compute)
     return [draw_image(pipeline, prompt, seed + i, **options) for i in range(count)]
 
 

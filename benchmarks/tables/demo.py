@@ -1,0 +1,73 @@
+"""The demo: its scores, its base, and the engine that trains it."""
+
+from benchmarks.tables.markdown import code_note, table
+
+
+def demo_scores(result):
+    """docs/demo_scores.json, as `demo/run_demo.py` writes it."""
+    names = ("CLIP-I", "identity", "CLIP-T")
+    rows = []
+    for subject, scores in result["scores"].items():
+        pairs = [f"{scores['before'][n]:.3f} → {scores['after'][n]:.3f}" for n in names]
+        rows.append([subject.replace("_", " "), *pairs, f"{scores['training']['seconds']:.0f} s"])
+    means = {
+        when: {n: sum(s[when][n] for s in result["scores"].values()) / len(rows) for n in names}
+        for when in ("before", "after")
+    }
+    rows.append(["**mean**", *(f"**{means['before'][n]:.3f} → {means['after'][n]:.3f}**" for n in names), ""])
+    settings = ", ".join(f"`{flag} {value}`" for flag, value in result["settings"].items())
+    command = "make demo" if result["base"] == "base" else f"python demo/run_demo.py --base {result['base']}"
+    note = (
+        f"`{command}` on {result['hardware']['cpus']} CPU cores: {result['training_seconds']:.0f} s of training for"
+        f" all subjects ({result['hardware']['jobs']} at a time, one thread each), {result['total_seconds']:.0f} s"
+        f" in all; torch {result['versions']['torch']}. INT8 UNet and text encoder. Flags: {settings}. CLIP-I and"
+        " identity: mean cosine of (reference, generated) pairs; CLIP-T: prompt against image; all by `demo/scorer`."
+        + code_note([result])
+    )
+    return table(["subject", *(f"{n}, before → after" for n in names), "training"], rows) + "\n\n" + note
+
+
+def demo_quality(result):
+    """demo/quality.json, as `demo/check_demo_base.py` writes it."""
+    names = {
+        "vae.psnr_db": f"VAE: PSNR on {result['figures']['vae']['renders']} fresh renders, dB",
+        "scorer.shape": "scorer: shape read right on fresh renders",
+        "scorer.colour": "scorer: whole set of colours read right",
+        "scorer.background": "scorer: background read right",
+        "generated.background": "generated from fresh captions: background read back",
+        "generated.shape": "generated: shape read back",
+        "generated.colour": "generated: whole set of colours read back",
+    }
+    rows = []
+    for key, target in result["targets"].items():
+        shown = (f"{target[k]:.1f}" if "psnr" in key else f"{target[k]:.1%}" for k in ("at_least", "measured"))
+        rows.append([names.get(key, key), *shown, "met" if target["met"] else "**missed**"])
+    note = f"By `{result['command']}` on {result['hardware']}, {result['seconds']:.0f} s.{code_note([result])}"
+    return table(["figure", "to reach", "measured", ""], rows) + "\n\n" + note
+
+
+def paired_differences(result):
+    """Per metric: the largest difference between OpenVINO and torch of one seed, and the width of torch's seeds."""
+    after = {(run["backend"], run["seed"]): run["after"] for run in result["runs"]}
+    seeds = [seed for backend, seed in after if backend == "openvino" and ("torch", seed) in after]
+    return {
+        name: (max(abs(after["openvino", s][name] - after["torch", s][name]) for s in seeds), high - low)
+        for name, (low, high) in result["torch_spread"].items()
+    }
+
+
+def quality(result):
+    """benchmarks/results/quality.json, as `benchmarks/bench_quality.py` writes it."""
+    names = list(result["torch_spread"])
+    rows = [[run["backend"], run["seed"], *(f"{run['after'][n]:.3f}" for n in names)] for run in result["runs"]]
+    differences = paired_differences(result)
+    words = ", ".join(f"{n} {differs:.3f} of {width:.3f}" for n, (differs, width) in differences.items())
+    spread = result["torch_spread"]
+    below = [n for r in result["runs"] for n in names if r["backend"] == "openvino" and r["after"][n] < spread[n][0]]
+    outside = f" OpenVINO's {' and '.join(below)} lie just below the lowest of torch's seeds." if below else ""
+    note = (
+        f"Mean scores after training over {', '.join(s.replace('_', ' ') for s in result['subjects'])}. Difference"
+        f" between the engines at the same seed, and how far torch's own seeds lie apart: {words}.{outside} By"
+        f" `{result['command']}` on {result['hardware']['name']}.{code_note([result])}"
+    )
+    return table(["UNet in training", "seed", *names], rows) + "\n\n" + note

@@ -1,0 +1,44 @@
+"""How well finite differences see the loss, and Gauss-Newton its evidence."""
+
+from benchmarks.tables.markdown import code_note, table
+
+
+def signal(result):
+    """benchmarks/results/signal*.json, as `benchmarks/bench_signal.py` writes it."""
+    steps = sorted({row["mu"] for row in result["rows"]})
+    cells = {}
+    for row in result["rows"]:
+        exact = row["exact"]
+        error = "–" if exact["relative_error_median"] is None else f"{exact['relative_error_median']:.0%}"
+        shown = f"{exact['correlation_median']:.3f} ({exact['correlation_min']:.2f}), {error}"
+        bold = f"**{shown}**" if exact["correlation_median"] >= 0.9 else shown
+        cells.setdefault((row["backend"], row["activations"]), {})[row["mu"]] = bold
+    rows = [[*name, *(by_step.get(mu, "") for mu in steps)] for name, by_step in cells.items()]
+    configuration, hardware = result["configuration"], result["hardware"]
+    note = (
+        f"Correlation, median (and least) over {configuration['cells']} cells (example x timestep), and median"
+        f" relative error of {configuration['directions']} directional derivatives by forward differences against"
+        " float32 autograd of the unquantized model; bold: median at least 0.9. By"
+        f" `{result['command']}` on {hardware['name']}, torch {result['versions']['torch']},"
+        f" {result['seconds']:.0f} s.{code_note([result])}"
+    )
+    return table(["weights", "activations", *(f"μ = {mu:g}" for mu in steps)], rows) + "\n\n" + note
+
+
+def evidence(result):
+    """benchmarks/results/signal.json: what `benchmarks/bench_signal.py` says of Gauss-Newton's K and y."""
+    steps = sorted({row["step"] for row in result["evidence"]})
+    cells = {}
+    for row in result["evidence"]:
+        names = ("matrix", "gradient", "gradient_both_signs")
+        errors = [row[name] for name in names]
+        shown = ["–" if error is None else f"{error:.1%}" if error < 10 else "> 1000%" for error in errors]
+        cells.setdefault((row["backend"], row["activations"]), {})[row["step"]] = " / ".join(shown)
+    rows = [[*name, *(by_step.get(step, "") for step in steps)] for name, by_step in cells.items()]
+    note = (
+        f"Relative error of K / of y / of y as the mean over both signs, medians over"
+        f" {result['configuration']['cells']} cells (example x timestep), against forward-mode autograd of the"
+        f" unquantized float32 model, in the vocabulary's subspace of 32 directions. By `{result['command']}` on"
+        f" {result['hardware']['name']}.{code_note([result])}"
+    )
+    return table(["weights", "activations", *(f"h = {step:g}" for step in steps)], rows) + "\n\n" + note

@@ -1,0 +1,90 @@
+"""The contract of a way to move θ: a `Rule` is the update itself, an `Optimizer` what a script must know around it."""
+
+from typing import Protocol
+
+
+class Rule(Protocol):
+    """An update of θ, from what batches say of it. The loop averages the evidence over batches and processes.
+
+    A rule may be a dataclass; everything that changes from step to step is in its state, so that a resumed run equals
+    the uninterrupted one bit for bit.
+    """
+
+    num_candidates: int  # points that one batch is evaluated at, as counted in forward passes
+
+    def evidence(self, model, theta, batch, generator):
+        """What a batch says of θ; it reads and changes nothing else.
+
+        Args:
+            model: `FrozenModel`: `losses(candidates, batch)` `[m]`, `errors(candidates, batch)` `[m, M]`.
+            theta: θ `[k, d]`, float32.
+            batch: `Batch` on θ's device.
+            generator: this process's source of perturbations.
+
+        Returns:
+            A tuple of tensors, whose means over batches and processes `update` takes; and the loss at θ.
+        """
+
+    def update(self, theta, *evidence):
+        """Moves θ in place."""
+
+    def figures(self):
+        """What the log and the result say of it, name -> number."""
+
+    def state_dict(self): ...
+
+    def load_state_dict(self, state, device): ...
+
+
+class Optimizer:
+    """What surrounds a `Rule`: one object for each `--optimizer`. A method that says nothing changes nothing.
+
+    Attributes:
+        method: what a result's config and card say that it was learned with.
+        tag: of the model card.
+        step_flag: the flag that makes steps shorter, for a run that diverges.
+        perturbation_scales: precision of the activations -> the step of the finite difference, the default and the
+            least at which what it measures still agrees with autograd (benchmarks/bench_signal.py). A precision that
+            is missing cannot be trained in.
+        precision_of_engine: value of `--unet_backend` -> the `--mixed_precision` that it computes in by default.
+        candidates_per_pass: default of `--max_candidates_per_forward`; None: all at once.
+    """
+
+    method: str
+    tag: str
+    step_flag: str
+    perturbation_scales: dict
+    precision_of_engine: dict = {}
+    candidates_per_pass: int | None = None
+
+    def add_flags(self, add):
+        """Declares the flags that are its own."""
+
+    def check(self, args, given):
+        """Raises an `InputError` where flags (names of those given) exclude each other; no file is read."""
+
+    def complete(self, args, base):
+        """Fills in the settings that depend on the base; raises an `InputError` where one does not fit it."""
+
+    def num_candidates(self, args):
+        """Points of a step."""
+        raise NotImplementedError
+
+    def kept_coordinates(self, args, entries):
+        """Numbers that it keeps beside the candidates of a step, for a θ of so many entries."""
+        return 0
+
+    def num_steps(self, args, family):
+        """Length of a run that is not told how long."""
+        raise NotImplementedError
+
+    def look_ahead(self, args, base, placeholder, prompt_ids):
+        """Whatever `start` needs of the base's small files; an `InputError` comes before anything slow."""
+
+    def start(self, args, theta, found, num_processes):
+        """The `Rule` before its first step; `found` is what `look_ahead` returned."""
+        raise NotImplementedError
+
+    def tail(self, args):
+        """The weight of late updates in the result, see `Learner.average_tail`; 0: the result is the last θ."""
+        return 0.0
