@@ -52,7 +52,7 @@ style: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 
 # Speed and memory on the Stable Diffusion 1.5 architecture with random weights: a reduced matrix that refreshes the
-# tables of README.md and docs/results.md (a quarter of an hour on 2 cores, 24 GB of memory, 8 GB of disk).
+# tables of README.md and docs/ (a quarter of an hour on 2 cores, 24 GB of memory, 8 GB of disk).
 benchmark: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/bench_step.py --reduced
 	$(BIN)/python benchmarks/bench_memory.py --reduced

@@ -1,16 +1,25 @@
 #!/usr/bin/env python
 # Copyright 2026 The ZOODiP textual inversion authors. SPDX-License-Identifier: Apache-2.0
+#
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch>=2.11", "diffusers>=0.42.1", "transformers>=5.23", "accelerate>=1.15", "peft>=0.21",
+#     "huggingface_hub>=2.4", "datasets>=5.2", "safetensors>=0.8", "bitsandbytes>=0.50", "psutil>=7.2", "Jinja2>=3.1",
+#     "matplotlib>=3.10", "numpy>=2.0", "pillow>=12.0", "tensorboard>=2.21", "tqdm>=4.66",
+# ]
+# ///
 """Personalise a quantized Stable Diffusion by a LoRA with the memory of half the resolution (arXiv 2507.10029).
 
 The shortest command that works, offline, on the demo base of this repository:
 
-    accelerate launch train_selective_dreambooth_lora.py \
+    python train_selective_dreambooth_lora.py \
         --pretrained_model_name_or_path demo/base --instance_data_dir demo/subjects/striped_star \
         --subject_name star --train_batch_size 4 --max_train_steps 200 --output_dir star-lora
 
 and on Stable Diffusion 1.5:
 
-    accelerate launch train_selective_dreambooth_lora.py \
+    python train_selective_dreambooth_lora.py \
         --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 --instance_data_dir ./my-dog \
         --instance_prompt "a photo of sks dog" --subject_name "sks dog" --output_dir my-dog-lora
 
@@ -432,7 +441,8 @@ PUBLICATION = hub.Publication(
     files=(KOHYA_FILE, "loss_curve.png", "samples/*.png"),
     pipeline_name=None,
     tags=("lora", "dreambooth", "text-to-image", "diffusers-training", "stable-diffusion", "diffusers"),
-    card_name="model_card_selective.md",
+    card_name="model_cards/selective.md",
+    load="load_lora_weights",
 )
 
 REFUSED_FLAGS = dreambooth.REFUSED_FLAGS | {
@@ -820,7 +830,8 @@ def finish(run, pictures, components, repo_id):
     name = args.subject_name or args.instance_prompt or "the subject"
     config = provenance.describe_result(args, method, base_license, compute, components, figures, subject=name)
     config["run"] = run.id
-    write_result(Result(name, None, None, run.history, samples, pictures, config), run.results, PUBLICATION, repo_id)
+    result = Result(name, None, None, run.history, samples, pictures, config, args.pretrained_model_name_or_path)
+    write_result(result, run.results, PUBLICATION, repo_id)
     return config
 
 

@@ -1,16 +1,25 @@
 #!/usr/bin/env python
 # Copyright 2026 The ZOODiP textual inversion authors. SPDX-License-Identifier: Apache-2.0
+#
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch>=2.11", "diffusers>=0.42.1", "transformers>=5.23", "accelerate>=1.15", "peft>=0.21",
+#     "huggingface_hub>=2.4", "datasets>=5.2", "safetensors>=0.8", "bitsandbytes>=0.50", "psutil>=7.2", "Jinja2>=3.1",
+#     "matplotlib>=3.10", "numpy>=2.0", "pillow>=12.0", "tensorboard>=2.21", "tqdm>=4.66",
+# ]
+# ///
 """Personalise a quantized Stable Diffusion by its quantization scales alone (TuneQDM, arXiv 2401.04339).
 
 The shortest command that works, offline, on the demo base of this repository:
 
-    accelerate launch train_tuneqdm_dreambooth.py \
+    python train_tuneqdm_dreambooth.py \
         --pretrained_model_name_or_path demo/base --instance_data_dir demo/subjects/striped_star \
         --subject_name star --train_batch_size 4 --max_train_steps 200 --output_dir star-scales
 
 and on Stable Diffusion 1.5:
 
-    accelerate launch train_tuneqdm_dreambooth.py \
+    python train_tuneqdm_dreambooth.py \
         --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 --instance_data_dir ./my-dog \
         --instance_prompt "a photo of sks dog" --scale_sets 4 --train_input_scales --gradient_checkpointing \
         --output_dir my-dog-scales
@@ -335,7 +344,8 @@ PUBLICATION = hub.Publication(
     files=("loss_curve.png", "samples/*.png"),
     pipeline_name="tuneqdm_pipeline.py",
     tags=("tuneqdm", "dreambooth", "diffusers-training", "stable-diffusion", "diffusers"),
-    card_name="model_card_tuneqdm.md",
+    card_name="model_cards/tuneqdm.md",
+    keyword="tuneqdm_scales",
 )
 
 REFUSED_FLAGS = dreambooth.REFUSED_FLAGS | {
@@ -611,7 +621,8 @@ def finish(run, pictures, components, repo_id):
     method, name = "TuneQDM (arXiv 2401.04339)", args.subject_name or args.instance_prompt or "the subject"
     config = provenance.describe_result(args, method, base_license, compute, components, figures, subject=name)
     config |= {"run": run.id, "scales": scales._asdict()}
-    write_result(Result(name, None, None, run.history, samples, pictures, config), run.results, PUBLICATION, repo_id)
+    result = Result(name, None, None, run.history, samples, pictures, config, args.pretrained_model_name_or_path)
+    write_result(result, run.results, PUBLICATION, repo_id)
     return config
 
 

@@ -1,16 +1,25 @@
 #!/usr/bin/env python
 # Copyright 2026 The ZOODiP textual inversion authors. SPDX-License-Identifier: Apache-2.0
+#
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch>=2.11", "diffusers>=0.42.1", "transformers>=5.23", "accelerate>=1.15", "peft>=0.21",
+#     "huggingface_hub>=2.4", "datasets>=5.2", "safetensors>=0.8", "bitsandbytes>=0.50", "psutil>=7.2", "Jinja2>=3.1",
+#     "matplotlib>=3.10", "numpy>=2.0", "pillow>=12.0", "tensorboard>=2.21", "tqdm>=4.66",
+# ]
+# ///
 """Teach a quantized Stable Diffusion a new word with forward passes only (ZOODiP, arXiv 2503.14868).
 
 The shortest command that works, offline, on the demo base of this repository:
 
-    accelerate launch train_zoodip_textual_inversion.py \
+    python train_zoodip_textual_inversion.py \
         --pretrained_model_name_or_path demo/base --train_data_dir demo/subjects/checkered_ring \
         --placeholder_token "<my-toy>" --initializer_token ring --max_train_steps 300 --output_dir my-toy
 
 and on Stable Diffusion 1.5:
 
-    accelerate launch train_zoodip_textual_inversion.py \
+    python train_zoodip_textual_inversion.py \
         --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 --train_data_dir ./my-dog \
         --placeholder_token "<my-dog>" --initializer_token dog --output_dir my-dog-concept
 
@@ -1001,11 +1010,13 @@ PUBLICATION = hub.Publication(
     + embeddings.PART_FILES,
     pipeline_name=families.SD1.pipeline_file,
     families=families.FAMILIES,
-    tags=("zoodip", "textual_inversion", "diffusers-training", "stable-diffusion", "diffusers"),
+    tags=("textual_inversion", "diffusers-training", "stable-diffusion", "diffusers"),
+    load="load_textual_inversion",
+    keyword="learned_embeds",
 )
 
 # Sets of defaults, which flags overrule; an optimizer without a recipe has those of its own. What is None follows from
-# the family of the base. "paper": ZOODiP's. "fast": what docs/results.md found.
+# the family of the base. "paper": ZOODiP's. "fast": what docs/results/README.md found.
 WINDOW = {"puts_min_timestep": None, "puts_max_timestep": None}
 RECIPES = {how.recipe_name: {"optimizer": name, **WINDOW, **how.recipe} for name, how in OPTIMIZERS.items()}
 
@@ -1158,7 +1169,7 @@ def add_optimization_arguments(add):
         decides=flags.RUN,
         page=True,
         help="Way to move θ. zo_adam: the paper's, from differences of losses; gauss_newton: from whole predictions,"
-        " in fewer forward passes, in bfloat16 too (docs/results.md).",
+        " in fewer forward passes, in bfloat16 too (docs/results/README.md).",
     )
     add(
         "--perturbation_scale",
@@ -1166,7 +1177,7 @@ def add_optimization_arguments(add):
         limits=flags.Range(0.0, 1.0, above=True),  # the precision of activations says what it is at least
         page=True,
         help="μ: finite-difference step (Gauss-Newton: its length, h). Default: by optimizer and precision of the"
-        " activations (docs/results.md).",
+        " activations (docs/results/README.md).",
     )
     noisy = "Train even where rounding drowns the loss differences."
     add("--allow_noisy_estimates", action="store_true", decides=flags.NOTHING, page=True, help=noisy)
@@ -1614,8 +1625,9 @@ def finish(run, pictures, components, repo_id):
     config = provenance.describe_result(args, method, base_license, compute, components, figures)
     config["run"], run.model = run.id, None  # the full pipeline takes its place in memory
     family, parts = run.base.family, run.base.word_parts
-    config["family"] = family.name
-    result = Result(args.placeholder_token, theta, run.best, run.history, samples, pictures, config, parts)
+    config |= {"family": family.name, "tags": [OPTIMIZERS[args.optimizer].tag]}
+    name, base = args.placeholder_token, args.pretrained_model_name_or_path
+    result = Result(name, theta, run.best, run.history, samples, pictures, config, base, parts)
     what = run.base.source, compute.dtype, args.placeholder_token, family
     full_pipeline = what if args.save_as_full_pipeline else None
     write_result(result, run.results, PUBLICATION, repo_id, args.save_a1111, full_pipeline)
