@@ -15,12 +15,12 @@ import torch
 from conftest import REPO, as_arguments
 
 import train_zoodip_textual_inversion as zoodip
+from docs import generate
 from personalization import flags
 from personalization.errors import InputError
 from personalization.web.command_lines import METHODS, read_others
 
 
-generate = pytest.importorskip("docs.generate")
 pytest.importorskip("gradio", reason="app.py has flags, too")
 PARSERS = {name: importlib.import_module(Path(name).stem).make_parser for name in generate.SCRIPTS}
 TRAINERS = [name for name in PARSERS if name.startswith("train_")]
