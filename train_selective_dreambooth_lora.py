@@ -36,16 +36,14 @@ import functools
 import json
 import math
 import os
-import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from accelerate.logging import get_logger
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
@@ -60,12 +58,12 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import train_zoodip_textual_inversion as zoodip
 from personalization import flags
-from personalization.data import examples, images
+from personalization.data import examples
 from personalization.errors import DivergedError, InputError, run_script
 from personalization.methods import dreambooth, windows
 from personalization.methods.dreambooth import denoising_errors, draw_validation_images, dreambooth_loss, fill_in
 from personalization.models import base_model, frozen, memory
-from personalization.models.base_model import Base, StoredModel
+from personalization.models.base_model import StoredModel
 from personalization.models.compute import Compute, choose_compute
 from personalization.models.families import Family
 from personalization.runs import checkpoints, embeddings, hub, launch, loop, provenance, run_folder
@@ -571,34 +569,14 @@ DEFAULT_STEPS = 500
 # =====================================================================================================
 
 
-@dataclass
-class Run:
-    """A training run: what was loaded, what is learned and how far it is."""
+@dataclass(kw_only=True)
+class Run(loop.Run):
+    """A training run; its `model` is a `Model`, its `learner` a `Learner`."""
 
-    args: flags.Settings  # complete and frozen
-    accelerator: Accelerator
-    base: Base
     subjects: dict  # kind -> `Subject` in its resolution
-    model: Model
-    learner: Learner
     sampling: Sampling
     average: Callable  # of a tensor, over processes
     validation_embeddings: dict  # keywords of a pipeline's call, in the place of prompt and text encoder
-    settings: dict  # what a checkpoint compares
-    id: str = field(default_factory=checkpoints.new_run_id)  # kept over resumes
-    results: run_folder.ResultFolder | None = None  # what it writes for others to read
-    progress: loop.Progress = field(default_factory=loop.Progress)
-    history: loop.History = field(default_factory=loop.History)
-
-    @property
-    def output_dir(self):
-        return Path(self.args.output_dir)
-
-    def state(self):
-        """The `CheckpointState`."""
-        shared = {"progress": asdict(self.progress), "history": asdict(self.history), **self.learner.state_dict()}
-        generators, step = self.learner.generators(), self.progress.step
-        return checkpoints.CheckpointState(step, shared, generators, self.settings, self.id)
 
 
 def load_subjects(args, pictures, texts, class_pictures, base, compute):
@@ -626,13 +604,13 @@ def load_subjects(args, pictures, texts, class_pictures, base, compute):
     return {BP_LOW: low, ZO_HIGH: high}, vae
 
 
-def load_model(args, base, compute, conditioning, cache_dir):
+def load_model(args, base, compute, conditioning):
     """The frozen UNet with fresh adapters.
 
     Returns:
         `Model`, and the UNet's `StoredModel`.
     """
-    unet, share = zoodip.load_frozen(base, "unet", BACKENDS[args.quantization], compute, cache_dir)
+    unet, share = zoodip.load_frozen(base, "unet", BACKENDS[args.quantization], compute, args.quantized_cache_dir)
     stored = StoredModel(memory.tensor_bytes(unet), share)
     frozen.hand_gradients_through(unet)
     weights = add_adapters(unet, args.lora_layers.split(","), args.rank, args.lora_alpha, args.seed)
@@ -719,7 +697,7 @@ def train(run):
     args, accelerator, learner, progress = run.args, run.accelerator, run.learner, run.progress
     memory.keep_freed_blocks(32)  # the most that glibc allows
     last_good, interval = learner.theta.clone(), new_interval(learner.theta.device)
-    resumed_at, started, seconds_before = progress.step, time.perf_counter(), progress.seconds
+    clock = loop.Clock(progress)
     if progress.step == 0:
         draw_validation_images(run)
     has_prior = run.subjects[ZO_HIGH].prior is not None
@@ -727,7 +705,7 @@ def train(run):
     passes = {BP_LOW: 2 if args.bp_view == "window" else 1, ZO_HIGH: args.num_perturbations + 1}
     bar = loop.progress_bar(accelerator, progress.step, args.max_train_steps)
     with loop.stop_requests(accelerator) as stop_requested, bar:
-        while progress.step < args.max_train_steps:
+        while not run.is_over:
             done = progress.step / args.max_train_steps
             kind, loss = train_step(learner, run.model, run.subjects, run.sampling, done, run.average)
             progress.forward_passes += passes[kind] * examples_per_step * accelerator.num_processes
@@ -742,17 +720,16 @@ def train(run):
                 losses = interval.mean_losses(run.average)
                 check_finite(run, losses, last_good)
                 last_good.copy_(learner.theta)
-                speed = (step - resumed_at) / (time.perf_counter() - started)
-                read_out(run, interval, losses, speed, bar)
+                read_out(run, interval, losses, clock.steps_per_second, bar)
                 interval = new_interval(learner.theta.device)
-            progress.seconds = seconds_before + time.perf_counter() - started
+            clock.read()
             if stop or step % args.checkpointing_steps == 0:
-                checkpoints.save_checkpoint(accelerator, run.output_dir, run.state(), args.checkpoints_total_limit)
+                run.save_checkpoint()
             if stop:
                 raise KeyboardInterrupt
             if step % args.validation_steps == 0 and not last:  # the last ones follow the adapters
                 draw_validation_images(run)
-    progress.seconds = seconds_before + time.perf_counter() - started
+    clock.read()
 
 
 def read_out(run, interval, losses, speed, bar):
@@ -845,12 +822,8 @@ def main(args):
         if os.environ.get("RANK", "0") == "0":
             print(f"Pushed to {hub.push_only(args, PUBLICATION)}")
         return
-    memory.keep_freed_blocks(1)
-    accelerator = launch.start(args.output_dir, args.logging_dir, args.report_to, args.allow_tf32)
+    accelerator = launch.start(args)
     base, compute = resolve_settings(args, accelerator.device)
-    for name in ("instance_data_dir", "class_data_dir"):
-        if getattr(args, name) is not None:
-            images.check_apart(getattr(args, name), args.output_dir, f"--{name}")
     launch.open_folders(args)
     with run_folder.occupied(args.output_dir, accelerator), run_folder.saying_what_is_safe(args.output_dir):
         personalize(args, accelerator, base, compute)
@@ -859,7 +832,6 @@ def main(args):
 def personalize(args, accelerator, base, compute):
     """A run in `--output_dir`, which is its own, from the pictures to the push."""
     # 1. Everything that can be wrong is checked before anything slow starts.
-    cache_dir = None if args.quantized_cache_dir == "none" else args.quantized_cache_dir
     pictures = dreambooth.read_instances(args)
     texts = dreambooth.instance_texts(pictures, args.instance_prompt, args.subject_name)
     fill_in(args.validation_prompt or "", args.subject_name, "--validation_prompt")
@@ -867,16 +839,13 @@ def personalize(args, accelerator, base, compute):
     if args.with_prior_preservation:
         dreambooth.check_class_folder(args)
     base_model.check_weights(base)  # of a model on the Hub it downloads the weights
-    repo_id = None
-    if args.push_to_hub and accelerator.is_main_process:
-        wanted = args.hub_model_id or Path(args.output_dir).resolve().name
-        repo_id = hub.prepare_hub(wanted, args.hub_private_repo, args.hub_token)
+    repo_id = hub.prepare(args, accelerator)
 
     # 2. Class images, if there are too few: they are part of the data, which a checkpoint must fit.
     class_pictures = None
     if args.with_prior_preservation:
         with accelerator.main_process_first():
-            what = base, "unet", BACKENDS[args.quantization], compute, cache_dir
+            what = base, "unet", BACKENDS[args.quantization], compute, args.quantized_cache_dir
             class_pictures = dreambooth.read_class(args, base, compute, lambda: zoodip.load_frozen(*what)[0])
     captioned = [p._replace(caption=text) for p, text in zip(pictures, texts)]
     data = base_model.weights_digest(base), accelerator.num_processes, [*captioned, *(class_pictures or [])]
@@ -887,21 +856,26 @@ def personalize(args, accelerator, base, compute):
     subjects, vae = load_subjects(args, pictures, texts, class_pictures, base, compute)
     conditioning, of_images, text_encoder = dreambooth.encode_texts(args, texts, base, compute)
     with accelerator.local_main_process_first():  # the first process fills the cache, the others read it
-        model, unet = load_model(args, base, compute, conditioning, cache_dir)
+        model, unet = load_model(args, base, compute, conditioning)
     components = {"vae": vae, "text_encoder": text_encoder, "unet": unet}
     memory.release_freed_memory()
     loop.log_components(components)
 
     # 4. What is learned: the adapters, from their start or from a checkpoint.
     learner = start_learner(args, model, accelerator.num_processes, accelerator.process_index)
-    sampling = choose_sampling(args, accelerator.num_processes)
-    average = functools.partial(accelerator.reduce, reduction="mean")
-    run = Run(args, accelerator, base, subjects, model, learner, sampling, average, of_images, settings)
-    if checkpoint is not None:
-        resume(run, checkpoint)
-    run.results = run_folder.open_results(run.output_dir, PUBLICATION, run.id, checkpoint is not None)
-    if args.report_to != "none":
-        launch.start_trackers(accelerator, "selective", args)
+    run = Run(
+        args=args,
+        accelerator=accelerator,
+        base=base,
+        subjects=subjects,
+        model=model,
+        learner=learner,
+        sampling=choose_sampling(args, accelerator.num_processes),
+        average=functools.partial(accelerator.reduce, reduction="mean"),
+        validation_embeddings=of_images,
+        settings=settings,
+    )
+    run.begin(PUBLICATION, checkpoint)
     view = "in windows of" if args.bp_view == "window" else "at"
     sizes = f"BP-low {view} {args.low_resolution} px, ZO-high at {args.resolution} px"
     count = f"{learner.theta.numel()} adapter weights in {len(model.weights)} tensors"
@@ -915,20 +889,6 @@ def personalize(args, accelerator, base, compute):
     loop.end(accelerator)
     if repo_id is not None:
         logger.info(f"Pushed to {hub.push_to_hub(args.output_dir, config, PUBLICATION, repo_id, args.hub_token)}")
-
-
-def resume(run, checkpoint):
-    """Takes up a run where a `Checkpoint` has it."""
-    state = checkpoints.load_checkpoint(checkpoint, run.learner.generators(), run.accelerator.process_index)
-    run.learner.load_state_dict(state)
-    run.progress, run.history = loop.Progress(**state["progress"]), loop.History(**state["history"])
-    run.id = checkpoint.run
-    logger.info(f"Resumed from {checkpoint.path} at step {run.progress.step}")
-    if run.progress.step >= run.args.max_train_steps:
-        logger.warning(
-            f"{checkpoint.path} is at step {run.progress.step} of --max_train_steps {run.args.max_train_steps}:"
-            " nothing is left to train; its results are written again."
-        )
 
 
 if __name__ == "__main__":

@@ -38,22 +38,20 @@ import functools
 import math
 import os
 import re
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import set_module_tensor_to_device
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 
+import train_zoodip_textual_inversion as zoodip
 import tuneqdm_pipeline as tuneqdm
 from personalization import flags
-from personalization.data import examples, images
+from personalization.data import examples
 from personalization.errors import DivergedError, InputError, run_script
 from personalization.methods import dreambooth
 from personalization.methods.dreambooth import (
@@ -66,8 +64,8 @@ from personalization.methods.dreambooth import (
     instance_texts,
     read_instances,
 )
-from personalization.models import base_model, memory, weight_cache
-from personalization.models.base_model import Base, StoredModel
+from personalization.models import base_model, memory
+from personalization.models.base_model import StoredModel
 from personalization.models.compute import Compute, choose_compute
 from personalization.models.families import Family
 from personalization.runs import checkpoints, embeddings, hub, launch, loop, provenance, run_folder
@@ -121,53 +119,45 @@ def draw_timesteps(count, trained, generator):
 # =====================================================================================================
 
 
-def load_quantized_unet(base, bits, calibration, compute, cache_dir=None):
-    """Loads the UNet tensor by tensor, quantized on its way: no full-precision copy is ever whole.
+class Integers(zoodip.Unquantized):
+    """`--bits` and `--calibration`: integer weights with scales and zero points, which `tuneqdm_pipeline.py` defines.
 
     Args:
-        base: `Base`.
         bits: 8 or 4.
         calibration: "minmax" or "mse".
-        compute: `Compute`; on a CPU the weights are memory-mapped pages of files in `cache_dir`.
-        cache_dir: folder of quantized copies, made on first use; None keeps none.
-
-    Returns:
-        The frozen UNet, its `tuneqdm.Selection`, and its `StoredModel`.
-
-    Raises:
-        InputError: weights are missing or damaged.
     """
-    files = base_model.find_weight_files(base, "unet")
-    unet = base_model.empty_model(base, "unet")
-    count = sum(p.numel() for p in unet.parameters())
-    selection = tuneqdm.replace_layers(unet, bits)
-    layers = tuneqdm.quantized_layers(unet)
-    share = sum(layer.shape.numel() for layer in layers.values()) / count
-    expected = weight_cache.expected_tensors(unet, compute.dtype)
 
-    def quantized():
-        for name, value in base_model.stored_tensors(files):
+    cached = True
+    settings = (tuneqdm.SHARES,)
+
+    def __init__(self, bits, calibration):
+        self.bits, self.calibration, self.name = bits, calibration, f"tuneqdm{bits}-{calibration}"
+
+    def quantizes(self, layer):
+        return isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d))
+
+    def replace_layers(self, model, dtype):
+        tuneqdm.replace_layers(model, self.bits)
+
+    def tensors(self, model, stored, dtype):
+        layers = tuneqdm.quantized_layers(model)
+        for name, value in stored:
             layer, _, leaf = name.rpartition(".")
             if leaf == "weight" and layer in layers:
                 try:
-                    encoded = tuneqdm.encode(value, bits, calibration)
+                    encoded = tuneqdm.encode(value, self.bits, self.calibration)
                 except ValueError as error:
                     raise InputError(f"the weights hold {error} in {name!r}: get the model again.") from None
                 yield from zip((f"{layer}.integers", f"{layer}.scale", f"{layer}.zero"), encoded)
-            elif name in expected:
-                yield name, value.to(compute.dtype)
+            else:
+                yield name, value.to(dtype)
 
-    if cache_dir is None:
-        tensors = quantized()
-    else:
-        kind = str(compute.dtype).removeprefix("torch.")
-        key = weight_cache.source_key(files, weight_cache.config_key(unet.config), tuneqdm.SHARES)
-        folder = Path(cache_dir) / f"unet-tuneqdm{bits}-{calibration}-{kind}-{key}"
-        tensors = weight_cache.through_cache(folder, "unet", quantized, expected)
-    for name, value in tensors:
-        set_module_tensor_to_device(unet, name, compute.device, value=value, dtype=value.dtype, clear_cache=False)
-    unet.to(memory_format=compute.memory_format)
-    return unet.requires_grad_(False), selection, StoredModel(memory.tensor_bytes(unet), share)
+
+def load_unet(args, base, compute):
+    """The frozen UNet with integer weights, and its `StoredModel`."""
+    backend = Integers(args.bits, args.calibration)
+    unet, share = zoodip.load_frozen(base, "unet", backend, compute, args.quantized_cache_dir)
+    return unet, StoredModel(memory.tensor_bytes(unet), share)
 
 
 @dataclass
@@ -447,34 +437,14 @@ def check_arguments(parser, args):
 # =====================================================================================================
 
 
-@dataclass
-class Run:
-    """A training run: what was loaded, what is learned and how far it is."""
+@dataclass(kw_only=True)
+class Run(loop.Run):
+    """A training run; its `model` is a `Model`, its `learner` a `Learner`."""
 
-    args: flags.Settings  # complete and frozen
-    accelerator: Accelerator
-    base: Base
     subject: Subject
-    model: Model
-    learner: Learner
     sampling: Sampling
     average: Callable  # of a tensor, over processes
     validation_embeddings: dict  # keywords of a pipeline's call, in the place of prompt and text encoder
-    settings: dict  # what a checkpoint compares
-    id: str = field(default_factory=checkpoints.new_run_id)  # kept over resumes
-    results: run_folder.ResultFolder | None = None  # what it writes for others to read
-    progress: loop.Progress = field(default_factory=loop.Progress)
-    history: loop.History = field(default_factory=loop.History)
-
-    @property
-    def output_dir(self):
-        return Path(self.args.output_dir)
-
-    def state(self):
-        """The `CheckpointState`."""
-        shared = {"progress": asdict(self.progress), "history": asdict(self.history), **self.learner.state_dict()}
-        generators, step = self.learner.generators(), self.progress.step
-        return checkpoints.CheckpointState(step, shared, generators, self.settings, self.id)
 
 
 def start_learner(args, changes, compute, num_processes=1, process_index=0):
@@ -507,13 +477,14 @@ def choose_sampling(args, table):
     return Sampling(trained, args.train_batch_size, args.prior_loss_weight, steps, args.max_grad_norm)
 
 
-def load_model(args, base, compute, table, conditioning, cache_dir):
+def load_model(args, base, compute, table, conditioning):
     """The quantized UNet with changes of its scales in place, at zero.
 
     Returns:
         `Model`, the changes (`new_changes`), and the UNet's `StoredModel`.
     """
-    unet, selection, stored = load_quantized_unet(base, args.bits, args.calibration, compute, cache_dir)
+    unet, stored = load_unet(args, base, compute)
+    selection = next(iter(tuneqdm.quantized_layers(unet).values())).selection
     changes = new_changes(unet, args.scale_sets, args.train_input_scales)
     tuneqdm.attach(unet, changes)
     selection.use(table)
@@ -531,7 +502,7 @@ def train(run):
     args, accelerator, learner, progress = run.args, run.accelerator, run.learner, run.progress
     memory.keep_freed_blocks(32)  # the most that glibc allows
     last_good = {name: change.detach().clone() for name, change in learner.changes.items()}
-    resumed_at, started, seconds_before = progress.step, time.perf_counter(), progress.seconds
+    clock = loop.Clock(progress)
     interval_loss, interval = torch.zeros((), device=run.model.compute.device), 0
     if progress.step == 0:
         draw_validation_images(run)
@@ -539,7 +510,7 @@ def train(run):
     passes = per_batch * args.gradient_accumulation_steps * accelerator.num_processes
     bar = loop.progress_bar(accelerator, progress.step, args.max_train_steps)
     with loop.stop_requests(accelerator) as stop_requested, bar:
-        while progress.step < args.max_train_steps:
+        while not run.is_over:
             progress.forward_passes += passes
             interval_loss += train_step(learner, run.model, run.subject, run.sampling, run.average)
             progress.step = step = progress.step + 1
@@ -554,19 +525,20 @@ def train(run):
                 last_good = {name: change.detach().clone() for name, change in learner.changes.items()}
                 run.history.loss.append((step, mean_loss))
                 rate = learner.lr_scheduler.get_last_lr()[0]
-                speed = (step - resumed_at) / (time.perf_counter() - started)
                 bar.set_postfix(loss=f"{mean_loss:.4f}", lr=f"{rate:.1e}")
-                loop.log(accelerator, {"loss": mean_loss, "lr": rate, "steps_per_second": speed}, step)
+                loop.log(
+                    accelerator, {"loss": mean_loss, "lr": rate, "steps_per_second": clock.steps_per_second}, step
+                )
                 interval_loss.zero_()
                 interval = 0
-            progress.seconds = seconds_before + time.perf_counter() - started
+            clock.read()
             if stop or step % args.checkpointing_steps == 0:
-                checkpoints.save_checkpoint(accelerator, run.output_dir, run.state(), args.checkpoints_total_limit)
+                run.save_checkpoint()
             if stop:
                 raise KeyboardInterrupt
             if step % args.validation_steps == 0 and not last:  # the last ones follow the scales
                 draw_validation_images(run)
-    progress.seconds = seconds_before + time.perf_counter() - started
+    clock.read()
 
 
 def check_finite(run, loss, last_good):
@@ -652,12 +624,8 @@ def main(args):
         if os.environ.get("RANK", "0") == "0":
             print(f"Pushed to {hub.push_only(args, PUBLICATION)}")
         return
-    memory.keep_freed_blocks(1)
-    accelerator = launch.start(args.output_dir, args.logging_dir, args.report_to, args.allow_tf32)
+    accelerator = launch.start(args)
     base, compute, table = resolve_settings(args, accelerator.device)
-    for name in ("instance_data_dir", "class_data_dir"):
-        if getattr(args, name) is not None:
-            images.check_apart(getattr(args, name), args.output_dir, f"--{name}")
     launch.open_folders(args)
     with run_folder.occupied(args.output_dir, accelerator), run_folder.saying_what_is_safe(args.output_dir):
         personalize(args, accelerator, base, compute, table)
@@ -666,7 +634,6 @@ def main(args):
 def personalize(args, accelerator, base, compute, table):
     """A run in `--output_dir`, which is its own, from the pictures to the push."""
     # 1. Everything that can be wrong is checked before anything slow starts.
-    cache_dir = None if args.quantized_cache_dir == "none" else args.quantized_cache_dir
     pictures = read_instances(args)
     texts = instance_texts(pictures, args.instance_prompt, args.subject_name)
     fill_in(args.validation_prompt or "", args.subject_name, "--validation_prompt")
@@ -674,17 +641,13 @@ def personalize(args, accelerator, base, compute, table):
     if args.with_prior_preservation:
         check_class_folder(args)
     base_model.check_weights(base)  # of a model on the Hub it downloads the weights
-    repo_id = None
-    if args.push_to_hub and accelerator.is_main_process:
-        wanted = args.hub_model_id or Path(args.output_dir).resolve().name
-        repo_id = hub.prepare_hub(wanted, args.hub_private_repo, args.hub_token)
+    repo_id = hub.prepare(args, accelerator)
 
     # 2. Class images, if there are too few: they are part of the data, which a checkpoint must fit.
     class_pictures = None
     if args.with_prior_preservation:
         with accelerator.main_process_first():
-            load_unet = functools.partial(load_quantized_unet, base, args.bits, args.calibration, compute, cache_dir)
-            class_pictures = dreambooth.read_class(args, base, compute, lambda: load_unet()[0])
+            class_pictures = dreambooth.read_class(args, base, compute, lambda: load_unet(args, base, compute)[0])
     captioned = [p._replace(caption=text) for p, text in zip(pictures, texts)]
     data = base_model.weights_digest(base), accelerator.num_processes, [*captioned, *(class_pictures or [])]
     settings = checkpoints.trajectory_settings(args, *data)
@@ -696,19 +659,25 @@ def personalize(args, accelerator, base, compute, table):
     conditioning, of_images, text_encoder = dreambooth.encode_texts(args, texts, base, compute)
     components = {"vae": vae, "text_encoder": text_encoder}
     with accelerator.local_main_process_first():  # the first process fills the cache, the others read it
-        model, changes, components["unet"] = load_model(args, base, compute, table, conditioning, cache_dir)
+        model, changes, components["unet"] = load_model(args, base, compute, table, conditioning)
     memory.release_freed_memory()
     loop.log_components(components)
 
     # 4. What is learned: the changes of the scales, from zero or from a checkpoint.
     learner = start_learner(args, changes, compute, accelerator.num_processes, accelerator.process_index)
-    sampling, average = choose_sampling(args, table), functools.partial(accelerator.reduce, reduction="mean")
-    run = Run(args, accelerator, base, subject, model, learner, sampling, average, of_images, settings)
-    if checkpoint is not None:
-        resume(run, checkpoint)
-    run.results = run_folder.open_results(run.output_dir, PUBLICATION, run.id, checkpoint is not None)
-    if args.report_to != "none":
-        launch.start_trackers(accelerator, "tuneqdm", args)
+    run = Run(
+        args=args,
+        accelerator=accelerator,
+        base=base,
+        subject=subject,
+        model=model,
+        learner=learner,
+        sampling=choose_sampling(args, table),
+        average=functools.partial(accelerator.reduce, reduction="mean"),
+        validation_embeddings=of_images,
+        settings=settings,
+    )
+    run.begin(PUBLICATION, checkpoint)
     count = sum(change.numel() for change in changes.values())
     logger.info(f"{len(pictures)} images, {len(conditioning)} prompts, {count} scales in {len(changes)} tensors")
 
@@ -722,20 +691,6 @@ def personalize(args, accelerator, base, compute, table):
     loop.end(accelerator)
     if repo_id is not None:
         logger.info(f"Pushed to {hub.push_to_hub(args.output_dir, config, PUBLICATION, repo_id, args.hub_token)}")
-
-
-def resume(run, checkpoint):
-    """Takes up a run where a `Checkpoint` has it."""
-    state = checkpoints.load_checkpoint(checkpoint, run.learner.generators(), run.accelerator.process_index)
-    run.learner.load_state_dict(state)
-    run.progress, run.history = loop.Progress(**state["progress"]), loop.History(**state["history"])
-    run.id = checkpoint.run
-    logger.info(f"Resumed from {checkpoint.path} at step {run.progress.step}")
-    if run.progress.step >= run.args.max_train_steps:
-        logger.warning(
-            f"{checkpoint.path} is at step {run.progress.step} of --max_train_steps {run.args.max_train_steps}:"
-            " nothing is left to train; its results are written again. Give more steps to go on."
-        )
 
 
 if __name__ == "__main__":

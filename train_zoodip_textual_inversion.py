@@ -38,16 +38,14 @@ import math
 import os
 import shutil
 import sys
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, set_module_tensor_to_device
 from diffusers.hooks import apply_group_offloading
@@ -323,6 +321,8 @@ class Int8Conv2d(Int8Layer):
 class Unquantized:
     """`--quantization none`, and what every other way to store weights starts from."""
 
+    name = "none"  # in the names of the folders that its weights are kept in
+    settings = ()  # whatever else decides what they are, with a faithful `repr`
     cached = False  # written once into --quantized_cache_dir and mapped from there
     flexible = True  # plain tensors: other engines can read them, and they can come layer by layer
     whole_model = False  # can only quantize a model that is whole, on the host
@@ -352,6 +352,7 @@ class Unquantized:
 class Int8(Unquantized):
     """`int8`: plain tensors of int8 and float32 scales for every Linear and Conv2d."""
 
+    name = "int8"
     cached = True
 
     def quantizes(self, layer):
@@ -385,6 +386,7 @@ class Int8(Unquantized):
 class Nf4(Int8):
     """`nf4`: bitsandbytes' 4-bit NormalFloat for Linear (Linear4bit), INT8 for Conv2d."""
 
+    name = "nf4"
     cached = flexible = False
     hidden_copies = True
 
@@ -417,6 +419,7 @@ class Nf4(Int8):
 class QuantoInt8(Unquantized):
     """`quanto-int8`: optimum-quanto's INT8 for every Linear and Conv2d, as in the official code."""
 
+    name = "quanto-int8"
     flexible = False
     whole_model = hidden_copies = True
     package = "optimum-quanto"
@@ -434,7 +437,7 @@ class QuantoInt8(Unquantized):
         return layer.weight.numel() + len(layer.weight) * dtype.itemsize
 
 
-BACKENDS = {"int8": Int8(), "nf4": Nf4(), "quanto-int8": QuantoInt8(), "none": Unquantized()}
+BACKENDS = {backend.name: backend for backend in (Int8(), Nf4(), QuantoInt8(), Unquantized())}
 
 
 def quantized_share(model, backend):
@@ -446,8 +449,8 @@ def quantized_share(model, backend):
 def load_frozen(base, component, backend, compute, cache_dir=None, device=None):
     """Loads a component tensor by tensor, quantized on its way: no full-precision copy is ever whole.
 
-    With "int8" on the CPU the weights are memory-mapped pages of files in `cache_dir`. A text encoder comes without
-    its token table, see `PromptRows`.
+    Where the backend can be cached, the weights on a CPU are memory-mapped pages of files in `cache_dir`. A text
+    encoder comes without its token table, see `PromptRows`.
 
     Args:
         base: `Base`.
@@ -469,17 +472,18 @@ def load_frozen(base, component, backend, compute, cache_dir=None, device=None):
     share = quantized_share(model, backend)
     if component in base.family.text_encoders:
         model.set_input_embeddings(torch.nn.Identity())
+    unquantized = model.state_dict().keys()  # names; the files may hold more
     backend.replace_layers(model, dtype)
     expected = weight_cache.expected_tensors(model, dtype)
 
     def quantized():
         stored = base_model.stored_tensors(files, base.family.classes[component])
-        return backend.tensors(model, ((name, value) for name, value in stored if name in expected), dtype)
+        return backend.tensors(model, ((name, value) for name, value in stored if name in unquantized), dtype)
 
     if backend.cached and cache_dir is not None:
         kind = str(dtype).removeprefix("torch.")
-        key = weight_cache.source_key(files, weight_cache.config_key(model.config))
-        folder = Path(cache_dir) / f"{component}-int8-{kind}-{key}"
+        key = weight_cache.source_key(files, weight_cache.config_key(model.config), *backend.settings)
+        folder = Path(cache_dir) / f"{component}-{backend.name}-{kind}-{key}"
         tensors = weight_cache.through_cache(folder, component, quantized, expected)
     else:
         tensors = quantized()
@@ -985,7 +989,7 @@ def estimate_memory(args, base, compute):
     plan = memory.MemoryPlan(
         examples=candidates_per_pass(args) * args.train_batch_size,
         resolution=args.resolution,
-        cached=args.quantized_cache_dir != "none",
+        cached=args.quantized_cache_dir is not None,
         streamed=args.low_vram,
         openvino=args.unet_backend == "openvino",
         images=bool(args.validation_prompt),
@@ -1265,39 +1269,48 @@ def check_arguments(parser, args):
 
 
 @dataclass
-class Run:
-    """A training run: what was loaded, what is learned and how far it is."""
+class Task:
+    """What is to be learned, and a frozen model as a function of it: what `prepare` makes of settings and pictures."""
 
-    args: flags.Settings  # complete and frozen
-    accelerator: Accelerator
+    args: flags.Settings  # complete
     base: Base
     placeholder: Placeholder
     concept: Concept
     model: FrozenModel | None  # None once it has left
-    learner: Learner
+    initial: torch.Tensor  # where each of the placeholder's vectors starts, float32 [d]
+    sampling: Sampling
+    components: dict  # name -> `StoredModel`
+
+    def draw_batch(self, generator):
+        """A `Batch` on the host, as the settings say."""
+        return draw_batch(self.concept, self.sampling, self.base.scheduler, generator)
+
+
+@dataclass(kw_only=True)
+class Run(loop.Run):
+    """A training run; its `model` is a `FrozenModel`, its `learner` a `Learner`."""
+
+    placeholder: Placeholder
+    concept: Concept
     sampling: Sampling
     held_out: list  # (`Batch` on the host, how many of its examples count)
-    settings: dict  # what a checkpoint compares
-    id: str = field(default_factory=checkpoints.new_run_id)  # kept over resumes
-    results: run_folder.ResultFolder | None = None  # what it writes for others to read
     best: torch.Tensor | None = None  # θ with the least held-out loss
-    progress: loop.Progress = field(default_factory=loop.Progress)
-    history: loop.History = field(default_factory=loop.History)
 
     @property
-    def output_dir(self):
-        return Path(self.args.output_dir)
+    def is_over(self):
+        """Whether the last step is done or patience at an end."""
+        return super().is_over or 0 < self.args.early_stopping_patience <= self.progress.validations_without_gain
 
     def save(self, name, theta, save=embeddings.save_result):
         """Saves an embedding `[k, d]` in the run's folder."""
         save(self.results, name, self.args.placeholder_token, theta, self.base.word_parts)
 
-    def state(self):
-        """The `CheckpointState`."""
-        shared = {"progress": asdict(self.progress), "history": asdict(self.history), "best": self.best}
-        shared |= self.learner.state_dict()
-        generators, step = self.learner.generators(), self.progress.step
-        return checkpoints.CheckpointState(step, shared, generators, self.settings, self.id)
+    def state_dict(self):
+        return super().state_dict() | {"best": self.best}
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        self.best = state["best"]
 
 
 def read_pictures(args):
@@ -1309,34 +1322,16 @@ def read_pictures(args):
 
 
 def load_networks(args, base, compute, layers_dir=None):
-    """Loads text encoders and denoiser, frozen and quantized, the denoiser ready for its engine.
+    """`TextEncoders` and the denoiser, frozen and quantized, and name -> `StoredModel`. Arguments: `load_denoiser`.
 
-    Args:
-        args: resolved settings.
-        base: `Base`.
-        compute: `Compute`.
-        layers_dir: `TemporaryDirectory` of the layers that `--low_vram` streams from disk on a CPU.
-
-    Returns:
-        `TextEncoders`, the denoiser, and the `StoredModel` of each. With `--openvino_precision int8` there is no
-        denoiser yet, but None: see `load_calibrated_unet`.
+    With `--openvino_precision int8` there is no denoiser yet, but None: it is calibrated with the rest of the model.
     """
-    backend = BACKENDS[args.quantization]
-    cache_dir = None if args.quantized_cache_dir == "none" else args.quantized_cache_dir
-    text_encoder, stored_text = load_text_encoder(base, backend, compute, cache_dir, args.pool_at_eos)
+    where = compute, args.quantized_cache_dir, args.pool_at_eos
+    text_encoder, stored = load_text_encoder(base, BACKENDS[args.quantization], *where)
     if args.openvino_precision == "int8":
-        denoiser, stored_denoiser = None, None
-    elif args.unet_backend == "openvino":
-        denoiser, stored_denoiser = load_openvino_unet(args, base, compute, cache_dir)
-    else:
-        staging = torch.device("cpu") if args.low_vram else None
-        denoiser, share = load_frozen(base, base.family.denoiser, backend, compute, cache_dir, staging)
-        stored_denoiser = base_model.StoredModel(memory.tensor_bytes(denoiser), share)
-    if args.low_vram:
-        stream_weights(denoiser, compute.device, layers_dir and layers_dir.name)
-    if args.torch_compile:
-        denoiser.compile(mode="reduce-overhead", dynamic=False)
-    return text_encoder, denoiser, stored_text, stored_denoiser
+        return text_encoder, None, {"text_encoder": stored}
+    denoiser, stored_denoiser = load_denoiser(args, base, compute, layers_dir)
+    return text_encoder, denoiser, {"text_encoder": stored, base.family.denoiser: stored_denoiser}
 
 
 def load_text_encoder(base, backend, compute, cache_dir=None, pool_at_eos=False):
@@ -1349,27 +1344,32 @@ def load_text_encoder(base, backend, compute, cache_dir=None, pool_at_eos=False)
     return text_encoder, base_model.StoredModel(memory.tensor_bytes(text_encoder), share)
 
 
-def load_openvino_unet(args, base, compute, cache_dir, calibration=None):
-    """The denoiser in OpenVINO, its graph kept in `cache_dir` under a name of what it is made of.
+def load_denoiser(args, base, compute, layers_dir=None, calibration=None):
+    """The denoiser, frozen and quantized, ready for its engine; and its `StoredModel`.
 
-    Returns:
-        The `OpenVINOUNet`, and its `StoredModel`.
+    Args:
+        args: resolved settings.
+        base: `Base`.
+        compute: `Compute`.
+        layers_dir: `TemporaryDirectory` of the layers that `--low_vram` streams from disk on a CPU.
+        calibration: `openvino_unet.Calibration` of INT8 activations, or None.
     """
-    backend, latent_size = BACKENDS[args.quantization], args.resolution // base.vae_factor
-    family, path = base.family, None
-    empty = base_model.empty_model(base, family.denoiser)
-    if cache_dir is not None:
-        files, config = base_model.find_weight_files(base, family.denoiser), empty.config
-        path = openvino_unet.export_path(cache_dir, files, config, args.quantization, latent_size, base.prompt_length)
-
-    def load():
+    backend, name = BACKENDS[args.quantization], base.family.denoiser
+    if args.unet_backend == "openvino":
         plain = Compute(torch.device("cpu"), torch.float32, torch.contiguous_format)
-        return load_frozen(base, family.denoiser, backend, plain, cache_dir)[0]
-
-    engine = args.openvino_device, compute.dtype, compute.device
-    call = family.call(family.example(base, 2, args.resolution))
-    denoiser, size = openvino_unet.compile_openvino_unet(path, load, empty.config, call, *engine, calibration)
-    return denoiser, base_model.StoredModel(size, quantized_share(empty, backend))
+        load = functools.partial(load_frozen, base, name, backend, plain, args.quantized_cache_dir)
+        where = args.openvino_device, compute, args.quantized_cache_dir
+        denoiser, size = openvino_unet.open_denoiser(base, args.resolution, backend.name, load, *where, calibration)
+        share = quantized_share(base_model.empty_model(base, name), backend)
+        return denoiser, base_model.StoredModel(size, share)
+    staging = torch.device("cpu") if args.low_vram else None
+    denoiser, share = load_frozen(base, name, backend, compute, args.quantized_cache_dir, staging)
+    stored = base_model.StoredModel(memory.tensor_bytes(denoiser), share)
+    if args.low_vram:
+        stream_weights(denoiser, compute.device, layers_dir and layers_dir.name)
+    if args.torch_compile:
+        denoiser.compile(mode="reduce-overhead", dynamic=False)
+    return denoiser, stored
 
 
 def assemble_model(args, base, placeholder, prompt_ids, text_encoder, denoiser, compute):
@@ -1399,46 +1399,62 @@ def assemble_model(args, base, placeholder, prompt_ids, text_encoder, denoiser, 
 CALIBRATION_PASSES, CALIBRATION_CANDIDATES = 24, 9
 
 
-def load_calibrated_unet(args, base, compute, model, learner, concept, pictures_digest):
-    """The denoiser of `--openvino_precision int8`: calibrated on what training asks, kept as `load_openvino_unet`'s.
+def calibrate(task, rule, pictures):
+    """The `openvino_unet.Calibration` of `--openvino_precision int8`, on what training asks of the denoiser at first.
 
     Args:
-        args: resolved settings.
-        base, compute: `Base`, `Compute`.
-        model: `FrozenModel` that has no denoiser yet.
-        learner: `Learner` before its first step.
-        concept: `Concept`.
-        pictures_digest: tells the pictures apart.
+        task: `Task` whose model has no denoiser yet.
+        rule: before its first step; it has `probes`.
+        pictures: `Picture`s of the concept.
+    """
+    args, base, concept = task.args, task.base, task.concept
+    theta = task.initial.repeat(args.num_vectors, 1)
+
+    @torch.inference_mode()
+    def draw():
+        generator, calls = torch.Generator().manual_seed(args.seed), []
+        model = replace(task.model, denoiser=openvino_unet.recorder(base.family, calls))
+        for _ in range(CALIBRATION_PASSES):
+            batch = task.draw_batch(generator).to(theta.device)
+            steps = rule.probes(min(CALIBRATION_CANDIDATES, candidates_per_pass(args)) - 1, generator).to(theta)
+            model.errors(torch.cat([theta[None], theta + steps]), batch)
+        return calls
+
+    digest = images.digest(pictures)
+    source = args.deciding("calibration"), digest, concept.prompt_ids.tolist(), concept.prompts_of_image
+    files = [path for part in base.family.components[1:] for path in base_model.find_weight_files(base, part)]
+    return openvino_unet.Calibration(source, files, draw)
+
+
+def prepare(args, base, placeholder, compute, pictures, captions, found=None, in_turn=None, layers_dir=None):
+    """Loads what settings and pictures ask for: the VAE comes and goes, then text encoder and denoiser arrive, frozen.
+
+    Args:
+        args: complete settings.
+        base, placeholder, compute: what `resolve_settings` returned.
+        pictures, captions: `read_pictures`, and `prompts.build_prompts` of them.
+        found: what the optimizer's `look_ahead` returned.
+        in_turn: makes a context manager in which the first process of a machine is before the others, so that it
+            fills the cache and they read it.
+        layers_dir: see `load_denoiser`.
 
     Returns:
-        The `OpenVINOUNet`, and its `StoredModel`.
+        `Task`.
     """
-    source = args.deciding("calibration"), pictures_digest, concept.prompt_ids.tolist(), concept.prompts_of_image
-    parts = base.family.components[1:]
-    files = [path for part in parts for path in base_model.find_weight_files(base, part)]
-    draw = functools.partial(draw_calibration, args, model, learner, concept)
-    cache_dir = None if args.quantized_cache_dir == "none" else args.quantized_cache_dir
-    calibration = openvino_unet.Calibration(source, files, draw)
-    in_float = compute._replace(dtype=DTYPES[args.mixed_precision or "no"])  # of what is not INT8
-    return load_openvino_unet(args, base, in_float, cache_dir, calibration)
-
-
-@torch.inference_mode()
-def draw_calibration(args, model, learner, concept):
-    """The denoiser's inputs as when training begins: passes of θ and candidates, each on examples of its own."""
-    generator, inputs = torch.Generator().manual_seed(args.seed), []
-
-    kind = model.family.classes[model.family.denoiser]
-
-    def record(*given, **named):
-        inputs.append(tuple(families.Call(kind, given, named).tensors().values()))
-        return (torch.zeros_like(given[0]),)
-
-    for _ in range(CALIBRATION_PASSES):
-        batch = draw_batch(concept, choose_sampling(args), model.scheduler, generator).to(learner.theta.device)
-        steps = learner.rule.probes(CALIBRATION_CANDIDATES - 1, generator).to(learner.theta)
-        replace(model, denoiser=record).errors(torch.cat([learner.theta[None], learner.theta + steps]), batch)
-    return inputs
+    in_turn, sampling = in_turn or contextlib.nullcontext, choose_sampling(args)
+    concept, stored_vae = examples.load_concept(pictures, captions, base, args.flip_probability, compute)
+    with in_turn():
+        text_encoder, denoiser, stored = load_networks(args, base, compute, layers_dir)
+    model, initial = assemble_model(args, base, placeholder, concept.prompt_ids, text_encoder, denoiser, compute)
+    task = Task(args, base, placeholder, concept, model, initial, sampling, {"vae": stored_vae, **stored})
+    if denoiser is None:
+        rule = OPTIMIZERS[args.optimizer].start(args, initial.repeat(args.num_vectors, 1), found, num_processes=1)
+        in_float = compute._replace(dtype=DTYPES[args.mixed_precision or "no"])  # of what is not INT8
+        with in_turn():
+            model.denoiser, stored = load_denoiser(args, base, in_float, None, calibrate(task, rule, pictures))
+        task.components[base.family.denoiser] = stored
+    memory.release_freed_memory()
+    return task
 
 
 def start_learner(args, initial, found=None, num_processes=1, process_index=0):
@@ -1464,16 +1480,17 @@ def choose_sampling(args):
     return Sampling(*timesteps, args.train_batch_size, args.gradient_accumulation_steps)
 
 
-def draw_held_out(args, concept, sampling, scheduler):
+def draw_held_out(task):
     """Fixed examples for the held-out loss: (`Batch` on the host, how many of its examples count).
 
     All batches are as large as a training pass, the last one padded, so that a compiled UNet meets one shape only.
     """
-    generator, batches = torch.Generator().manual_seed(args.seed + 1_000_003), []
+    args, batches = task.args, []
+    generator = torch.Generator().manual_seed(args.seed + 1_000_003)
     whole = candidates_per_pass(args) * args.train_batch_size
     for first in range(0, args.num_validation_samples, whole):
         count = min(whole, args.num_validation_samples - first)
-        batch = draw_batch(concept, replace(sampling, batch_size=count), scheduler, generator)
+        batch = replace(task, sampling=replace(task.sampling, batch_size=count)).draw_batch(generator)
         repeated = torch.arange(whole) % count
         batches.append((Batch(*(tensor[repeated] for tensor in batch)), count))
     return batches
@@ -1495,7 +1512,7 @@ def train(run):
     memory.keep_freed_blocks(1 if args.low_vram else 32)  # 32: the most that glibc allows, and what it comes to
     average = functools.partial(accelerator.reduce, reduction="mean")
     last_good = learner.result.clone()
-    resumed_at, started, seconds_before = progress.step, time.perf_counter(), progress.seconds
+    clock = loop.Clock(progress)
     interval_loss, interval = torch.zeros((), device=learner.theta.device), 0
     if progress.step == 0:
         validate(run)
@@ -1503,7 +1520,7 @@ def train(run):
     examples_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     bar = loop.progress_bar(accelerator, progress.step, args.max_train_steps)
     with loop.stop_requests(accelerator) as stop_requested, bar:
-        while not is_over(run):
+        while not run.is_over:
             progress.forward_passes += learner.rule.num_candidates * examples_per_step
             interval_loss += train_step(learner, run.model, run.concept, run.sampling, average)
             progress.step = step = progress.step + 1
@@ -1520,9 +1537,8 @@ def train(run):
                 last_good.copy_(learner.result)
                 run.history.loss.append((step, mean_loss))
                 figures = learner.rule.figures()
-                speed = (step - resumed_at) / (time.perf_counter() - started)
                 bar.set_postfix(loss=f"{mean_loss:.4f}", **{name: f"{x:.2g}" for name, x in figures.items()})
-                loop.log(accelerator, {"loss": mean_loss, **figures, "steps_per_second": speed}, step)
+                loop.log(accelerator, {"loss": mean_loss, **figures, "steps_per_second": clock.steps_per_second}, step)
                 interval_loss.zero_()
                 interval = 0
             if step % args.validation_steps == 0 or last:
@@ -1530,21 +1546,14 @@ def train(run):
             if step % args.save_steps == 0 and accelerator.is_main_process:
                 name = f"learned_embeds-steps-{step}.safetensors"
                 run.save(name, learner.result, embeddings.try_to_save_embeds)
-            progress.seconds = seconds_before + time.perf_counter() - started
+            clock.read()
             if stop or step % args.checkpointing_steps == 0:
-                checkpoints.save_checkpoint(accelerator, run.output_dir, run.state(), args.checkpoints_total_limit)
+                run.save_checkpoint()
             if stop:
                 raise KeyboardInterrupt
-            if step % args.validation_steps == 0 and not is_over(run):  # the last ones follow the embedding
+            if step % args.validation_steps == 0 and not run.is_over:  # the last ones follow the embedding
                 draw_validation_images(run)
-    progress.seconds = seconds_before + time.perf_counter() - started
-
-
-def is_over(run):
-    """Whether the last step is done or patience at an end."""
-    args, progress = run.args, run.progress
-    out_of_patience = 0 < args.early_stopping_patience <= progress.validations_without_gain
-    return progress.step >= args.max_train_steps or out_of_patience
+    clock.read()
 
 
 def check_finite(run, loss, last_good):
@@ -1644,16 +1653,13 @@ def main(args):
         if os.environ.get("RANK", "0") == "0":
             print(f"Pushed to {hub.push_only(args, PUBLICATION)}")
         return
-    memory.keep_freed_blocks(1)
-    accelerator = launch.start(args.output_dir, args.logging_dir, args.report_to, args.allow_tf32)
+    accelerator = launch.start(args)
     base, placeholder, compute = resolve_settings(args, accelerator.device)
     if args.estimate_memory:
         if accelerator.is_main_process:
             size = f"{compute.device.type}, {args.resolution} px, {candidates_per_pass(args)} candidates a pass"
             print(f"Predicted peak on {size}:\n{estimate_memory(args, base, compute).table()}")
         return
-    if args.train_data_dir is not None:
-        images.check_apart(args.train_data_dir, args.output_dir)
     launch.open_folders(args)
     with run_folder.occupied(args.output_dir, accelerator), run_folder.saying_what_is_safe(args.output_dir):
         learn_concept(args, accelerator, base, placeholder, compute)
@@ -1678,65 +1684,42 @@ def learn_concept(args, accelerator, base, placeholder, compute):
     settings = checkpoints.trajectory_settings(args, *data)
     checkpoint = checkpoints.find_checkpoint(args.resume_from_checkpoint, args.output_dir, settings)
     found = optimizer.look_ahead(args, base, placeholder, captions[0])
-    repo_id = None
-    if args.push_to_hub and accelerator.is_main_process:
-        wanted = args.hub_model_id or Path(args.output_dir).resolve().name
-        repo_id = hub.prepare_hub(wanted, args.hub_private_repo, args.hub_token)
+    repo_id = hub.prepare(args, accelerator)
 
-    # 2. The VAE comes and goes; then text encoder and denoiser arrive, frozen and quantized.
-    concept, stored_vae = examples.load_concept(pictures, captions, base, args.flip_probability, compute)
+    # 2. Pictures and prompts, and a frozen model as a function of θ.
     layers_dir = temporary_folder(args.output_dir) if args.low_vram and compute.device.type == "cpu" else None
-    with accelerator.local_main_process_first():  # the first process fills the cache, the others read it
-        text_encoder, denoiser, *stored = load_networks(args, base, compute, layers_dir)
-    networks = text_encoder, denoiser, compute
-    model, initial = assemble_model(args, base, placeholder, concept.prompt_ids, *networks)
-    del text_encoder, denoiser, networks
-    memory.release_freed_memory()
+    given = args, base, placeholder, compute, pictures, captions, found
+    task = prepare(*given, accelerator.local_main_process_first, layers_dir)
+    loop.log_components(task.components)
 
     # 3. What is learned: θ, from its start or from a checkpoint.
-    learner = start_learner(args, initial, found, accelerator.num_processes, accelerator.process_index)
-    if args.openvino_precision == "int8":
-        what = args, base, compute, model, learner, concept, settings["training data"]
-        with accelerator.local_main_process_first():
-            model.denoiser, stored[1] = load_calibrated_unet(*what)
-        memory.release_freed_memory()
-    components = {"vae": stored_vae, **dict(zip(("text_encoder", base.family.denoiser), stored))}
-    loop.log_components(components)
-    sampling = choose_sampling(args)
-    held_out = draw_held_out(args, concept, sampling, base.scheduler)
-    run = Run(args, accelerator, base, placeholder, concept, model, learner, sampling, held_out, settings)
-    if checkpoint is not None:
-        resume(run, checkpoint)
-    run.results = run_folder.open_results(run.output_dir, PUBLICATION, run.id, checkpoint is not None)
-    if args.report_to != "none":
-        launch.start_trackers(accelerator, "zoodip", args)
-    counts = f"{len(pictures)} images, {len(concept.prompt_ids)} prompts"
+    learner = start_learner(args, task.initial, found, accelerator.num_processes, accelerator.process_index)
+    run = Run(
+        args=args,
+        accelerator=accelerator,
+        base=base,
+        placeholder=placeholder,
+        concept=task.concept,
+        model=task.model,
+        learner=learner,
+        sampling=task.sampling,
+        held_out=draw_held_out(task),
+        settings=settings,
+    )
+    task.model = None  # the run's is the only one, so that it can leave
+    run.begin(PUBLICATION, checkpoint)
+    counts = f"{len(pictures)} images, {len(task.concept.prompt_ids)} prompts"
     logger.info(f"{counts}, {candidates_per_step(args)} candidates a step ({candidates_per_pass(args)} a pass)")
 
     # 4. The loop, and its results.
-    del model  # the run's is the only one, so that it can leave
     train(run)
-    if learner.result.cpu().equal(initial.cpu().expand(learner.theta.shape)):
+    if learner.result.cpu().equal(task.initial.cpu().expand(learner.theta.shape)):
         logger.warning(f"Nothing was learned: {placeholder.token} is {args.initializer_token!r} to the last bit.")
     if accelerator.is_main_process:
-        config = finish(run, pictures, components, repo_id)
+        config = finish(run, pictures, task.components, repo_id)
     loop.end(accelerator)
     if repo_id is not None:
         logger.info(f"Pushed to {hub.push_to_hub(args.output_dir, config, PUBLICATION, repo_id, args.hub_token)}")
-
-
-def resume(run, checkpoint):
-    """Takes up a run where a `Checkpoint` has it."""
-    state = checkpoints.load_checkpoint(checkpoint, run.learner.generators(), run.accelerator.process_index)
-    run.learner.load_state_dict(state)
-    run.progress, run.history = loop.Progress(**state["progress"]), loop.History(**state["history"])
-    run.best, run.id = state["best"], checkpoint.run
-    logger.info(f"Resumed from {checkpoint.path} at step {run.progress.step}")
-    if is_over(run):
-        logger.warning(
-            f"{checkpoint.path} is at step {run.progress.step} of --max_train_steps {run.args.max_train_steps}:"
-            " nothing is left to train; its results are written again. Give more steps to go on."
-        )
 
 
 if __name__ == "__main__":

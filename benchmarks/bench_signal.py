@@ -118,14 +118,10 @@ def build_int8(device):
     base, placeholder, compute = zoodip.resolve_settings(args, device)
     pictures = zoodip.read_pictures(args)
     captions = prompts.build_prompts(pictures, placeholder, base)
-    concept, _ = examples.load_concept(pictures, captions, base, args.flip_probability, compute)
-    text_encoder, *_ = zoodip.load_networks(args, base, compute)
-    words = torch.arange(placeholder.first_id)
-    model, initial = zoodip.assemble_model(args, base, placeholder, words, text_encoder, None, compute)
-    directions = gauss_newton.choose_directions(args, base, placeholder, concept.prompt_ids)
-    learner = zoodip.start_learner(args, initial, directions)
-    model.denoiser, _ = zoodip.load_calibrated_unet(args, base, compute, model, learner, concept, "striped_star")
-    return model
+    directions = gauss_newton.choose_directions(args, base, placeholder, captions[0])
+    model = zoodip.prepare(args, base, placeholder, compute, pictures, captions, directions).model
+    networks = model.text_encoder, model.denoiser, compute
+    return zoodip.assemble_model(args, base, placeholder, torch.arange(placeholder.first_id), *networks)[0]
 
 
 def draw_cells(args, device):

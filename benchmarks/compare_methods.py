@@ -147,7 +147,7 @@ class Judge:
         flags += ["--num_validation_samples", settings.held_out]
         flags += ["--puts_min_timestep", least, "--puts_max_timestep", most]
         self.task = task = prepare([*common_flags(run, cache_dir), *flags])
-        self.held_out = zoodip.draw_held_out(task.args, task.concept, task.sampling, task.base.scheduler)
+        self.held_out = zoodip.draw_held_out(task)
         self.pipeline = StableDiffusionPipeline.from_pretrained(BASE)
         self.pipeline.unet = task.model.denoiser  # of any engine
         self.pipeline.set_progress_bar_config(disable=True)

@@ -15,30 +15,12 @@ import torch.nn.functional as F
 from diffusers.optimization import get_scheduler
 
 import train_zoodip_textual_inversion as zoodip
-from personalization import flags
-from personalization.data import examples, prompts
+from personalization.data import prompts
 from personalization.models import base_model
 
 
-@dataclass
-class Task:
-    """A subject, and a frozen model as a function of its token, by the script's own chapters."""
-
-    args: flags.Settings  # the script's, complete and frozen
-    base: base_model.Base
-    placeholder: prompts.Placeholder
-    concept: examples.Concept
-    model: zoodip.FrozenModel
-    initial: torch.Tensor  # where the token starts, [d]
-    sampling: zoodip.Sampling
-
-    def draw_batch(self, generator):
-        """A `Batch` as the settings say."""
-        return zoodip.draw_batch(self.concept, self.sampling, self.model.scheduler, generator)
-
-
 def prepare(words, length=None):
-    """The `Task` of a command line of the script, as its `learn_concept` gets there.
+    """The script's `Task` of a command line.
 
     Args:
         words: of the command line.
@@ -51,10 +33,8 @@ def prepare(words, length=None):
     args.freeze()
     pictures = zoodip.read_pictures(args)
     captions = prompts.build_prompts(pictures, placeholder, base, args.learnable_property)
-    concept, _ = examples.load_concept(pictures, captions, base, args.flip_probability, compute)
-    text_encoder, unet, *_ = zoodip.load_networks(args, base, compute)
-    model, initial = zoodip.assemble_model(args, base, placeholder, concept.prompt_ids, text_encoder, unet, compute)
-    return Task(args, base, placeholder, concept, model, initial, zoodip.choose_sampling(args))
+    found = zoodip.OPTIMIZERS[args.optimizer].look_ahead(args, base, placeholder, captions[0])
+    return zoodip.prepare(args, base, placeholder, compute, pictures, captions, found)
 
 
 class ForwardCount:

@@ -121,6 +121,11 @@ def expanded(kind, text):
     return kind(os.path.expanduser(text))
 
 
+def none_or_path(text):
+    """A path of the command line, or None for "none"."""
+    return None if text == "none" else text
+
+
 def override(parser, name, **changes):
     """Declares something about a shared flag anew, as it is right for one trainer: any word of `add`."""
     action = actions(parser)[name]
@@ -372,6 +377,7 @@ def add_model_arguments(parser, models="Stable Diffusion 1.x or 2.x", predicts_m
     )
     add(
         "--quantized_cache_dir",
+        type=none_or_path,
         default=DEFAULT_CACHE,
         path=True,
         decides=NOTHING,

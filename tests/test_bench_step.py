@@ -106,11 +106,11 @@ def test_openvino_is_remade_for_a_resolution_only(demo_base, cache, monkeypatch)
     pytest.importorskip("openvino")
     made = []
 
-    def load(args, base, compute, cache_dir):
+    def load(args, base, compute, layers_dir):
         made.append(args.resolution)
         return torch.nn.Identity(), None
 
-    monkeypatch.setattr(zoodip, "load_openvino_unet", load)
+    monkeypatch.setattr(zoodip, "load_denoiser", load)
     step = bench_step.OurStep(demo_base, ["--unet_backend", "openvino"], 64, cache_dir=cache)
     for resolution, n in (64, 1), (64, 4), (128, 4):
         step.configure(resolution, 1, n)

@@ -60,14 +60,14 @@ def test_a_forgotten_flag_keeps_a_run_from_resuming_under_another_value(with_toy
     train(max_train_steps=2, resume_from_checkpoint="latest", **steps)
 
 
-def test_a_forgotten_flag_counts_in_the_calibrations_key(with_toys, basics, monkeypatch):
+def test_a_forgotten_flag_counts_in_the_calibrations_key(with_toys, basics):
     sources = []
-    monkeypatch.setattr(zoodip, "load_openvino_unet", lambda *rest: sources.append(rest[-1].source))
     concept = SimpleNamespace(prompt_ids=torch.zeros(1), prompts_of_image=[[0]])
     for chosen in ({}, {"--toy": "b"}, {"--gn_memory": 0.5}, {"--seed": 1}, {"--save_steps": 7}):
         args = zoodip.parse_args(as_arguments(basics | {"--optimizer": "gauss_newton"} | chosen))
-        base, _, compute = zoodip.resolve_settings(args, torch.device("cpu"))
-        zoodip.load_calibrated_unet(args, base, compute, None, None, concept, "pictures")
+        base, *_ = zoodip.resolve_settings(args, torch.device("cpu"))
+        task = zoodip.Task(args, base, None, concept, None, torch.zeros(base.word_width), None, {})
+        sources.append(zoodip.calibrate(task, None, []).source)
     plain, toy, memory, seed, saving = map(repr, sources)
     assert plain == memory == saving and len({plain, toy, seed}) == 3
 

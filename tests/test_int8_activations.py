@@ -44,13 +44,12 @@ def judge(basics, theta, count=18):
     args = zoodip.parse_args(as_arguments(flags))
     base, placeholder, compute = zoodip.resolve_settings(args, torch.device("cpu"))
     pictures = zoodip.read_pictures(args)
-    captions = prompts.build_prompts(pictures, placeholder, base)
-    concept, _ = examples.load_concept(pictures, captions, base, 0.0, compute)
-    networks = zoodip.load_networks(args, base, compute)[:2]
-    model, start = zoodip.assemble_model(args, base, placeholder, concept.prompt_ids, *networks, compute)
-    held_out = zoodip.draw_held_out(args, concept, zoodip.choose_sampling(args), base.scheduler)
+    task = zoodip.prepare(
+        args, base, placeholder, compute, pictures, prompts.build_prompts(pictures, placeholder, base)
+    )
     with torch.inference_mode():
-        return zoodip.held_out_loss(model, start[None] if theta is None else theta, held_out)
+        point = task.initial[None] if theta is None else theta
+        return zoodip.held_out_loss(task.model, point, zoodip.draw_held_out(task))
 
 
 def test_it_learns_and_resumes_to_the_last_bit(train, basics, cache, few_passes, monkeypatch):
@@ -105,14 +104,16 @@ def test_the_calibration_is_what_training_asks(basics, few_passes):
     assert unet is None
     ids = concept.prompt_ids
     model, start = zoodip.assemble_model(args, base, placeholder, ids, text_encoder, None, compute)
-    learner = zoodip.start_learner(args, start, gauss_newton.choose_directions(args, base, placeholder, ids))
+    task = zoodip.Task(args, base, placeholder, concept, model, start, zoodip.choose_sampling(args), {})
+    found = gauss_newton.choose_directions(args, base, placeholder, ids)
+    calibration = zoodip.calibrate(task, zoodip.start_learner(args, start, found).rule, pictures)
     candidates = []
     write = zoodip.PromptRows.write
     text_encoder.get_input_embeddings().write = lambda rows: (
         candidates.append(rows.clone()),
         write(text_encoder.get_input_embeddings(), rows),
     )
-    inputs = zoodip.draw_calibration(args, model, learner, concept)
+    inputs = calibration.draw()
     assert len(inputs) == len(candidates) == 3 and len({int(timesteps[0]) for _, timesteps, _ in inputs}) == 3
     for (sample, timesteps, conditioning), rows in zip(inputs, candidates):
         assert (
@@ -123,7 +124,7 @@ def test_the_calibration_is_what_training_asks(basics, few_passes):
         assert torch.equal(rows[0, 0], start)
         lengths = (rows[1:] - rows[0]).flatten(1).norm(dim=1)
         torch.testing.assert_close(lengths, torch.full_like(lengths, args.perturbation_scale), rtol=1e-3, atol=0)
-    again = zoodip.draw_calibration(args, model, learner, concept)
+    again = calibration.draw()
     assert all(torch.equal(x, y) for one, two in zip(inputs, again) for x, y in zip(one, two))
 
 

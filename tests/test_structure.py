@@ -11,7 +11,7 @@ METHOD = {
     *("prediction_errors", "ZerothOrderAdam"),
     *("Int8Linear", "Int8Conv2d", "load_frozen", "PromptRows", "candidate_losses", "train", "main"),
 }
-TUNEQDM = {"new_changes", "draw_timesteps", "load_quantized_unet", "train_step", "train", "main"}
+TUNEQDM = {"new_changes", "draw_timesteps", "Integers", "train_step", "train", "main"}
 SELECTIVE = {"Selection", "draw_kind", "bp_gradient", "zo_gradient", "train_step", "train", "main"}
 TUNEQDM_LAYERS = {"quantize", "pack", "set_of_timestep", "ScaledProduct", "QuantizedLinear", "QuantizedConv2d"}
 PACKAGE = sorted((REPO / "personalization").rglob("*.py"))
@@ -30,7 +30,7 @@ CALLS_A_DENOISER = {
 }
 MAY_IMPORT = {
     "train_selective_dreambooth_lora": {"train_zoodip_textual_inversion"},  # loading and estimator
-    "train_tuneqdm_dreambooth": {"tuneqdm_pipeline"},  # quantizer and layers, which travel
+    "train_tuneqdm_dreambooth": {"tuneqdm_pipeline", "train_zoodip_textual_inversion"},  # layers that travel; loading
     "evaluate_personalization": {"tuneqdm_pipeline"},
 }
 

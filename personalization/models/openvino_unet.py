@@ -16,7 +16,7 @@ import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
 from ..errors import InputError
-from . import weight_cache
+from . import base_model, weight_cache
 from .families import Call, Replay
 
 
@@ -182,6 +182,43 @@ def compile_openvino_unet(path, load_denoiser, config, call, engine, dtype, devi
         kept = path and calibrated_path(path, calibration)
         graph, size = kept_graph(kept, "Quantizing the UNet's activations", quantized)
     return OpenVINOUNet(graph, config, call, engine, dtype, device), size
+
+
+def open_denoiser(base, resolution, quantization, load, engine, compute, cache_dir, calibration=None):
+    """The denoiser of a base in OpenVINO, its graph kept in the cache under a name of what it is made of.
+
+    Args:
+        base: `Base`.
+        resolution: side of the pictures.
+        quantization: name of how its weights are stored.
+        load: loads it in float32 on the CPU; returns the module and more.
+        engine: an OpenVINO device.
+        compute: `Compute`.
+        cache_dir: folder; None keeps nothing.
+        calibration: `Calibration`, to compute in INT8.
+
+    Returns:
+        The `OpenVINOUNet`, and the bytes of its weights as stored.
+    """
+    family, path = base.family, None
+    config = base_model.empty_model(base, family.denoiser).config
+    if cache_dir is not None:
+        files, latent_size = base_model.find_weight_files(base, family.denoiser), resolution // base.vae_factor
+        path = export_path(cache_dir, files, config, quantization, latent_size, base.prompt_length)
+    call = family.call(family.example(base, 2, resolution))
+    where = engine, compute.dtype, compute.device
+    return compile_openvino_unet(path, lambda: load()[0], config, call, *where, calibration)
+
+
+def recorder(family, calls):
+    """Stands in for the denoiser of a family, puts the tensors of each call into a list and predicts zeros."""
+    kind = family.classes[family.denoiser]
+
+    def record(*given, **named):
+        calls.append(tuple(Call(kind, given, named).tensors().values()))
+        return (torch.zeros_like(given[0]),)
+
+    return record
 
 
 def check_openvino(engine, examples_per_pass, quantizes=False):

@@ -1,7 +1,6 @@
 """Checkpoints: complete or not there, each with its run's id and the hashes of its files; found, checked, rotated."""
 
 import contextlib
-import hashlib
 import json
 import re
 import shutil
@@ -13,6 +12,7 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 
+from ..data.images import digest
 from ..errors import InputError, is_outside, reason
 from ..files import read_json, replace_folder, save_tensors, sha256, write_json
 
@@ -35,12 +35,9 @@ def trajectory_settings(args, weights, num_processes, pictures):
     Returns:
         dict, JSON-ready.
     """
-    digest = hashlib.sha256()
-    for picture in pictures:
-        digest.update(picture.pixels.numpy().tobytes() + repr(picture.caption).encode())
     scheduled = () if args.lr_scheduler.startswith("constant") else ("schedule",)
     settings = args.deciding("run", *scheduled)
-    found = {PROCESSES: num_processes, "weights of the model": weights, "training data": digest.hexdigest()[:16]}
+    found = {PROCESSES: num_processes, "weights of the model": weights, "training data": digest(pictures)}
     return settings | found
 
 

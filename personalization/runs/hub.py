@@ -80,6 +80,11 @@ class Publication:
         return name and self.script.with_name(name)
 
     @property
+    def name(self):
+        """Of the trainer, in short."""
+        return self.config_name.removesuffix("_config.json")
+
+    @property
     def card_template(self):
         return self.script.parent / self.card_name
 
@@ -413,6 +418,14 @@ def damaged_run(path, why):
         f"--push_only cannot push {str(path)!r} ({why}): bring back the file that the run wrote, or repeat the run's"
         " command with --resume_from_checkpoint latest, which writes its results again."
     )
+
+
+def prepare(args, accelerator):
+    """Makes sure of the Hub, where the result of a run is to be pushed there; returns the repository's id, or None."""
+    if not (args.push_to_hub and accelerator.is_main_process):
+        return None
+    wanted = args.hub_model_id or Path(args.output_dir).resolve().name
+    return prepare_hub(wanted, args.hub_private_repo, args.hub_token)
 
 
 def push_only(args, publication):

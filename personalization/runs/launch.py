@@ -8,47 +8,51 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 
+from ..data.images import check_apart
 from ..errors import InputError, reason
 from ..files import check_writable
 from ..flags import DEFAULT_CACHE
-from ..models import weight_cache
+from ..models import memory, weight_cache
+
+
+INPUT_FOLDERS = ("train_data_dir", "instance_data_dir", "class_data_dir")
 
 
 def open_folders(args):
     """Makes sure that a run can write to its folder and to the cache of quantized weights, or completes where that is.
 
+    Pictures that it learns from may not lie in the folder that it writes to.
+
     Raises:
         InputError: it cannot, or its logs would not go into its folder; the message names the flag.
     """
+    for name in INPUT_FOLDERS:
+        if getattr(args, name, None) is not None:
+            check_apart(getattr(args, name), args.output_dir, f"--{name}")
     output_dir = Path(args.output_dir)
     check_writable("--output_dir", args.output_dir)
     if not (output_dir / args.logging_dir).resolve().is_relative_to(output_dir.resolve()):
         raise InputError(
             f"--logging_dir {args.logging_dir!r} is outside --output_dir: give the name of a folder in it."
         )
-    if args.quantized_cache_dir != "none":
+    if args.quantized_cache_dir is not None:
         cache = weight_cache.open_cache(args.quantized_cache_dir, DEFAULT_CACHE, args.output_dir)
         args.quantized_cache_dir = cache
 
 
-def start(output_dir, logging_dir, report_to, allow_tf32):
-    """The `Accelerator` of this process, with logging and the precision of float32 products set up.
-
-    Args:
-        output_dir: of the run.
-        logging_dir: of trackers, inside it.
-        report_to: which tracker; "none" for none.
-        allow_tf32: on CUDA.
-    """
+def start(args):
+    """The `Accelerator` of this process, with logging, memory and the precision of float32 products set up."""
+    memory.keep_freed_blocks(1)  # MB: what is loaded once goes back to the system
+    logging_dir = Path(args.output_dir) / args.logging_dir
     accelerator = Accelerator(
         mixed_precision="no",  # weights and activations are cast once, by hand: autocast would cast them every step
-        log_with=None if report_to == "none" else report_to,
-        project_config=ProjectConfiguration(project_dir=output_dir, logging_dir=Path(output_dir) / logging_dir),
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=logging_dir),
     )
     logging.basicConfig(format="%(asctime)s - %(levelname)s - %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     for name in ("httpx", "httpx2"):  # a line for every request to the Hub
         logging.getLogger(name).setLevel(logging.WARNING)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
     return accelerator
 
 

@@ -1,17 +1,139 @@
-"""Around the training loop of every trainer: its progress, its log, requests to stop, its end."""
+"""Around the training loop of every trainer: the run and how far it is, its log, requests to stop, its end."""
 
 import contextlib
 import signal
 import threading
-from dataclasses import dataclass, field
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
 
+from accelerate import Accelerator
 from accelerate.logging import get_logger
 from tqdm.auto import tqdm
 
 from ..errors import reason
+from ..flags import Settings
+from ..models.base_model import Base
+from . import checkpoints, launch, run_folder
 
 
 logger = get_logger(__name__)
+
+
+# =====================================================================================================
+# The run
+# =====================================================================================================
+
+
+@dataclass
+class Progress:
+    """How far a run is."""
+
+    step: int = 0
+    seconds: float = 0.0  # of training, over all its parts
+    best_loss: float = float("inf")  # least held-out loss, and the step that had it
+    best_step: int | None = None
+    validations_without_gain: int = 0
+    forward_passes: int = 0  # of one example and candidate, over all processes
+
+
+@dataclass
+class History:
+    """Losses by step, as lists of (step, loss)."""
+
+    loss: list = field(default_factory=list)
+    validation_loss: list = field(default_factory=list)
+    bp_share: list = field(default_factory=list)  # of updates by backpropagation, where there are others, too
+
+
+@dataclass(kw_only=True)
+class Run:
+    """A training run: what was loaded, what is learned and how far it is. A trainer's own adds what it needs."""
+
+    args: Settings  # complete and frozen
+    accelerator: Accelerator
+    base: Base
+    model: Any  # the trainer's frozen model; None once it has left
+    learner: Any  # what is learned and all that changes with it: `state_dict`, `load_state_dict`, `generators`
+    settings: dict  # what a checkpoint compares
+    id: str = field(default_factory=checkpoints.new_run_id)  # kept over resumes
+    results: run_folder.ResultFolder | None = None  # what it writes for others to read
+    progress: Progress = field(default_factory=Progress)
+    history: History = field(default_factory=History)
+
+    @property
+    def output_dir(self):
+        return Path(self.args.output_dir)
+
+    @property
+    def is_over(self):
+        """Whether nothing is left to train."""
+        return self.progress.step >= self.args.max_train_steps
+
+    def state_dict(self):
+        """What all processes have in common."""
+        return {"progress": asdict(self.progress), "history": asdict(self.history), **self.learner.state_dict()}
+
+    def load_state_dict(self, state):
+        self.learner.load_state_dict(state)
+        self.progress, self.history = Progress(**state["progress"]), History(**state["history"])
+
+    def save_checkpoint(self):
+        """Writes a checkpoint, and deletes the oldest ones above `--checkpoints_total_limit`."""
+        step, generators = self.progress.step, self.learner.generators()
+        state = checkpoints.CheckpointState(step, self.state_dict(), generators, self.settings, self.id)
+        checkpoints.save_checkpoint(self.accelerator, self.output_dir, state, self.args.checkpoints_total_limit)
+
+    def begin(self, publication, checkpoint):
+        """Takes the run up where a `Checkpoint` has it (None: at its start), opens its results and its trackers.
+
+        Args:
+            publication: `hub.Publication`.
+            checkpoint: what `checkpoints.find_checkpoint` found.
+        """
+        if checkpoint is not None:
+            self.resume(checkpoint)
+        self.results = run_folder.open_results(self.output_dir, publication, self.id, checkpoint is not None)
+        if self.args.report_to != "none":
+            launch.start_trackers(self.accelerator, publication.name, self.args)
+
+    def resume(self, checkpoint):
+        state = checkpoints.load_checkpoint(checkpoint, self.learner.generators(), self.accelerator.process_index)
+        self.load_state_dict(state)
+        self.id, step = checkpoint.run, self.progress.step
+        logger.info(f"Resumed from {checkpoint.path} at step {step}")
+        if self.is_over:
+            logger.warning(
+                f"{checkpoint.path} is at step {step} of --max_train_steps {self.args.max_train_steps}: nothing is"
+                " left to train; its results are written again. Give more steps to go on."
+            )
+
+
+class Clock:
+    """The time of training, which a run has over all its parts.
+
+    Args:
+        progress: `Progress`.
+    """
+
+    def __init__(self, progress):
+        self.progress, self.step, self.seconds = progress, progress.step, progress.seconds
+        self.started = time.perf_counter()
+
+    @property
+    def steps_per_second(self):
+        """Of this part of the run."""
+        return (self.progress.step - self.step) / (time.perf_counter() - self.started)
+
+    def read(self):
+        """Puts the time so far into the progress."""
+        self.progress.seconds = self.seconds + time.perf_counter() - self.started
+
+
+# =====================================================================================================
+# Around the loop
+# =====================================================================================================
 
 
 @contextlib.contextmanager
@@ -76,24 +198,3 @@ def log_components(components):
     for name, facts in components.items():
         stays = "leaves after encoding" if name == "vae" else f"{facts.quantized_share:.1%} of parameters quantized"
         logger.info(f"{name}: {facts.bytes / 1e6:.1f} MB, {stays}")
-
-
-@dataclass
-class Progress:
-    """How far a run is."""
-
-    step: int = 0
-    seconds: float = 0.0  # of training, over all its parts
-    best_loss: float = float("inf")  # least held-out loss, and the step that had it
-    best_step: int | None = None
-    validations_without_gain: int = 0
-    forward_passes: int = 0  # of one example and candidate, over all processes
-
-
-@dataclass
-class History:
-    """Losses by step, as lists of (step, loss)."""
-
-    loss: list = field(default_factory=list)
-    validation_loss: list = field(default_factory=list)
-    bp_share: list = field(default_factory=list)  # of updates by backpropagation, where there are others, too
