@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import as_arguments
+from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
 import train_zoodip_textual_inversion as zoodip
@@ -204,7 +205,7 @@ def test_estimate_memory_prints_and_loads_nothing(train, monkeypatch, capsys):
         raise AssertionError("a weight was loaded")
 
     monkeypatch.setattr(base_model, "stored_tensors", refuse)
-    monkeypatch.setattr(base_model.AutoencoderKL, "from_pretrained", refuse)
+    monkeypatch.setattr(AutoencoderKL, "from_pretrained", refuse)
     out = train(estimate_memory=True)
     printed = capsys.readouterr().out
     for part in ("libraries", "text encoder", "UNet", "activations", "while training", "peak"):
