@@ -1,5 +1,5 @@
 # Each target makes its own virtual environment on a fresh machine; a second call installs nothing.
-.PHONY: demo app test test-cuda pretend-cuda quality style evaluate ablations benchmark bench-real-photos clean
+.PHONY: demo app docs test test-cuda pretend-cuda quality style evaluate ablations benchmark bench-real-photos clean
 
 VENV ?= .venv
 PYTHON ?= python3
@@ -39,6 +39,10 @@ TORCH_CUDA ?= torch==2.12.0
 pretend-cuda: $(VENV_CUDA)/.installed
 	$(VENV_CUDA)/bin/python tests/gpu/run_matrix.py
 
+# docs/usage.md and personalization/flags.json, which the page and --help read, from the scripts' flags.
+docs: $(VENV)/.installed-dev
+	$(BIN)/python -m docs.generate
+
 quality: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -48,7 +52,7 @@ style: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 
 # Speed and memory on the Stable Diffusion 1.5 architecture with random weights: a reduced matrix that refreshes the
-# tables of README.md and docs/results.md (a quarter of an hour on 2 cores, 24 GB of memory, 8 GB of disk).
+# tables of README.md and docs/ (a quarter of an hour on 2 cores, 24 GB of memory, 8 GB of disk).
 benchmark: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/bench_step.py --reduced
 	$(BIN)/python benchmarks/bench_memory.py --reduced

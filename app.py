@@ -1,5 +1,14 @@
 #!/usr/bin/env python
 # Copyright 2026 The ZOODiP textual inversion authors. SPDX-License-Identifier: Apache-2.0
+#
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch>=2.11", "diffusers>=0.42.1", "transformers>=5.23", "accelerate>=1.15", "peft>=0.21",
+#     "huggingface_hub>=2.4", "datasets>=5.2", "safetensors>=0.8", "bitsandbytes>=0.50", "psutil>=7.2", "Jinja2>=3.1",
+#     "matplotlib>=3.10", "numpy>=2.0", "pillow>=12.0", "tensorboard>=2.21", "tqdm>=4.66", "gradio>=6.31,<7",
+# ]
+# ///
 """A web page on which a diffusion model learns a subject from a few photos, with the scripts of this repository.
 
     python app.py                               # http://127.0.0.1:7860, everything in ./workspace
@@ -14,6 +23,7 @@ import os
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # the page tells nobody that it is used
 
+import personalization.quick_help  # noqa: F401, before the libraries that take seconds
 import personalization.quiet  # noqa: F401, before the libraries whose false alarms it silences
 
 
@@ -63,19 +73,17 @@ STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 POLL_SECONDS = 1.5
 PICTURES, MODEL, TRAINING, RESULT = range(4)  # the steps of the page
 
-# Flags with a field of their own: label, and what it is.
+# Flags with a field of their own, and its label.
 FIELDS = {
-    "max_train_steps": ("Steps", "How long it trains."),
-    "validation_steps": ("Draw samples every", "So many steps."),
-    "learning_rate": ("Learning rate", "Empty: the script's own."),
-    "train_batch_size": ("Batch size", "Empty: 1."),
-    "num_inference_steps": ("Denoising steps of a sample", "Empty: 25."),
-    "num_validation_images": ("Images a sample", "Empty: 4."),
-    "guidance_scale": ("Guidance of samples", "Empty: 7.5."),
-    "seed": ("Seed", "Empty: 0."),
+    "max_train_steps": "Steps",
+    "validation_steps": "Draw samples every",
+    "learning_rate": "Learning rate",
+    "train_batch_size": "Batch size",
+    "num_inference_steps": "Denoising steps of a sample",
+    "num_validation_images": "Images a sample",
+    "guidance_scale": "Guidance of samples",
+    "seed": "Seed",
 }
-WHOLE = {"max_train_steps", "validation_steps", "train_batch_size", "num_inference_steps", "num_validation_images"}
-WHOLE |= {"seed"}
 
 
 # =====================================================================================================
@@ -114,7 +122,7 @@ def read_form(concept, base, method, class_word, subject, prompt, others, *field
     values = {}
     for name, value in zip(FIELDS, fields):
         if value is not None:
-            values[name] = int(value) if name in WHOLE else float(value)
+            values[name] = int(value) if is_whole(name) else float(value)
     word, subject = (class_word or "").strip(), (subject or "").strip()
     return Form(
         concept=safe_name(concept) if concept else "",
@@ -133,6 +141,11 @@ def automatic_subject(concept, base, method, class_word):
     if METHODS[method].makes_a_word:
         return f"<{safe_name(concept or 'my-concept').lower()}>"
     return class_word if is_demo(base) else f"sks {class_word}".strip()
+
+
+def is_whole(name):
+    """Whether a flag of `FIELDS`, which all methods have, takes whole numbers."""
+    return METHODS["word"].flags[name]["kind"] == "whole number"
 
 
 def default_values(method, base):
@@ -633,9 +646,10 @@ def model_step(do, concept):
 
 
 def number_field(name):
-    label, info = FIELDS[name]
-    precision = 0 if name in WHOLE else None
-    return gr.Number(None, label=label, info=info, precision=precision, elem_id=name.replace("_", "-"), min_width=130)
+    default = METHODS["word"].flags[name]["default"]
+    words = {"label": FIELDS[name], "info": f"Empty: {'the script’s own' if default is None else default}."}
+    precision = 0 if is_whole(name) else None
+    return gr.Number(None, **words, precision=precision, elem_id=name.replace("_", "-"), min_width=130)
 
 
 def training_step():
@@ -726,32 +740,39 @@ def result_step():
 
 
 def parse_args(words=None):
-    """Parses the command line."""
-    parser = flags.new_parser(__file__, "A web page that trains with the scripts beside it.", "%(prog)s [options]")
-    add = parser.add_argument
-    add(
-        "--workspace",
-        default=os.environ.get("APP_WORKSPACE", "workspace"),
-        help="Folder of everything that is uploaded, trained and drawn.",
-    )
-    add("--read", nargs="+", default=[], metavar="FOLDER", help="Folders that visitors may copy pictures from, too.")
-    add(
-        "--host",
-        default=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"),
-        help="Where to listen. Any other than this computer's own lets everyone in who reaches it.",
-    )
-    add("--port", type=int, help="Port. Default: the first free one from 7860 on.")
-    add("--open", action="store_true", help="Open the page in a browser, where there is a screen.")
-    add("--trainings", type=int, default=1, help="How many may train at the same time.")
-    args = parser.parse_args(words)
-    if args.port is not None and not 0 < args.port < 65536:
-        parser.error(f"--port {args.port} must be at least 1 and at most 65535.")
-    if args.trainings < 1:
-        parser.error(f"--trainings {args.trainings} must be at least 1.")
+    """Parses and checks the command line."""
+    parser = make_parser()
+    args = flags.parse(parser, words)
+    flags.check_ranges(parser, args)
     for folder in args.read:
         if not Path(folder).is_dir():
             parser.error(f"--read {folder!r} is not a folder.")
     return args
+
+
+def make_parser():
+    """The parser, with every flag."""
+    parser = flags.new_parser(__file__, "A web page that trains with the scripts beside it.", "%(prog)s [options]")
+    add = functools.partial(flags.add, parser)
+    add(
+        "--workspace",
+        default=os.environ.get("APP_WORKSPACE", "workspace"),
+        path=True,
+        help="Folder of everything that is uploaded, trained and drawn.",
+    )
+    readable = "Folders that visitors may copy pictures from, too."
+    add("--read", nargs="+", default=[], metavar="FOLDER", path=True, help=readable)
+    add(
+        "--host",
+        default=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"),
+        help="Address to listen at. Any other than this computer's own lets everyone in who reaches it.",
+    )
+    port = "Port to listen at. Default: the first free one from 7860 on."
+    add("--port", type=int, limits=flags.Range(1, 65535), help=port)
+    add("--open", action="store_true", help="Open the page in a browser, where there is a screen.")
+    at_once = "Number of trainings at the same time."
+    add("--trainings", type=int, default=1, limits=flags.Range(1, 1000), help=at_once)
+    return parser
 
 
 def has_screen():

@@ -1,5 +1,14 @@
 #!/usr/bin/env python
 # Copyright 2026 The ZOODiP textual inversion authors. SPDX-License-Identifier: Apache-2.0
+#
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch>=2.11", "diffusers>=0.42.1", "transformers>=5.23", "accelerate>=1.15", "peft>=0.21",
+#     "huggingface_hub>=2.4", "datasets>=5.2", "safetensors>=0.8", "bitsandbytes>=0.50", "psutil>=7.2", "Jinja2>=3.1",
+#     "matplotlib>=3.10", "numpy>=2.0", "pillow>=12.0", "tensorboard>=2.21", "tqdm>=4.66",
+# ]
+# ///
 """Judge learned concepts: CLIP-T, CLIP-I, DINO and diversity over DreamBooth's prompts, with intervals and pictures.
 
     python evaluate_personalization.py --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \
@@ -20,14 +29,17 @@ there already are not drawn again, so a run that was stopped goes on. Written to
 `evaluation.json`, `evaluation.md` (the table) and `contact_sheet.png`.
 """
 
+import personalization.quick_help  # noqa: F401, before the libraries that take seconds
 import personalization.quiet  # noqa: F401, before the libraries whose false alarms it silences
 
 
 # isort: split
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -575,34 +587,9 @@ def push_scores(column, scores):
 
 def parse_args(input_args=None):
     """Parses and checks the command line; bad input exits with code 2."""
-    parser = flags.new_parser(
-        __file__,
-        "Judge learned concepts by CLIP-T, CLIP-I, DINO and diversity.",
-        "%(prog)s --pretrained_model_name_or_path MODEL --reference_images FOLDER --class_word WORD"
-        " --results LABEL=FOLDER ... [options]",
-    )
-    add = parser.add_argument
-    add("--pretrained_model_name_or_path", required=True, help="The base: a local folder or a model id on the Hub.")
-    add("--revision", help="Branch, tag or commit of the base on the Hub.")
-    add("--results", nargs="*", default=[], metavar="LABEL=FOLDER", help="Folders of embeddings, LoRAs or scales.")
-    add("--reference_images", help="Folder of the subject's pictures.")
-    add("--draw_only", action="store_true", help="Draw the pictures and judge nothing: no reference, no encoder.")
-    add("--class_word", required=True, help="The plain word for the subject: dog.")
-    add("--prompts", default="object", help='"object" or "living" (DreamBooth\'s 25 each), or a text file.')
-    add("--num_images_per_prompt", type=int, default=5, help="Pictures of each prompt.")
-    add("--seed", type=int, default=0, help="Of the noise, the same for all columns.")
-    add("--resolution", type=int, help="Of the pictures. Default: the model's own.")
-    add("--num_inference_steps", type=int, default=50, help="Denoising steps.")
-    add("--guidance_scale", type=float, default=7.5, help="Guidance.")
-    add("--batch_size", type=int, default=4, help="Pictures at a time.")
-    add("--clip_model", default="openai/clip-vit-base-patch32", help="Folder or Hub id of the CLIP that judges.")
-    add("--dino_model", default="facebook/dinov2-base", help="Folder or Hub id of the DINO that judges.")
-    add("--trust_remote_code", action="store_true", help="Run model code beside the weights of --dino_model.")
-    add("--output_dir", default="evaluation", help="Where everything is written.")
-    add("--push", action="store_true", help="Write each result's scores into its config and card, and push it.")
-    args = parser.parse_args(input_args)
-    more = {"num_images_per_prompt": flags.Range(1, 1000), "batch_size": flags.Range(1, 1024)}
-    flags.check_ranges(parser, args, flags.RANGES | more)
+    parser = make_parser()
+    args = flags.parse(parser, input_args)
+    flags.check_ranges(parser, args)
     if not args.class_word.strip():
         parser.error("--class_word must be a word, such as dog.")
     if (args.reference_images is None) != args.draw_only:
@@ -610,6 +597,59 @@ def parse_args(input_args=None):
     if args.push and args.draw_only:
         parser.error("--push needs scores: leave out --draw_only.")
     return args
+
+
+def make_parser():
+    """The parser, with every flag."""
+    parser = flags.new_parser(
+        __file__,
+        "Judge learned concepts by CLIP-T, CLIP-I, DINO and diversity.",
+        "%(prog)s --pretrained_model_name_or_path MODEL --reference_images FOLDER --class_word WORD"
+        " --results LABEL=FOLDER ... [options]",
+    )
+    add = functools.partial(flags.add, parser)
+    name = "Base model: a local folder or a model id on the Hub."
+    add("--pretrained_model_name_or_path", required=True, path=flags.OR_NAME, help=name)
+    add("--revision", help="Branch, tag or commit of the base on the Hub.")
+    add(
+        "--results",
+        nargs="*",
+        default=[],
+        metavar="LABEL=FOLDER",
+        type=labelled_folder,
+        help="Folders of embeddings, LoRAs or scales.",
+    )
+    add("--reference_images", path=True, help="Folder of the subject's pictures.")
+    add("--draw_only", action="store_true", help="Draw the pictures and judge nothing: no reference, no encoder.")
+    add("--class_word", required=True, help="Plain word for the subject: dog.")
+    add(
+        "--prompts",
+        default="object",
+        path=flags.OR_NAME,
+        help='Prompts to draw: "object" or "living" (DreamBooth\'s 25 each), or a text file.',
+    )
+    count, most = "Pictures of each prompt.", flags.Range(1, 1000)
+    add("--num_images_per_prompt", type=int, default=5, limits=most, help=count)
+    noise = "Seed of the noise, the same for all columns."
+    add("--seed", type=int, default=0, limits=flags.SEED, help=noise)
+    side = "Side of the pictures in pixels. Default: the model's own."
+    add("--resolution", type=int, limits=flags.SIDE, help=side)
+    add("--num_inference_steps", type=int, default=50, limits=most, help="Denoising steps.")
+    add("--guidance_scale", type=float, default=7.5, limits=flags.Range(0.0, 1000.0), help="Guidance.")
+    add("--batch_size", type=int, default=4, limits=flags.Range(1, 1024), help="Pictures at a time.")
+    clip, dino = (f"Folder or Hub id of the {model} that judges." for model in ("CLIP", "DINO"))
+    add("--clip_model", default="openai/clip-vit-base-patch32", path=flags.OR_NAME, help=clip)
+    add("--dino_model", default="facebook/dinov2-base", path=flags.OR_NAME, help=dino)
+    add("--trust_remote_code", action="store_true", help="Run model code beside the weights of --dino_model.")
+    add("--output_dir", default="evaluation", path=True, help="Folder that everything is written to.")
+    add("--push", action="store_true", help="Write each result's scores into its config and card, and push it.")
+    return parser
+
+
+def labelled_folder(text):
+    """LABEL=FOLDER of the command line, the user's home spelled out, which no shell does behind a label."""
+    label, equals, folder = text.partition("=")
+    return label + equals + os.path.expanduser(folder)
 
 
 def main(args):

@@ -1,16 +1,25 @@
 #!/usr/bin/env python
 # Copyright 2026 The ZOODiP textual inversion authors. SPDX-License-Identifier: Apache-2.0
+#
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch>=2.11", "diffusers>=0.42.1", "transformers>=5.23", "accelerate>=1.15", "peft>=0.21",
+#     "huggingface_hub>=2.4", "datasets>=5.2", "safetensors>=0.8", "bitsandbytes>=0.50", "psutil>=7.2", "Jinja2>=3.1",
+#     "matplotlib>=3.10", "numpy>=2.0", "pillow>=12.0", "tensorboard>=2.21", "tqdm>=4.66",
+# ]
+# ///
 """Personalise a quantized Stable Diffusion by a LoRA with the memory of half the resolution (arXiv 2507.10029).
 
 The shortest command that works, offline, on the demo base of this repository:
 
-    accelerate launch train_selective_dreambooth_lora.py \
+    python train_selective_dreambooth_lora.py \
         --pretrained_model_name_or_path demo/base --instance_data_dir demo/subjects/striped_star \
         --subject_name star --train_batch_size 4 --max_train_steps 200 --output_dir star-lora
 
 and on Stable Diffusion 1.5:
 
-    accelerate launch train_selective_dreambooth_lora.py \
+    python train_selective_dreambooth_lora.py \
         --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 --instance_data_dir ./my-dog \
         --instance_prompt "a photo of sks dog" --subject_name "sks dog" --output_dir my-dog-lora
 
@@ -18,16 +27,15 @@ Every step is one of two kinds: backpropagation on pictures of a low resolution 
 those of the full resolution (ZO-high). The result is an ordinary LoRA that `load_lora_weights` of any diffusers reads.
 """
 
+import personalization.quick_help  # noqa: F401, before the libraries that take seconds
 import personalization.quiet  # noqa: F401, before the libraries whose false alarms it silences
 
 
 # isort: split
-import argparse
 import functools
 import json
 import math
 import os
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -56,7 +64,7 @@ from personalization.data import examples, images
 from personalization.errors import DivergedError, InputError, run_script
 from personalization.methods import dreambooth, windows
 from personalization.methods.dreambooth import denoising_errors, draw_validation_images, dreambooth_loss, fill_in
-from personalization.models import base_model, frozen, memory, weight_cache
+from personalization.models import base_model, frozen, memory
 from personalization.models.base_model import Base, StoredModel
 from personalization.models.compute import Compute, choose_compute
 from personalization.models.families import Family
@@ -420,18 +428,6 @@ def check_layers(names, unet):
     return layers
 
 
-# Settings that decide a run's trajectory: a checkpoint only resumes under the same ones. The length is one of them:
-# p_BP depends on the share of it that is done.
-TRAJECTORY_SETTINGS = (
-    "pretrained_model_name_or_path revision variant tokenizer_name quantization rank lora_alpha lora_layers"
-    " mixed_precision activations instance_prompt subject_name class_prompt with_prior_preservation prior_loss_weight"
-    " resolution bp_view low_resolution center_crop flip_probability train_batch_size gradient_accumulation_steps seed"
-    " max_train_steps bp_timestep_midpoint bp_timestep_width bp_progress_midpoint bp_progress_width num_perturbations"
-    " perturbation_scale learning_rate zo_learning_rate scale_lr lr_scheduler lr_warmup_steps lr_num_cycles adam_beta1"
-    " adam_beta2 adam_weight_decay adam_epsilon max_grad_norm"
-).split()
-
-
 # =====================================================================================================
 # Flags
 # =====================================================================================================
@@ -445,7 +441,8 @@ PUBLICATION = hub.Publication(
     files=(KOHYA_FILE, "loss_curve.png", "samples/*.png"),
     pipeline_name=None,
     tags=("lora", "dreambooth", "text-to-image", "diffusers-training", "stable-diffusion", "diffusers"),
-    card_name="model_card_selective.md",
+    card_name="model_cards/selective.md",
+    load="load_lora_weights",
 )
 
 REFUSED_FLAGS = dreambooth.REFUSED_FLAGS | {
@@ -455,49 +452,42 @@ REFUSED_FLAGS = dreambooth.REFUSED_FLAGS | {
     "--snr_gamma": "timesteps are weighed by which kind of step they get: drop it.",
 }
 
-RANGES = flags.RANGES | dreambooth.RANGES
-RANGES |= {
-    "rank": flags.Range(1, 1024),
-    "lora_alpha": flags.Range(1, 10**6),
-    "low_resolution": flags.RANGES["resolution"],
-    "zo_learning_rate": flags.RANGES["learning_rate"],
-    **dict.fromkeys(("bp_timestep_midpoint", "bp_progress_midpoint"), flags.Range(-1e6, 1e6)),
-    **dict.fromkeys(("bp_timestep_width", "bp_progress_width"), flags.Range(1e-6, 1e6)),
-}
-
-
 # What BP-low sees -> where the ramps over timesteps and progress fall. A window distorts nothing and needs none.
 MIDPOINTS = {"scaled": (0.6, 0.9), "window": (100.0, 100.0)}
 
 
 def parse_args(input_args=None):
     """Parses and checks the command line (of the process, or a list of strings); bad input exits with code 2."""
+    parser = make_parser()
+    args = flags.parse(parser, input_args, REFUSED_FLAGS)
+    for name, midpoint in zip(("bp_timestep_midpoint", "bp_progress_midpoint"), MIDPOINTS[args.bp_view]):
+        if getattr(args, name) is None:
+            setattr(args, name, midpoint)
+    if not args.push_only:
+        flags.check_shared_arguments(parser, args, "instance_data_dir")
+        dreambooth.check_subject_arguments(parser, args)
+    return args
+
+
+def make_parser():
+    """The parser, with every flag."""
     parser = flags.new_parser(
         __file__,
         "LoRA by backpropagation at a low resolution and forward passes at the full one, on a quantized UNet.",
         "%(prog)s --pretrained_model_name_or_path MODEL --instance_data_dir FOLDER --instance_prompt PROMPT [options]",
     )
-    add_adapter_arguments(flags.add_model_arguments(parser, predicts_memory=False).add_argument)
+    add_adapter_arguments(flags.add_model_arguments(parser, predicts_memory=False))
     concept = "{} stands for --subject_name"
-    dreambooth.add_subject_arguments(flags.add_data_arguments(parser, "instance_data_dir", concept).add_argument)
-    add_selection_arguments(parser.add_argument_group("BP-low and ZO-high").add_argument)
-    dreambooth.add_backward_arguments(flags.add_training_arguments(parser).add_argument)
-    adapt_training_arguments(parser)
+    dreambooth.add_subject_arguments(flags.add_data_arguments(parser, "instance_data_dir", concept))
+    add_selection_arguments(flags.group(parser, "BP-low and ZO-high"))
+    dreambooth.add_backward_arguments(flags.add_training_arguments(parser))
+    override_training_arguments(parser)
     flags.add_validation_arguments(parser)
-    flags.add_saving_arguments(parser).add_argument(
-        "--output_kohya_format",
-        action="store_true",
-        help=f"Also save {KOHYA_FILE}, as AUTOMATIC1111, ComfyUI and others read it.",
-    )
+    add = flags.add_saving_arguments(parser)
+    kohya = f"Also save {KOHYA_FILE}, as AUTOMATIC1111, ComfyUI and others read it."
+    add("--output_kohya_format", action="store_true", decides=flags.NOTHING, help=kohya)
     flags.add_hub_arguments(parser)
-    args = flags.parse(parser, sys.argv[1:] if input_args is None else input_args, REFUSED_FLAGS)
-    for name, midpoint in zip(("bp_timestep_midpoint", "bp_progress_midpoint"), MIDPOINTS[args.bp_view]):
-        if getattr(args, name) is None:
-            setattr(args, name, midpoint)
-    if not args.push_only:
-        flags.check_shared_arguments(parser, args, "instance_data_dir", RANGES)
-        dreambooth.check_subject_arguments(parser, args)
-    return args
+    return parser
 
 
 def add_adapter_arguments(add):
@@ -505,14 +495,18 @@ def add_adapter_arguments(add):
         "--quantization",
         choices=list(BACKENDS),
         default="int8",
-        help="Of the frozen UNet: int8 for every Linear and Conv2d, nf4 (bitsandbytes) for Linear beside it, or none.",
+        page=True,
+        help="Weights of the frozen UNet: int8 for every Linear and Conv2d, nf4 (bitsandbytes) for Linear beside it,"
+        " or none.",
     )
-    add("--rank", type=int, default=4, help="Of the LoRA.")
-    add("--lora_alpha", type=int, default=4, help="The adapters count alpha/rank times.")
+    add("--rank", type=int, default=4, limits=flags.Range(1, 1024), page=True, help="Rank of the LoRA.")
+    alpha = "Strength of the LoRA: the adapters count alpha/rank times."
+    add("--lora_alpha", type=int, default=4, limits=flags.Range(1, 10**6), page=True, help=alpha)
     add(
         "--lora_layers",
         default="to_k,to_q,to_v,to_out.0",
-        help="Which linear layers of the UNet get an adapter: ends of their names, separated by commas.",
+        page=True,
+        help="Linear layers of the UNet that get an adapter: ends of their names, separated by commas.",
     )
 
 
@@ -521,40 +515,52 @@ def add_selection_arguments(add):
         "--bp_view",
         choices=list(MIDPOINTS),
         default="scaled",
-        help="What is backpropagated on: the picture scaled down (the paper's), or a window of the full one (ours).",
+        page=True,
+        help="View that is backpropagated on: the picture scaled down (the paper's), or a window of the full one"
+        " (ours).",
     )
-    add("--low_resolution", type=int, help="Side of those pictures or windows. Default: half of --resolution.")
+    small = "Side of those pictures or windows. Default: half of --resolution."
+    add("--low_resolution", type=int, limits=flags.SIDE, page=True, help=small)
+    anywhere, width = flags.Range(-1e6, 1e6), flags.Range(1e-6, 1e6)
     add(
         "--bp_timestep_midpoint",
         type=float,
-        help="t/T where the ramp over timesteps is one half; p_BP is its product with the ramp over progress. 100"
+        limits=anywhere,
+        page=True,
+        help="Timestep t/T where the ramp over timesteps is one half; p_BP is the product of both ramps. 100"
         " leaves a ramp out, and -100 all BP-low. Default: 0.6; with --bp_view window 100.",
     )
-    add("--bp_timestep_width", type=float, default=0.1, help="Of that ramp: from one half to 0.27.")
+    of_timesteps = "Width of the ramp over timesteps: from one half to 0.27."
+    add("--bp_timestep_width", type=float, default=0.1, limits=width, page=True, help=of_timesteps)
     add(
         "--bp_progress_midpoint",
         type=float,
+        limits=anywhere,
+        page=True,
         help="Share of training where the ramp over progress is one half. Default: 0.9; with --bp_view window 100.",
     )
-    add("--bp_progress_width", type=float, default=0.1, help="Of that ramp: from one half to 0.27.")
-    add("--num_perturbations", type=int, default=4, help="n: directions of a ZO-high step, a forward pass each.")
-    add(
-        "--perturbation_scale", type=float, help="μ: step of the finite difference. Default: 1e-3, and 1e-2 with bf16."
-    )
-    add("--zo_learning_rate", type=float, default=2e-3, help="Learning rate of ZO-high's AdamW.")
+    of_progress = "Width of the ramp over progress: from one half to 0.27."
+    add("--bp_progress_width", type=float, default=0.1, limits=width, page=True, help=of_progress)
+    directions = "n: directions of a ZO-high step, a forward pass each."
+    add("--num_perturbations", type=int, default=4, limits=flags.Range(1, 4096), page=True, help=directions)
+    step = "μ: step of the finite difference. Default: 1e-3, and 1e-2 with bf16."
+    add("--perturbation_scale", type=float, limits=flags.Range(0.0, 1.0, above=True), page=True, help=step)
+    rate = "Learning rate of ZO-high's AdamW."
+    add("--zo_learning_rate", type=float, default=2e-3, limits=flags.RATE, page=True, help=rate)
 
 
-def adapt_training_arguments(parser):
+def override_training_arguments(parser):
     """Defaults that are this method's."""
-    adapt = functools.partial(flags.adapt, parser)
-    adapt("output_dir", "selective-lora-model", "Where everything is written.")
-    adapt("seed", 0, "Of adapters, data, noise, kinds of steps, directions and class images.")
-    adapt("max_train_steps", None, f"Updates in all. Default: {DEFAULT_STEPS}, as in diffusers' example.")
-    adapt("gradient_accumulation_steps", 1, "Batches averaged before one update.")
-    adapt("learning_rate", 2e-3, "Learning rate of BP-low's AdamW.")
-    adapt("scale_lr", False, "Multiply both learning rates by processes x accumulation steps x batch size.")
-    adapt("adam_weight_decay", 1e-4, "Weight decay of AdamW.")
-    adapt("adam_epsilon", 1e-8, "ε of AdamW.")
+    override = functools.partial(flags.override, parser)
+    override("output_dir", default="selective-lora-model")
+    override("seed", help="Seed of adapters, data, noise, kinds of steps, directions and class images.")
+    length = f"Updates in all. Default: {DEFAULT_STEPS}, as in diffusers' example."
+    override("max_train_steps", decides=flags.RUN, help=length)  # p_BP depends on the share of it that is done
+    override("gradient_accumulation_steps", help="Batches averaged before one update.")
+    override("learning_rate", default=2e-3, help="Learning rate of BP-low's AdamW.")
+    override("scale_lr", help="Multiply both learning rates by processes x accumulation steps x batch size.")
+    override("adam_weight_decay", default=1e-4, help="Weight decay of AdamW.")
+    override("adam_epsilon", default=1e-8, help="ε of AdamW.")
 
 
 DEFAULT_STEPS = 500
@@ -569,7 +575,7 @@ DEFAULT_STEPS = 500
 class Run:
     """A training run: what was loaded, what is learned and how far it is."""
 
-    args: argparse.Namespace  # resolved settings
+    args: flags.Settings  # complete and frozen
     accelerator: Accelerator
     base: Base
     subjects: dict  # kind -> `Subject` in its resolution
@@ -824,7 +830,8 @@ def finish(run, pictures, components, repo_id):
     name = args.subject_name or args.instance_prompt or "the subject"
     config = provenance.describe_result(args, method, base_license, compute, components, figures, subject=name)
     config["run"] = run.id
-    write_result(Result(name, None, None, run.history, samples, pictures, config), run.results, PUBLICATION, repo_id)
+    result = Result(name, None, None, run.history, samples, pictures, config, args.pretrained_model_name_or_path)
+    write_result(result, run.results, PUBLICATION, repo_id)
     return config
 
 
@@ -844,10 +851,7 @@ def main(args):
     for name in ("instance_data_dir", "class_data_dir"):
         if getattr(args, name) is not None:
             images.check_apart(getattr(args, name), args.output_dir, f"--{name}")
-    launch.check_folders(args.output_dir, args.logging_dir)
-    if args.quantized_cache_dir != "none":
-        options = args.quantized_cache_dir, flags.DEFAULT_CACHE, args.output_dir
-        args.quantized_cache_dir = weight_cache.open_cache(*options)
+    launch.open_folders(args)
     with run_folder.occupied(args.output_dir, accelerator), run_folder.saying_what_is_safe(args.output_dir):
         personalize(args, accelerator, base, compute)
 
@@ -859,8 +863,7 @@ def personalize(args, accelerator, base, compute):
     pictures = dreambooth.read_instances(args)
     texts = dreambooth.instance_texts(pictures, args.instance_prompt, args.subject_name)
     fill_in(args.validation_prompt or "", args.subject_name, "--validation_prompt")
-    if args.max_train_steps is None:  # the last of the defaults, known once the pictures are
-        args.max_train_steps = launch.training_length(args, len(pictures), accelerator.num_processes, DEFAULT_STEPS)
+    launch.settle(args, len(pictures), accelerator.num_processes, DEFAULT_STEPS)
     if args.with_prior_preservation:
         dreambooth.check_class_folder(args)
     base_model.check_weights(base)  # of a model on the Hub it downloads the weights
@@ -877,7 +880,7 @@ def personalize(args, accelerator, base, compute):
             class_pictures = dreambooth.read_class(args, base, compute, lambda: zoodip.load_frozen(*what)[0])
     captioned = [p._replace(caption=text) for p, text in zip(pictures, texts)]
     data = base_model.weights_digest(base), accelerator.num_processes, [*captioned, *(class_pictures or [])]
-    settings = checkpoints.trajectory_settings(args, TRAJECTORY_SETTINGS, *data)
+    settings = checkpoints.trajectory_settings(args, *data)
     checkpoint = checkpoints.find_checkpoint(args.resume_from_checkpoint, args.output_dir, settings)
 
     # 3. VAE and text encoder come and go; then the UNet arrives, quantized.
@@ -919,7 +922,7 @@ def resume(run, checkpoint):
     state = checkpoints.load_checkpoint(checkpoint, run.learner.generators(), run.accelerator.process_index)
     run.learner.load_state_dict(state)
     run.progress, run.history = loop.Progress(**state["progress"]), loop.History(**state["history"])
-    run.id = checkpoint.run or run.id
+    run.id = checkpoint.run
     logger.info(f"Resumed from {checkpoint.path} at step {run.progress.step}")
     if run.progress.step >= run.args.max_train_steps:
         logger.warning(

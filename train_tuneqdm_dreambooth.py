@@ -1,16 +1,25 @@
 #!/usr/bin/env python
 # Copyright 2026 The ZOODiP textual inversion authors. SPDX-License-Identifier: Apache-2.0
+#
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch>=2.11", "diffusers>=0.42.1", "transformers>=5.23", "accelerate>=1.15", "peft>=0.21",
+#     "huggingface_hub>=2.4", "datasets>=5.2", "safetensors>=0.8", "bitsandbytes>=0.50", "psutil>=7.2", "Jinja2>=3.1",
+#     "matplotlib>=3.10", "numpy>=2.0", "pillow>=12.0", "tensorboard>=2.21", "tqdm>=4.66",
+# ]
+# ///
 """Personalise a quantized Stable Diffusion by its quantization scales alone (TuneQDM, arXiv 2401.04339).
 
 The shortest command that works, offline, on the demo base of this repository:
 
-    accelerate launch train_tuneqdm_dreambooth.py \
+    python train_tuneqdm_dreambooth.py \
         --pretrained_model_name_or_path demo/base --instance_data_dir demo/subjects/striped_star \
         --subject_name star --train_batch_size 4 --max_train_steps 200 --output_dir star-scales
 
 and on Stable Diffusion 1.5:
 
-    accelerate launch train_tuneqdm_dreambooth.py \
+    python train_tuneqdm_dreambooth.py \
         --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 --instance_data_dir ./my-dog \
         --instance_prompt "a photo of sks dog" --scale_sets 4 --train_input_scales --gradient_checkpointing \
         --output_dir my-dog-scales
@@ -20,16 +29,15 @@ trained, one per output channel and, on request, per input channel. The result i
 small model, that `tuneqdm_pipeline.py` reads.
 """
 
+import personalization.quick_help  # noqa: F401, before the libraries that take seconds
 import personalization.quiet  # noqa: F401, before the libraries whose false alarms it silences
 
 
 # isort: split
-import argparse
 import functools
 import math
 import os
 import re
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -274,7 +282,7 @@ def train_step(learner, model, subject, sampling, average=lambda tensor: tensor)
 
 
 # =====================================================================================================
-# Settings: completed and checked against the base's small files, before any weight is loaded; read-only afterwards
+# Settings: completed and checked against the base's small files, before any weight is loaded
 # =====================================================================================================
 
 
@@ -302,7 +310,7 @@ def read_intervals(text):
 
 
 def resolve_settings(args, device):
-    """Completes `args` and checks it against the base; afterwards it is read-only.
+    """Completes `args` with what the base decides and checks them against it; see `launch.settle` for the last ones.
 
     Returns:
         `Base`, `Compute`, and the set of each timestep (`tuneqdm.set_of_timestep`).
@@ -325,16 +333,6 @@ def resolve_settings(args, device):
     return base, compute, tuneqdm.set_of_timestep(timesteps, args.scale_sets, intervals)
 
 
-# Settings that decide a run's trajectory: a checkpoint only resumes under the same ones.
-TRAJECTORY_SETTINGS = (
-    "pretrained_model_name_or_path revision variant tokenizer_name bits calibration scale_sets scale_intervals"
-    " train_input_scales mixed_precision activations instance_prompt subject_name class_prompt"
-    " with_prior_preservation prior_loss_weight resolution center_crop flip_probability train_batch_size"
-    " gradient_accumulation_steps seed learning_rate scale_lr lr_scheduler lr_warmup_steps lr_num_cycles adam_beta1"
-    " adam_beta2 adam_weight_decay adam_epsilon max_grad_norm"
-).split()
-
-
 # =====================================================================================================
 # Flags
 # =====================================================================================================
@@ -346,7 +344,8 @@ PUBLICATION = hub.Publication(
     files=("loss_curve.png", "samples/*.png"),
     pipeline_name="tuneqdm_pipeline.py",
     tags=("tuneqdm", "dreambooth", "diffusers-training", "stable-diffusion", "diffusers"),
-    card_name="model_card_tuneqdm.md",
+    card_name="model_cards/tuneqdm.md",
+    keyword="tuneqdm_scales",
 )
 
 REFUSED_FLAGS = dreambooth.REFUSED_FLAGS | {
@@ -354,40 +353,45 @@ REFUSED_FLAGS = dreambooth.REFUSED_FLAGS | {
     "--quantization": "weights are always integers: give --bits 8 or 4.",
 }
 
-RANGES = flags.RANGES | dreambooth.RANGES
-RANGES |= {"bits": flags.Range(4, 8), "scale_sets": flags.Range(1, 1000)}
-
 
 def parse_args(input_args=None):
     """Parses and checks the command line (of the process, or a list of strings); bad input exits with code 2."""
+    parser = make_parser()
+    args = flags.parse(parser, input_args, REFUSED_FLAGS)
+    if not args.push_only:
+        check_arguments(parser, args)
+    return args
+
+
+def make_parser():
+    """The parser, with every flag."""
     parser = flags.new_parser(
         __file__,
         "TuneQDM: DreamBooth on a quantized Stable Diffusion, of which only the scales are trained.",
         "%(prog)s --pretrained_model_name_or_path MODEL --instance_data_dir FOLDER --instance_prompt PROMPT [options]",
     )
     flags.add_model_arguments(parser, predicts_memory=False)
-    add_scale_arguments(parser.add_argument_group("quantization and scales").add_argument)
+    add_scale_arguments(flags.group(parser, "quantization and scales"))
     concept = "{} stands for --subject_name"
-    dreambooth.add_subject_arguments(flags.add_data_arguments(parser, "instance_data_dir", concept).add_argument)
-    dreambooth.add_backward_arguments(flags.add_training_arguments(parser).add_argument)
-    adapt_training_arguments(parser)
+    dreambooth.add_subject_arguments(flags.add_data_arguments(parser, "instance_data_dir", concept))
+    dreambooth.add_backward_arguments(flags.add_training_arguments(parser))
+    override_training_arguments(parser)
     flags.add_validation_arguments(parser)
-    flags.add_saving_arguments(parser).add_argument(
-        "--save_half", action="store_true", help="Save the scales in float16: half the size."
-    )
+    add = flags.add_saving_arguments(parser)
+    half = "Save the scales in float16: half the size."
+    add("--save_half", action="store_true", decides=flags.NOTHING, page=True, help=half)
     flags.add_hub_arguments(parser)
-    args = flags.parse(parser, sys.argv[1:] if input_args is None else input_args, REFUSED_FLAGS)
-    if not args.push_only:
-        check_arguments(parser, args)
-    return args
+    return parser
 
 
 def add_scale_arguments(add):
-    add("--bits", type=int, choices=[8, 4], default=8, help="Of the UNet's weights; 4: two weights to a byte.")
+    bits = "Bits of the UNet's weights; 4: two weights to a byte."
+    add("--bits", type=int, choices=[8, 4], default=8, page=True, help=bits)
     add(
         "--calibration",
         choices=["minmax", "mse"],
         default="minmax",
+        page=True,
         help="Range of a channel's integers: all of it, or that with the least squared error, for 4 bits (slower: once"
         " in training, and whenever the pipeline is loaded).",
     )
@@ -395,26 +399,32 @@ def add_scale_arguments(add):
         "--scale_sets",
         type=int,
         default=1,
+        limits=flags.Range(1, 1000),
+        page=True,
         help="N: sets of scales, each trained and used for its own part of the timesteps (S2); 1 is PEQA.",
     )
     add(
         "--scale_intervals",
-        help="One set, trained and used in these timesteps only, the original scales elsewhere (S1): 500-900, or"
-        " several, 0-100,500-900; the end does not belong to an interval.",
+        page=True,
+        help="Timesteps in which one set is trained and used, the original scales elsewhere (S1): 500-900, or several,"
+        " 0-100,500-900; the end does not belong to an interval.",
     )
-    add("--train_input_scales", action="store_true", help="Train a scale per input channel, too (v2's MCSU).")
+    inputs = "Train a scale per input channel, too (v2's MCSU)."
+    add("--train_input_scales", action="store_true", page=True, help=inputs)
 
 
-def adapt_training_arguments(parser):
+def override_training_arguments(parser):
     """Defaults that are TuneQDM's: those of the official code, the learning rate relative to the scales."""
-    adapt = functools.partial(flags.adapt, parser)
-    adapt("output_dir", "tuneqdm-model", "Where everything is written.")
-    adapt("seed", 0, "Of data, noise and class images.")
-    adapt("max_train_steps", None, f"Updates in all. Default: {OFFICIAL_STEPS}, as in the official code.")
-    adapt("gradient_accumulation_steps", 1, "Batches averaged before one update.")
-    adapt("learning_rate", 1e-2, "Learning rate of AdamW, relative to the scales (an absolute η is η / scale).")
-    adapt("adam_weight_decay", 1e-2, "Weight decay of AdamW, towards the base model's own scales.")
-    adapt("adam_epsilon", 1e-8, "ε of AdamW.")
+    override = functools.partial(flags.override, parser)
+    override("output_dir", default="tuneqdm-model")
+    override("seed", help="Seed of data, noise and class images.")
+    override("max_train_steps", help=f"Updates in all. Default: {OFFICIAL_STEPS}, as in the official code.")
+    override("gradient_accumulation_steps", help="Batches averaged before one update.")
+    rate = "Learning rate of AdamW, relative to the scales (an absolute η is η / scale)."
+    override("learning_rate", default=1e-2, help=rate)
+    decay = "Weight decay of AdamW, towards the base model's own scales."
+    override("adam_weight_decay", default=1e-2, help=decay)
+    override("adam_epsilon", default=1e-8, help="ε of AdamW.")
 
 
 OFFICIAL_STEPS = 400
@@ -422,7 +432,7 @@ OFFICIAL_STEPS = 400
 
 def check_arguments(parser, args):
     """Everything that can be judged without looking at a file; each fault is one sentence and exit code 2."""
-    flags.check_shared_arguments(parser, args, "instance_data_dir", RANGES)
+    flags.check_shared_arguments(parser, args, "instance_data_dir")
     if args.scale_intervals is not None and args.scale_sets > 1:
         parser.error("--scale_intervals (S1) has one set of scales: drop it or --scale_sets (S2).")
     try:
@@ -441,7 +451,7 @@ def check_arguments(parser, args):
 class Run:
     """A training run: what was loaded, what is learned and how far it is."""
 
-    args: argparse.Namespace  # resolved settings
+    args: flags.Settings  # complete and frozen
     accelerator: Accelerator
     base: Base
     subject: Subject
@@ -611,7 +621,8 @@ def finish(run, pictures, components, repo_id):
     method, name = "TuneQDM (arXiv 2401.04339)", args.subject_name or args.instance_prompt or "the subject"
     config = provenance.describe_result(args, method, base_license, compute, components, figures, subject=name)
     config |= {"run": run.id, "scales": scales._asdict()}
-    write_result(Result(name, None, None, run.history, samples, pictures, config), run.results, PUBLICATION, repo_id)
+    result = Result(name, None, None, run.history, samples, pictures, config, args.pretrained_model_name_or_path)
+    write_result(result, run.results, PUBLICATION, repo_id)
     return config
 
 
@@ -625,7 +636,7 @@ def describe_scales(run):
         scale_intervals=read_intervals(args.scale_intervals),
         train_input_scales=args.train_input_scales,
         num_train_timesteps=run.base.scheduler.config.num_train_timesteps,
-        base_model=provenance.public_settings(args)["pretrained_model_name_or_path"],
+        base_model=args.public()["pretrained_model_name_or_path"],
         base_sha256=tuneqdm.fingerprint(unet),
         base_sketch=tuneqdm.sketch(unet),
     )
@@ -647,10 +658,7 @@ def main(args):
     for name in ("instance_data_dir", "class_data_dir"):
         if getattr(args, name) is not None:
             images.check_apart(getattr(args, name), args.output_dir, f"--{name}")
-    launch.check_folders(args.output_dir, args.logging_dir)
-    if args.quantized_cache_dir != "none":
-        options = args.quantized_cache_dir, flags.DEFAULT_CACHE, args.output_dir
-        args.quantized_cache_dir = weight_cache.open_cache(*options)
+    launch.open_folders(args)
     with run_folder.occupied(args.output_dir, accelerator), run_folder.saying_what_is_safe(args.output_dir):
         personalize(args, accelerator, base, compute, table)
 
@@ -662,9 +670,7 @@ def personalize(args, accelerator, base, compute, table):
     pictures = read_instances(args)
     texts = instance_texts(pictures, args.instance_prompt, args.subject_name)
     fill_in(args.validation_prompt or "", args.subject_name, "--validation_prompt")
-    if args.max_train_steps is None:  # the last of the defaults, known once the pictures are
-        options = len(pictures), accelerator.num_processes, OFFICIAL_STEPS
-        args.max_train_steps = launch.training_length(args, *options)
+    launch.settle(args, len(pictures), accelerator.num_processes, OFFICIAL_STEPS)
     if args.with_prior_preservation:
         check_class_folder(args)
     base_model.check_weights(base)  # of a model on the Hub it downloads the weights
@@ -681,7 +687,7 @@ def personalize(args, accelerator, base, compute, table):
             class_pictures = dreambooth.read_class(args, base, compute, lambda: load_unet()[0])
     captioned = [p._replace(caption=text) for p, text in zip(pictures, texts)]
     data = base_model.weights_digest(base), accelerator.num_processes, [*captioned, *(class_pictures or [])]
-    settings = checkpoints.trajectory_settings(args, TRAJECTORY_SETTINGS, *data)
+    settings = checkpoints.trajectory_settings(args, *data)
     checkpoint = checkpoints.find_checkpoint(args.resume_from_checkpoint, args.output_dir, settings)
 
     # 3. VAE and text encoder come and go; then the UNet arrives, quantized.
@@ -723,7 +729,7 @@ def resume(run, checkpoint):
     state = checkpoints.load_checkpoint(checkpoint, run.learner.generators(), run.accelerator.process_index)
     run.learner.load_state_dict(state)
     run.progress, run.history = loop.Progress(**state["progress"]), loop.History(**state["history"])
-    run.id = checkpoint.run or run.id
+    run.id = checkpoint.run
     logger.info(f"Resumed from {checkpoint.path} at step {run.progress.step}")
     if run.progress.step >= run.args.max_train_steps:
         logger.warning(

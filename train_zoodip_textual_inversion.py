@@ -1,16 +1,25 @@
 #!/usr/bin/env python
 # Copyright 2026 The ZOODiP textual inversion authors. SPDX-License-Identifier: Apache-2.0
+#
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch>=2.11", "diffusers>=0.42.1", "transformers>=5.23", "accelerate>=1.15", "peft>=0.21",
+#     "huggingface_hub>=2.4", "datasets>=5.2", "safetensors>=0.8", "bitsandbytes>=0.50", "psutil>=7.2", "Jinja2>=3.1",
+#     "matplotlib>=3.10", "numpy>=2.0", "pillow>=12.0", "tensorboard>=2.21", "tqdm>=4.66",
+# ]
+# ///
 """Teach a quantized Stable Diffusion a new word with forward passes only (ZOODiP, arXiv 2503.14868).
 
 The shortest command that works, offline, on the demo base of this repository:
 
-    accelerate launch train_zoodip_textual_inversion.py \
+    python train_zoodip_textual_inversion.py \
         --pretrained_model_name_or_path demo/base --train_data_dir demo/subjects/checkered_ring \
         --placeholder_token "<my-toy>" --initializer_token ring --max_train_steps 300 --output_dir my-toy
 
 and on Stable Diffusion 1.5:
 
-    accelerate launch train_zoodip_textual_inversion.py \
+    python train_zoodip_textual_inversion.py \
         --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 --train_data_dir ./my-dog \
         --placeholder_token "<my-dog>" --initializer_token dog --output_dir my-dog-concept
 
@@ -18,11 +27,11 @@ Only the embedding of the placeholder token is learned; everything else is froze
 is ever run. The result is a few kilobytes that `StableDiffusionPipeline.load_textual_inversion` reads.
 """
 
+import personalization.quick_help  # noqa: F401, before the libraries that take seconds
 import personalization.quiet  # noqa: F401, before the libraries whose false alarms it silences
 
 
 # isort: split
-import argparse
 import contextlib
 import functools
 import math
@@ -767,10 +776,52 @@ class ZOAdam(Optimizer):
     method = "ZOODiP (arXiv 2503.14868)"
     tag = "zoodip"
     step_flag = "learning_rate"
+    recipe_name = "paper"
+    recipe = {"num_perturbations": 2, "learning_rate": None, "sg_threshold": 1e-3, "train_batch_size": 1}
     # Differences of losses correlate by 0.9 or more with the true directional derivatives at the least ones.
     perturbation_scales = {"no": (1e-3, 1e-6), "fp16": (1e-3, 1e-3), "bf16": (1e-2, 1e-2)}
 
-    def check(self, args, given):
+    def add_flags(self, add):
+        directions = "n: random directions per estimate."
+        add(
+            "--num_perturbations",
+            type=int,
+            default=2,
+            limits=flags.Range(1, 4096),
+            decides=flags.RUN,
+            page=True,
+            help=directions,
+        )
+        add(
+            "--gradient_estimator",
+            choices=list(ESTIMATORS),
+            default="rge",
+            decides=flags.RUN,
+            page=True,
+            help="Estimator of the gradient. rge: forward differences, n + 1 losses a step (Eq. 3); spsa: central"
+            " differences, 2n losses (Eq. S11).",
+        )
+        add(
+            "--sg_window",
+            type=int,
+            limits=flags.Range(0, 10**6),
+            decides=flags.RUN,
+            page=True,
+            help="τ of Subspace Gradient: updates between rebuilds of the subspace; 0 switches SG off. Default: 128,"
+            " but at most a sixth of the token's dimension.",
+        )
+        noise = flags.Range(0.0, 1.0, above=True, below=True)
+        add(
+            "--sg_threshold",
+            type=float,
+            default=1e-3,
+            limits=noise,
+            decides=flags.RUN,
+            page=True,
+            help="ν of SG: share of variance that is noise.",
+        )
+
+    def check(self, args):
         if args.sg_window == 1:
             raise InputError(
                 "--sg_window 1 holds no trajectory: give at least 2, or 0 to switch Subspace Gradient off."
@@ -893,7 +944,7 @@ def complete_for_family(args, family):
 
 
 def resolve_settings(args, device):
-    """Completes `args` and checks it against the base; afterwards it is read-only.
+    """Completes `args` with what the base decides and checks them against it; see `launch.settle` for the last ones.
 
     Returns:
         `Base`, `Placeholder`, `Compute`.
@@ -924,18 +975,6 @@ def resolve_settings(args, device):
         openvino_unet.check_openvino(args.openvino_device, candidates_per_pass(args) * args.train_batch_size, in_int8)
     word = args.placeholder_token, args.num_vectors, args.initializer_token
     return base, prompts.add_placeholder(base.tokenizer, *word, base.tokenizers[1:]), compute
-
-
-# Settings that decide a run's trajectory: a checkpoint only resumes under the same ones.
-TRAJECTORY_SETTINGS = (
-    "pretrained_model_name_or_path revision variant tokenizer_name quantization unet_backend openvino_precision"
-    " mixed_precision activations placeholder_token initializer_token num_vectors learnable_property resolution"
-    " center_crop flip_probability train_batch_size gradient_accumulation_steps seed optimizer perturbation_scale"
-    " num_perturbations gradient_estimator sg_window sg_threshold subspace subspace_dimension subspace_steps"
-    " subspace_words gn_ridge gn_memory gn_averaging gn_max_step puts_min_timestep puts_max_timestep learning_rate"
-    " scale_lr lr_scheduler lr_warmup_steps lr_num_cycles adam_beta1 adam_beta2 adam_weight_decay adam_epsilon"
-    " pool_at_eos"
-).split()
 
 
 def estimate_memory(args, base, compute):
@@ -971,33 +1010,15 @@ PUBLICATION = hub.Publication(
     + embeddings.PART_FILES,
     pipeline_name=families.SD1.pipeline_file,
     families=families.FAMILIES,
-    tags=("zoodip", "textual_inversion", "diffusers-training", "stable-diffusion", "diffusers"),
+    tags=("textual_inversion", "diffusers-training", "stable-diffusion", "diffusers"),
+    load="load_textual_inversion",
+    keyword="learned_embeds",
 )
 
-# Sets of defaults, which flags overrule. "paper": ZOODiP's. "fast": what docs/results.md found; Gauss-Newton without a
-# recipe has them, too. What is None follows from the family of the base.
+# Sets of defaults, which flags overrule; an optimizer without a recipe has those of its own. What is None follows from
+# the family of the base. "paper": ZOODiP's. "fast": what docs/results/README.md found.
 WINDOW = {"puts_min_timestep": None, "puts_max_timestep": None}
-RECIPES = {
-    "paper": {"optimizer": "zo_adam", "num_perturbations": 2, "learning_rate": None, "sg_threshold": 1e-3}
-    | {**WINDOW, "train_batch_size": 1},
-    "fast": {
-        **WINDOW,
-        "optimizer": "gauss_newton",
-        "train_batch_size": 1,
-        "logging_steps": 10,
-        "validation_steps": 50,
-        "save_steps": 100,
-        "checkpointing_steps": 50,
-    },
-}
-
-# Flags that one optimizer takes and the other has no use for.
-FLAGS_OF_OPTIMIZER = {
-    "zo_adam": "num_perturbations gradient_estimator sg_window sg_threshold learning_rate scale_lr lr_scheduler"
-    " lr_warmup_steps lr_num_cycles adam_beta1 adam_beta2 adam_weight_decay adam_epsilon".split(),
-    "gauss_newton": "subspace subspace_dimension subspace_steps subspace_words gn_ridge gn_memory gn_averaging"
-    " gn_max_step".split(),
-}
+RECIPES = {how.recipe_name: {"optimizer": name, **WINDOW, **how.recipe} for name, how in OPTIMIZERS.items()}
 
 REFUSED_FLAGS = {
     "--gradient_checkpointing": "no backward pass is ever run, so there are no activations to recompute: drop it.",
@@ -1011,44 +1032,41 @@ REFUSED_FLAGS = {
 
 def parse_args(input_args=None):
     """Parses and checks the command line (of the process, or a list of strings); bad input exits with code 2."""
-    parser = flags.new_parser(
-        __file__,
-        "ZOODiP: textual inversion on a quantized Stable Diffusion with forward passes only.",
-        "%(prog)s --pretrained_model_name_or_path MODEL --train_data_dir FOLDER --placeholder_token TOKEN"
-        " --initializer_token WORD [options]",
-    )
-    add_engine_arguments(flags.add_model_arguments(parser).add_argument)
-    add_concept_arguments(flags.add_data_arguments(parser).add_argument)
-    add_zeroth_order_arguments(parser.add_argument_group("zeroth-order optimization").add_argument)
-    flags.add_training_arguments(parser)
-    rate = "Learning rate of ZO-Adam. Default: the paper's, 5e-3 (Stable Diffusion 2.x: 1e-2)."
-    flags.adapt(parser, "learning_rate", None, rate)
-    add_held_out_arguments(flags.add_validation_arguments(parser).add_argument)
-    add_result_arguments(flags.add_saving_arguments(parser).add_argument)
-    flags.add_hub_arguments(parser)
-    words = sys.argv[1:] if input_args is None else input_args
-    args = flags.parse(parser, words, REFUSED_FLAGS)
-    given = flags.given_flags(parser, words)
-    recipe = RECIPES[args.recipe or next(name for name in RECIPES if RECIPES[name]["optimizer"] == args.optimizer)]
-    if args.recipe and "optimizer" in given and args.optimizer != recipe["optimizer"]:
+    parser = make_parser()
+    args = flags.parse(parser, input_args, REFUSED_FLAGS)
+    recipe = RECIPES[args.recipe or OPTIMIZERS[args.optimizer].recipe_name]
+    if args.recipe and "optimizer" in args.given and args.optimizer != recipe["optimizer"]:
         parser.error(f"--recipe {args.recipe} is one of --optimizer {recipe['optimizer']}: drop one of the two.")
-    vars(args).update({name: value for name, value in recipe.items() if name not in given})
+    flags.apply_recipe(args, recipe)
     if not args.push_only:
-        check_arguments(parser, args)
-        check_optimizer(parser, args, given)
+        try:
+            check_arguments(parser, args)
+            OPTIMIZERS[args.optimizer].check(args)
+        except InputError as error:
+            parser.error(str(error))
     return args
 
 
-def check_optimizer(parser, args, given):
-    """Ends with exit code 2 where a flag was given (names) that the optimizer or its subspace has no use for."""
-    for optimizer, names in FLAGS_OF_OPTIMIZER.items():
-        useless = [name for name in names if name in given and optimizer != args.optimizer]
-        if useless:
-            parser.error(f"--{useless[0]} belongs to --optimizer {optimizer}, this is {args.optimizer}: drop one.")
-    try:
-        OPTIMIZERS[args.optimizer].check(args, given)
-    except InputError as error:
-        parser.error(str(error))
+def make_parser():
+    """The parser, with every flag."""
+    parser = flags.new_parser(
+        __file__,
+        "ZOODiP: textual inversion on a quantized Stable Diffusion (1.x, 2.x or SDXL) with forward passes only.",
+        "%(prog)s --pretrained_model_name_or_path MODEL --train_data_dir FOLDER --placeholder_token TOKEN"
+        " --initializer_token WORD [options]",
+    )
+    add_engine_arguments(flags.add_model_arguments(parser, "Stable Diffusion 1.x, 2.x or SDXL"))
+    add_concept_arguments(flags.add_data_arguments(parser))
+    add_optimization_arguments(flags.group(parser, "optimization"))
+    for name, optimizer in OPTIMIZERS.items():
+        optimizer.add_flags(functools.partial(flags.group(parser, f"--optimizer {name}"), optimizer=name))
+    flags.add_training_arguments(parser, optimizer="zo_adam")
+    rate = "Learning rate of ZO-Adam. Default: the paper's, 5e-3 (Stable Diffusion 2.x: 1e-2)."
+    flags.override(parser, "learning_rate", default=None, help=rate)
+    add_held_out_arguments(flags.add_validation_arguments(parser))
+    add_result_arguments(flags.add_saving_arguments(parser))
+    flags.add_hub_arguments(parser)
+    return parser
 
 
 def add_engine_arguments(add):
@@ -1056,6 +1074,8 @@ def add_engine_arguments(add):
         "--quantization",
         choices=list(BACKENDS),
         default="int8",
+        decides=flags.RUN,  # the calibration's key has the file that it is kept in, and that has these two
+        page=True,
         help="Weights of UNet and text encoder: int8 (Linear and Conv2d, per output channel), nf4 (bitsandbytes 4-bit"
         " Linear, int8 Conv2d), quanto-int8 (as the official code) or none.",
     )
@@ -1063,121 +1083,117 @@ def add_engine_arguments(add):
         "--unet_backend",
         choices=["torch", "openvino"],
         default="torch",
-        help="What computes the UNet. openvino (pip install openvino) is faster on CPUs and takes more memory; it is"
-        " exported once into --quantized_cache_dir.",
+        decides=flags.RUN,
+        page=True,
+        help="Engine that computes the UNet. openvino (pip install openvino) is faster on CPUs and takes more memory;"
+        " it is exported once into --quantized_cache_dir.",
     )
-    add("--openvino_device", default="CPU", help="OpenVINO's device: CPU, GPU or NPU.")
+    device = "OpenVINO's device: CPU, GPU or NPU."
+    add("--openvino_device", default="CPU", decides=flags.NOTHING, page=True, help=device)
     add(
         "--openvino_precision",
         choices=["float", "int8"],
         default="float",
-        help="float: as --mixed_precision says; int8 (pip install nncf; with --optimizer gauss_newton): the UNet's"
-        " activations in INT8, too, calibrated once on the pictures. Held-out loss and validation images are then of"
-        " that UNet; the learned word is for the ordinary one.",
+        decides=flags.RUN,
+        page=True,
+        help="Precision of the UNet's activations in OpenVINO. float: as --mixed_precision says; int8 (pip install"
+        " nncf; with --optimizer gauss_newton): in INT8, calibrated once on the pictures. Held-out loss and validation"
+        " images are then of that UNet; the learned word is for the ordinary one.",
     )
     add(
         "--low_vram",
         action="store_true",
+        decides=flags.NOTHING,
+        page=True,
         help="Stream the UNet's weights layer by layer, from pinned host memory (CUDA) or from disk (CPU).",
     )
     add(
         "--torch_compile",
         action="store_true",
+        decides=flags.NOTHING,
+        page=True,
         help="Compile the UNet (static shapes, CUDA graphs); the first step takes minutes. Worth it on CUDA only.",
     )
 
 
 def add_concept_arguments(add):
-    add("--placeholder_token", required=True, help='The new word, such as "<my-dog>".')
+    add(
+        "--placeholder_token",
+        required=True,
+        decides=flags.RUN,  # its prompts are in the calibration's key, by their ids
+        help='The new word, such as "<my-dog>".',
+    )
     add("--initializer_token", required=True, help="Existing one-token word to start from: dog.")
-    add("--num_vectors", type=int, default=1, help="k: embedding vectors of the new word.")
+    vectors = "k: embedding vectors of the new word."
+    add(
+        "--num_vectors",
+        type=int,
+        default=1,
+        limits=flags.Range(1, 75),  # a prompt of CLIP has 77 tokens, two of which mark its ends
+        page=True,
+        help=vectors,
+    )
     add(
         "--learnable_property",
         choices=["object", "style"],
         default="object",
-        help="Which Textual Inversion templates caption the images that have no caption.",
+        decides=flags.RUN,
+        page=True,
+        help="Kind of the Textual Inversion templates that caption the images that have no caption.",
     )
-    add("--repeats", type=int, default=100, help="Times an epoch shows every image.")
+    repeats = "Times an epoch shows every image."
+    add("--repeats", type=int, default=100, limits=flags.COUNT, decides=flags.NOTHING, page=True, help=repeats)
     add(
         "--pool_at_eos",
         action="store_true",
+        page=True,
         help="SDXL: pool the second text encoder at the end of the prompt, as ComfyUI and kohya do, and not at the new"
         " word, as diffusers does. The same word draws differently there and here.",
     )
-    add("--flip_probability", type=float, default=0.5, help="How often images are mirrored; 0 if sides matter.")
+    mirrored = "Share of the draws that mirror an image; 0 if sides matter."
+    add("--flip_probability", type=float, default=0.5, limits=flags.SHARE, page=True, help=mirrored)
 
 
-def add_zeroth_order_arguments(add):
+def add_optimization_arguments(add):
     add(
         "--recipe",
         choices=list(RECIPES),
-        help="A set of defaults: paper (exactly ZOODiP's) or fast (Gauss-Newton); flags that are given overrule it.",
+        decides=flags.NOTHING,  # beside the flags that it stands for
+        page=True,
+        help="Set of defaults: paper (exactly ZOODiP's) or fast (Gauss-Newton); flags that are given overrule it.",
     )
     add(
         "--optimizer",
-        choices=list(FLAGS_OF_OPTIMIZER),
+        choices=list(OPTIMIZERS),
         default="zo_adam",
-        help="zo_adam: the paper's, from differences of losses; gauss_newton: from whole predictions, in fewer forward"
-        " passes, in bfloat16 too (docs/results.md).",
+        decides=flags.RUN,
+        page=True,
+        help="Way to move θ. zo_adam: the paper's, from differences of losses; gauss_newton: from whole predictions,"
+        " in fewer forward passes, in bfloat16 too (docs/results/README.md).",
     )
-    add("--num_perturbations", type=int, default=2, help="n: random directions per estimate.")
     add(
         "--perturbation_scale",
         type=float,
+        limits=flags.Range(0.0, 1.0, above=True),  # the precision of activations says what it is at least
+        page=True,
         help="μ: finite-difference step (Gauss-Newton: its length, h). Default: by optimizer and precision of the"
-        " activations (docs/results.md).",
+        " activations (docs/results/README.md).",
     )
-    add("--allow_noisy_estimates", action="store_true", help="Train even where rounding drowns the loss differences.")
-    add(
-        "--gradient_estimator",
-        choices=list(ESTIMATORS),
-        default="rge",
-        help="rge: forward differences, n + 1 losses a step (Eq. 3); spsa: central differences, 2n losses (Eq. S11).",
-    )
+    noisy = "Train even where rounding drowns the loss differences."
+    add("--allow_noisy_estimates", action="store_true", decides=flags.NOTHING, page=True, help=noisy)
     add(
         "--max_candidates_per_forward",
         type=int,
-        help="Split the step's candidates (θ and its perturbations) into forward passes of at most this many; less"
-        " memory, same result. Default: all in one; with gauss_newton 9.",
+        limits=flags.Range(1, 8192),
+        decides=flags.NOTHING,
+        page=True,
+        help="Candidates of a step (θ and its perturbations) in one forward pass at most; fewer take less memory, with"
+        " the same result. Default: all in one; with gauss_newton 9.",
     )
-    add(
-        "--sg_window",
-        type=int,
-        help="τ of Subspace Gradient: updates between rebuilds of the subspace; 0 switches SG off. Default: 128, but"
-        " at most a sixth of the token's dimension.",
-    )
-    add("--sg_threshold", type=float, default=1e-3, help="ν of SG: share of variance that is noise.")
-    add(
-        "--subspace",
-        choices=["vocabulary", "prompt_words", "none"],
-        default="vocabulary",
-        help="Where Gauss-Newton looks first: along the main differences between the model's words (those with the"
-        " longest embeddings), between the words of the prompts, or everywhere.",
-    )
-    add(
-        "--subspace_dimension",
-        type=int,
-        help="Directions of it per vector of the token; each later step takes as many and one more. Default: 32.",
-    )
-    add(
-        "--subspace_steps",
-        type=int,
-        default=30,
-        help="Steps in it (16 where it holds less than half of the gradient); later ones take random directions.",
-    )
-    add("--subspace_words", type=int, default=80, help="How many words make the vocabulary's subspace.")
-    add("--gn_ridge", type=float, default=3.0, help="λ: weight of the start against what the pictures say.")
-    add("--gn_memory", type=float, default=0.8, help="ρ: share of older evidence that is kept from step to step.")
-    add(
-        "--gn_averaging",
-        type=float,
-        default=3.0,
-        help="The result is the average of the embedding over the last share of the run, the later the larger this"
-        " is; 0: the last one.",
-    )
-    add("--gn_max_step", type=float, default=1.0, help="Longest step of the embedding, in its own units.")
-    add("--puts_min_timestep", type=int, help="T_L of PUTS, inclusive. Default: 500, for SDXL 700.")
-    add("--puts_max_timestep", type=int, help="T_U of PUTS, exclusive; 0/1000 is uniform. Default: 900.")
+    low = "T_L of PUTS, inclusive. Default: 500, for SDXL 700."
+    add("--puts_min_timestep", type=int, limits=flags.Range(0, 10**6), page=True, help=low)
+    high = "T_U of PUTS, exclusive; 0/1000 is uniform. Default: 900."
+    add("--puts_max_timestep", type=int, limits=flags.Range(1, 10**6), page=True, help=high)
 
 
 def add_held_out_arguments(add):
@@ -1185,17 +1201,39 @@ def add_held_out_arguments(add):
         "--num_validation_samples",
         type=int,
         default=16,
+        limits=flags.Range(0, 4096),
+        decides=flags.NOTHING,
+        page=True,
         help="Fixed (image, noise, timestep) triples of the held-out loss, which picks the best embedding; 0: none.",
     )
+    patience = "Validations without gain after which training stops; 0: it never does."
     add(
-        "--early_stopping_patience", type=int, default=0, help="Stop after so many validations without gain; 0: never."
+        "--early_stopping_patience",
+        type=int,
+        default=0,
+        limits=flags.Range(0, 10**9),
+        decides=flags.NOTHING,
+        page=True,
+        help=patience,
     )
 
 
 def add_result_arguments(add):
-    add("--save_steps", type=int, default=500, help="Updates between learned_embeds-steps-N.safetensors.")
-    add("--save_a1111", action="store_true", help="Also save a .pt for the Automatic1111 web UI.")
-    add("--save_as_full_pipeline", action="store_true", help="Also save a pipeline to --output_dir/pipeline.")
+    often = "Updates between learned_embeds-steps-N.safetensors."
+    add("--save_steps", type=int, default=500, limits=flags.EVERY, page=True, decides=flags.NOTHING, help=often)
+    add(
+        "--save_a1111",
+        action="store_true",
+        page=True,
+        decides=flags.NOTHING,
+        help="Also save a .pt for the Automatic1111 web UI.",
+    )
+    add(
+        "--save_as_full_pipeline",
+        action="store_true",
+        decides=flags.NOTHING,
+        help="Also save a pipeline to --output_dir/pipeline.",
+    )
 
 
 def check_arguments(parser, args):
@@ -1218,6 +1256,7 @@ def check_arguments(parser, args):
         parser.error("--torch_compile has nothing to compile with --unet_backend openvino: drop one of them.")
     if args.early_stopping_patience and not args.num_validation_samples:
         parser.error("--early_stopping_patience judges the held-out loss: give --num_validation_samples above 0.")
+    flags.check_optimizer(parser, args)
 
 
 # =====================================================================================================
@@ -1229,7 +1268,7 @@ def check_arguments(parser, args):
 class Run:
     """A training run: what was loaded, what is learned and how far it is."""
 
-    args: argparse.Namespace  # resolved settings
+    args: flags.Settings  # complete and frozen
     accelerator: Accelerator
     base: Base
     placeholder: Placeholder
@@ -1359,12 +1398,6 @@ def assemble_model(args, base, placeholder, prompt_ids, text_encoder, denoiser, 
 
 CALIBRATION_PASSES, CALIBRATION_CANDIDATES = 24, 9
 
-# Settings that decide what the calibration is drawn from, beside the pictures, their prompts and the base.
-CALIBRATION_SETTINGS = (
-    "initializer_token num_vectors seed flip_probability perturbation_scale subspace subspace_dimension subspace_words"
-    " train_batch_size puts_min_timestep puts_max_timestep pool_at_eos"
-).split()
-
 
 def load_calibrated_unet(args, base, compute, model, learner, concept, pictures_digest):
     """The denoiser of `--openvino_precision int8`: calibrated on what training asks, kept as `load_openvino_unet`'s.
@@ -1380,8 +1413,7 @@ def load_calibrated_unet(args, base, compute, model, learner, concept, pictures_
     Returns:
         The `OpenVINOUNet`, and its `StoredModel`.
     """
-    settings = [getattr(args, name) for name in CALIBRATION_SETTINGS]
-    source = settings, pictures_digest, concept.prompt_ids.tolist(), concept.prompts_of_image
+    source = args.deciding("calibration"), pictures_digest, concept.prompt_ids.tolist(), concept.prompts_of_image
     parts = base.family.components[1:]
     files = [path for part in parts for path in base_model.find_weight_files(base, part)]
     draw = functools.partial(draw_calibration, args, model, learner, concept)
@@ -1593,8 +1625,9 @@ def finish(run, pictures, components, repo_id):
     config = provenance.describe_result(args, method, base_license, compute, components, figures)
     config["run"], run.model = run.id, None  # the full pipeline takes its place in memory
     family, parts = run.base.family, run.base.word_parts
-    config["family"] = family.name
-    result = Result(args.placeholder_token, theta, run.best, run.history, samples, pictures, config, parts)
+    config |= {"family": family.name, "tags": [OPTIMIZERS[args.optimizer].tag]}
+    name, base = args.placeholder_token, args.pretrained_model_name_or_path
+    result = Result(name, theta, run.best, run.history, samples, pictures, config, base, parts)
     what = run.base.source, compute.dtype, args.placeholder_token, family
     full_pipeline = what if args.save_as_full_pipeline else None
     write_result(result, run.results, PUBLICATION, repo_id, args.save_a1111, full_pipeline)
@@ -1621,10 +1654,7 @@ def main(args):
         return
     if args.train_data_dir is not None:
         images.check_apart(args.train_data_dir, args.output_dir)
-    launch.check_folders(args.output_dir, args.logging_dir)
-    if args.quantized_cache_dir != "none":
-        options = args.quantized_cache_dir, flags.DEFAULT_CACHE, args.output_dir
-        args.quantized_cache_dir = weight_cache.open_cache(*options)
+    launch.open_folders(args)
     with run_folder.occupied(args.output_dir, accelerator), run_folder.saying_what_is_safe(args.output_dir):
         learn_concept(args, accelerator, base, placeholder, compute)
 
@@ -1638,16 +1668,14 @@ def learn_concept(args, accelerator, base, placeholder, compute):
         logger.warning(f"--validation_prompt {args.validation_prompt!r} does not contain {placeholder.token}.")
     pictures = read_pictures(args)
     captions = prompts.build_prompts(pictures, placeholder, base, args.learnable_property)
-    if args.max_train_steps is None:  # the last of the defaults, known once the pictures are
-        steps = optimizer.num_steps(args, base.family)
-        per_epoch = len(pictures) * args.repeats
-        args.max_train_steps = launch.training_length(args, per_epoch, accelerator.num_processes, steps)
+    steps = optimizer.num_steps(args, base.family)
+    launch.settle(args, len(pictures) * args.repeats, accelerator.num_processes, steps)
     if args.recipe:
         chosen = ", ".join(f"{name} {getattr(args, name)}" for name in {**RECIPES[args.recipe], "max_train_steps": 0})
         logger.info(f"Recipe {args.recipe}: {chosen}")
     base_model.check_weights(base)  # of a model on the Hub it downloads the weights
     data = base_model.weights_digest(base), accelerator.num_processes, pictures
-    settings = checkpoints.trajectory_settings(args, TRAJECTORY_SETTINGS, *data)
+    settings = checkpoints.trajectory_settings(args, *data)
     checkpoint = checkpoints.find_checkpoint(args.resume_from_checkpoint, args.output_dir, settings)
     found = optimizer.look_ahead(args, base, placeholder, captions[0])
     repo_id = None
@@ -1702,7 +1730,7 @@ def resume(run, checkpoint):
     state = checkpoints.load_checkpoint(checkpoint, run.learner.generators(), run.accelerator.process_index)
     run.learner.load_state_dict(state)
     run.progress, run.history = loop.Progress(**state["progress"]), loop.History(**state["history"])
-    run.best, run.id = state.get("best"), checkpoint.run or run.id
+    run.best, run.id = state["best"], checkpoint.run
     logger.info(f"Resumed from {checkpoint.path} at step {run.progress.step}")
     if is_over(run):
         logger.warning(

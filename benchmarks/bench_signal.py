@@ -86,13 +86,15 @@ def list_rows(cuda):
     return rows
 
 
-def script_args(subject, quantization="none", engine="torch"):
-    """The training script's settings for a demo subject, whose last word is its shape, with 33 candidates a pass."""
+CANDIDATES = "--num_perturbations 32 --max_candidates_per_forward 33"
+
+
+def script_args(subject, quantization="none", engine="torch", more=CANDIDATES):
+    """The training script's settings for a demo subject, whose last word is its shape."""
     words = ["--pretrained_model_name_or_path", BASE, "--train_data_dir", SUBJECTS / subject, "--quantization"]
     words += [quantization, "--placeholder_token", "<my-toy>", "--initializer_token", subject.split("_")[-1]]
     words += ["--quantized_cache_dir", "none", "--unet_backend", engine]
-    words += ["--num_perturbations", 32, "--max_candidates_per_forward", 33]
-    return zoodip.parse_args([str(word) for word in words])
+    return zoodip.parse_args([*map(str, words), *more.split()])
 
 
 def build(quantization, dtype, text_dtype, device, engine="torch"):
@@ -112,9 +114,7 @@ def build(quantization, dtype, text_dtype, device, engine="torch"):
 
 def build_int8(device):
     """The same with activations in INT8, calibrated on the pictures of one subject."""
-    args = script_args("striped_star", "int8", "openvino")
-    args.optimizer, args.openvino_precision = "gauss_newton", "int8"
-    args.max_candidates_per_forward = zoodip.OPTIMIZERS["gauss_newton"].candidates_per_pass
+    args = script_args("striped_star", "int8", "openvino", "--optimizer gauss_newton --openvino_precision int8")
     base, placeholder, compute = zoodip.resolve_settings(args, device)
     pictures = zoodip.read_pictures(args)
     captions = prompts.build_prompts(pictures, placeholder, base)

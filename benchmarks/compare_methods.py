@@ -108,6 +108,10 @@ class Run:
         del content["method"]["title"], content["source"]
         return content
 
+    def length(self, args):
+        """Updates in all, which the schedule of the learning rate is as long as."""
+        return self.milestones[-1] // self.method.forwards_per_step(args)
+
     def path(self, cache_dir, source=None):
         """Of its file, by this code; `source` may be a pattern."""
         key = hashlib.sha256(json.dumps(self.settings(), sort_keys=True).encode()).hexdigest()[:8]
@@ -189,9 +193,8 @@ def perform(run, cache_dir):
     PartialState(cpu=True)  # accelerate's logger wants it
     learner, count, args = None, None, None
     if run.method.learner is not None:
-        task = prepare([*common_flags(run, cache_dir), *run.method.flags.split()])
+        task = prepare([*common_flags(run, cache_dir), *run.method.flags.split()], run.length)
         args = task.args
-        args.max_train_steps = run.milestones[-1] // run.method.forwards_per_step(args)  # the schedule's length
         learner, count = run.method.make(task), ForwardCount(task.model.denoiser)
     kept = ablations.watch_subspace(learner)
     judge = Judge(run, cache_dir, args.num_vectors if args else 1)

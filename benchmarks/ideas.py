@@ -84,7 +84,7 @@ class FixedNormLearner(FlagshipLearner):
     def __init__(self, task):
         super().__init__(task)
         norms = torch.linalg.vector_norm(base_model.load_token_table(task.base).float(), dim=1)
-        self.norm = norms.topk(task.args.subspace_words).values.mean()
+        self.norm = norms.topk(task.args.gn_subspace_words).values.mean()
         rule, update = self.learner.rule, self.learner.rule.update
 
         def onto_the_sphere(theta, *evidence):

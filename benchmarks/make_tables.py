@@ -61,7 +61,7 @@ TABLES = {
         f"{RESULTS}/quality.json",
     ),
 }
-PAGES = ("README.md", "docs/results.md", "docs/hardening.md")
+PAGES = ["README.md", *sorted(page.relative_to(ROOT).as_posix() for page in (ROOT / "docs").rglob("*.md"))]
 
 
 def fill(text):

@@ -5,7 +5,6 @@ them see the loss through the script's `FrozenModel` and draw batches by its `dr
 of the script takes one line in `grids.py`.
 """
 
-import argparse
 import math
 from dataclasses import dataclass, field
 
@@ -16,6 +15,7 @@ import torch.nn.functional as F
 from diffusers.optimization import get_scheduler
 
 import train_zoodip_textual_inversion as zoodip
+from personalization import flags
 from personalization.data import examples, prompts
 from personalization.models import base_model
 
@@ -24,7 +24,7 @@ from personalization.models import base_model
 class Task:
     """A subject, and a frozen model as a function of its token, by the script's own chapters."""
 
-    args: argparse.Namespace  # the script's, resolved
+    args: flags.Settings  # the script's, complete and frozen
     base: base_model.Base
     placeholder: prompts.Placeholder
     concept: examples.Concept
@@ -37,10 +37,18 @@ class Task:
         return zoodip.draw_batch(self.concept, self.sampling, self.model.scheduler, generator)
 
 
-def prepare(words):
-    """The `Task` of a command line of the script, as its `learn_concept` gets there."""
+def prepare(words, length=None):
+    """The `Task` of a command line of the script, as its `learn_concept` gets there.
+
+    Args:
+        words: of the command line.
+        length: takes the settings and returns the updates in all, where those follow from the others.
+    """
     args = zoodip.parse_args([str(word) for word in words])
     base, placeholder, compute = zoodip.resolve_settings(args, torch.device("cpu"))
+    if length is not None:
+        args.max_train_steps = length(args)
+    args.freeze()
     pictures = zoodip.read_pictures(args)
     captions = prompts.build_prompts(pictures, placeholder, base, args.learnable_property)
     concept, _ = examples.load_concept(pictures, captions, base, args.flip_probability, compute)

@@ -66,9 +66,9 @@ OF_SCRIPT = {
 }
 # A window of SG in which directions are removed, and one that a checkpoint cuts.
 ZO = "--sg_window 4 --sg_threshold 0.3 --perturbation_scale 1e-2"
-GN = "--optimizer gauss_newton --subspace_dimension 4"
-GN8 = "--optimizer gauss_newton --subspace_dimension 8"  # enough for a whole pass of calibration
-LEFT = "--subspace_steps 6"  # then all directions
+GN = "--optimizer gauss_newton --gn_subspace_dimension 4"
+GN8 = "--optimizer gauss_newton --gn_subspace_dimension 8"  # enough for a whole pass of calibration
+LEFT = "--gn_subspace_steps 6"  # then all directions
 OV = "--unet_backend openvino"
 CLASS = "--num_class_images 2 --num_inference_steps 2"
 BATCH = "--train_batch_size 2 --gradient_accumulation_steps 2 --lr_scheduler cosine"
@@ -87,8 +87,8 @@ RUNS = {
     "zo sdxl, pool_at_eos": ("word", "xl", f"{ZO} --pool_at_eos --num_vectors 2"),
     "+gn": ("word", "sd", f"{GN} {LEFT} {DRAW}"),
     "+gn bf16": ("word", "sd", f"{GN} {LEFT} --mixed_precision bf16"),
-    "gn no subspace": ("word", "sd", f"{GN} --subspace none"),
-    "gn prompt_words, two vectors": ("word", "sd", f"{GN} --subspace prompt_words --num_vectors 2"),
+    "gn no subspace": ("word", "sd", f"{GN} --gn_subspace none"),
+    "gn prompt_words, two vectors": ("word", "sd", f"{GN} --gn_subspace prompt_words --num_vectors 2"),
     "gn recipe, accumulation": ("word", "sd", "--recipe fast --train_batch_size 2 --gradient_accumulation_steps 2"),
     "+gn sdxl": ("word", "xl", f"{GN} {LEFT}"),
     "+openvino zo": ("word", "sd", f"{ZO} {OV}"),

@@ -173,8 +173,8 @@ def test_watching_changes_nothing_and_is_stored(tmp_path, demo_base):
     compare_methods.perform(run, tmp_path)
     content = compare_methods.finished(run, tmp_path)
     assert content["steps"] == 23 and content["kept"]["window"] == 11 and len(content["kept"]["counts"]) == 2
-    task = methods.prepare([*compare_methods.common_flags(run, tmp_path), *run.method.flags.split()])
-    task.args.max_train_steps = content["steps"]
+    words = [*compare_methods.common_flags(run, tmp_path), *run.method.flags.split()]
+    task = methods.prepare(words, lambda args: content["steps"])
     learner = zoodip.start_learner(task.args, task.initial)
     for _ in range(content["steps"]):
         zoodip.train_step(learner, task.model, task.concept, task.sampling)

@@ -240,12 +240,14 @@ def test_the_scripts_read_the_command_line(book, form, method, real):
 
 
 @pytest.mark.parametrize("method", PARSERS)
-def test_flags_that_may_be_added_exist_and_name_no_file(method):
-    word = "--train_data_dir x --placeholder_token x --initializer_token x"
-    required = word if method == "word" else "--instance_data_dir x --instance_prompt x"
-    known = vars(PARSERS[method](["--pretrained_model_name_or_path", "x", *required.split()]))
-    assert METHODS[method].others <= known.keys()
-    assert not [name for name in METHODS[method].others if re_path(name)]
+def test_flags_that_may_be_added_name_no_file(method, book, form):
+    offered = [name for name, flag in METHODS[method].flags.items() if flag["page"]]
+    assert len(offered) > 30 and not [name for name in offered if re_path(name)]
+    defaults = METHODS[method].defaults | METHODS[method].demo | dict.fromkeys(app.FIELDS)
+    assert defaults.keys() <= set(offered)
+    flags = default_flags(method, form.base)
+    command = book.command(replace(form, method=method, flags=flags))
+    assert {f"--{name}" for name in METHODS[method].fields} <= set(command)
     assert read_others("--seed 3 --center_crop --learning_rate=-1", method) == {
         "seed": "3",
         "center_crop": True,
@@ -264,6 +266,25 @@ def test_other_flags_are_refused_in_one_sentence(others):
     with pytest.raises(InputError) as refused:
         read_others(others, "word")
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "others, reason",
+    [
+        ("--num_vektors 2", "is no flag of train_zoodip_textual_inversion.py: did you mean --num_vectors?"),
+        ("--bits 4", "is no flag of train_zoodip_textual_inversion.py."),
+        ("--placeholder_token <x>", "has a field of its own on this page."),
+        ("--pretrained_model_name_or_path /etc", "has a field of its own on this page."),
+        ("--logging_dir /etc", "names a file on the server."),
+        ("--report_to all", "is not offered to visitors of this page."),
+        ("--hub_token x", "is not offered to visitors of this page."),
+    ],
+)
+def test_a_refusal_says_why(others, reason):
+    with pytest.raises(InputError) as refused:
+        read_others(others, "word")
+    assert str(refused.value).endswith(f"cannot be set here: it {reason}")
+    assert read_others("--pool_at_eos", "word") == {"pool_at_eos": True}
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ def fault(basics, no_models, capsys):
         ({"flip_probability": 1.5}, "--flip_probability 1.5 must be a finite number of at least 0 and at most 1"),
         ({"early_stopping_patience": 2, "num_validation_samples": 0}, "--early_stopping_patience judges the held-out"),
         ({"quantization": "int3"}, "invalid choice: 'int3'"),
-        ({"num_perturbation": 2}, "unrecognized arguments: --num_perturbation"),
+        ({"num_perturbation": 2}, "there is no flag --num_perturbation: did you mean --num_perturbations?"),
     ],
 )
 def test_bad_flag(fault, flags, expected):

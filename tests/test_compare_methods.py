@@ -46,9 +46,7 @@ def cache(tmp_path_factory, demo_base):
 
 def prepared(run, cache, *flags):
     """The `Task` of a run, the schedule as long as the run makes it."""
-    task = methods.prepare([*compare_methods.common_flags(run, cache), *run.method.flags.split(), *flags])
-    task.args.max_train_steps = run.milestones[-1] // run.method.forwards_per_step(task.args)
-    return task
+    return methods.prepare([*compare_methods.common_flags(run, cache), *run.method.flags.split(), *flags], run.length)
 
 
 # =====================================================================================================

@@ -31,7 +31,7 @@ def test_channels_last_trains_the_same_token(train, cuda_layout, quantization):
     torch.testing.assert_close(load_file(out / "learned_embeds.safetensors")["<my-toy>"], plain, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("flags", [{}, {"optimizer": "gauss_newton", "subspace_dimension": 2}], ids=str)
+@pytest.mark.parametrize("flags", [{}, {"optimizer": "gauss_newton", "gn_subspace_dimension": 2}], ids=str)
 def test_predictions_and_their_errors_are_channels_last(train, cuda_layout, monkeypatch, flags):
     """Layout decides what a `view` allows: here losses are computed from channels-last memory, as on a GPU."""
     seen, original = [], zoodip.prediction_errors

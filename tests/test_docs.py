@@ -1,19 +1,42 @@
-"""The README says what the stored results say, and what the parser says."""
+"""README and docs say what the stored results say, what the parsers say, and what is there."""
 
-import importlib
 import json
 import re
+import statistics
 import subprocess
 import sys
 
-import train_selective_dreambooth_lora as selective
-import train_tuneqdm_dreambooth as tuneqdm
-import train_zoodip_textual_inversion as zoodip
+import pytest
+from conftest import REPO
+
 from benchmarks import make_tables
 
 
-def test_tables_are_generated_from_the_results(repo):
-    pages = [(repo / page).read_text(encoding="utf-8") for page in make_tables.PAGES]
+PAGES = {path.relative_to(REPO).as_posix(): path for path in [REPO / "README.md", *sorted(REPO.glob("docs/**/*.md"))]}
+BY_HAND = sorted(set(PAGES) - {"docs/usage.md"})
+ELSEWHERE = {"pipeline.py", "train_dreambooth.py", "train_dreambooth_lora.py"}  # what a run writes; diffusers' own
+BENCHMARKS = REPO / "benchmarks" / "results"
+
+
+def text_of(page):
+    return PAGES[page].read_text(encoding="utf-8")
+
+
+def prose(page):
+    """A page without its generated tables and its blocks of code."""
+    text = re.sub(r"<!-- BEGIN (\w+) -->.*?<!-- END \1 -->", "", text_of(page), flags=re.S)
+    return re.sub(r"^```.*?^```$", "", text, flags=re.S | re.M)
+
+
+def anchors(text):
+    """What GitHub makes of the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", text, flags=re.S | re.M), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_tables_are_generated_from_the_results():
+    assert set(make_tables.PAGES) == set(PAGES)
+    pages = [text_of(page) for page in PAGES]
     for text in pages:
         assert make_tables.fill(text) == text, "run python benchmarks/make_tables.py"
     assert all(any(f"<!-- BEGIN {name} -->" in text for text in pages) for name in make_tables.TABLES)
@@ -28,50 +51,171 @@ def test_what_is_tried_is_counted_from_the_tests(repo):
     assert {"kills, full disks, two runs at once", "Hub failures", "flags", "numbers"} <= set(counted)
 
 
-def test_flags_of_the_readme_exist(repo):
-    text = (repo / "README.md").read_text(encoding="utf-8")
-    required = "pretrained_model_name_or_path train_data_dir placeholder_token initializer_token".split()
-    known = vars(zoodip.parse_args([word for name in required for word in (f"--{name}", "x")]))
-    table = text[text.index("## Flags worth knowing") : text.index("## How it works")]
-    flags = set(re.findall(r"`(--[a-z_0-9]+)", table))
-    assert len(flags) > 10
-    for flag in flags - {"--help"}:
-        assert flag.removeprefix("--") in known, flag
+# =====================================================================================================
+# Figures outside of the generated tables
+# =====================================================================================================
 
 
-def test_tuneqdms_flags_of_the_readme_exist(repo):
-    text = (repo / "README.md").read_text(encoding="utf-8")
-    known = vars(tuneqdm.parse_args(["--pretrained_model_name_or_path", "x", "--instance_data_dir", "x"]))
-    section = text[text.index("## TuneQDM") : text.index("## BP-low and ZO-high")]
-    flags = set(re.findall(r"`(--[a-z_0-9]+)", section)) | set(re.findall(r" (--[a-z_]+) (?!PROMPT)", section))
-    assert len(flags) > 10
-    for flag in flags - {"--results"}:
-        assert flag.removeprefix("--") in known, flag
+def measured_steps():
+    """(architecture, row, px, n) -> seconds of a step at batch 1."""
+    rows = json.loads((BENCHMARKS / "step_cpu.json").read_text(encoding="utf-8"))["rows"]
+    names = "architecture", "row", "resolution", "num_perturbations"
+    return {tuple(r[n] for n in names): r["seconds_per_step"]["median"] for r in rows if r["batch_size"] == 1}
 
 
-def test_flags_of_the_lora_trainer_in_the_readme_exist(repo):
-    text = (repo / "README.md").read_text(encoding="utf-8")
-    known = vars(selective.parse_args(["--pretrained_model_name_or_path", "x", "--instance_data_dir", "x"]))
-    section = text[text.index("## BP-low and ZO-high") : text.index("## What is measured")]
-    flags = set(re.findall(r"`(--[a-z_0-9]+)", section)) | set(re.findall(r" (--[a-z_]+) (?!PROMPT)", section))
-    assert len(flags) > 10
-    for flag in flags - {"--results"}:
-        assert flag.removeprefix("--") in known, flag
+def measured_peaks():
+    """(architecture, row, px, n) -> MiB of the process at batch 1."""
+    entries = json.loads((BENCHMARKS / "memory_cpu.json").read_text(encoding="utf-8"))["entries"]
+    names = "architecture", "row", "resolution", "num_perturbations"
+    return {tuple(e[n] for n in names): e["measured"]["peak_rss_mb"] for e in entries if e["batch_size"] == 1}
 
 
-def test_files_the_readme_shows_are_there(repo):
-    text = (repo / "README.md").read_text(encoding="utf-8")
-    for path in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text):
-        assert (repo / path).is_file(), path
+def test_times_and_memory_of_the_hardware_table():
+    table = text_of("README.md").split("## Your hardware")[1].split("\n## ")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|")]
+    step, peak, day = measured_steps(), measured_peaks(), 24 * 3600
+
+    def gib(key):
+        return f"{peak[key] / 1024:.1f} GiB"
+
+    def days(key, steps=30_000):
+        return step[key], f"{steps * step[key] / day:.1f} days"
+
+    def row(hardware, add, time, memory, nth=0):
+        found = [r for r in rows if hardware in r[0] and r[1].startswith(add)][nth]
+        assert all(word in found[2] for word in time), (found, time)
+        assert memory in found[3], (found, memory)
+
+    seconds, length = days(("sd15", "ours-int8", 512, 2))
+    row("2 CPU cores, SD 1.5", "nothing", (f"{seconds:.1f} s", length), gib(("sd15", "int8", 512, 2)))
+    seconds, length = days(("sd15", "ours-openvino", 512, 2))
+    row("the same", "`--unet_backend openvino`", (f"{seconds:.1f} s", length), "not measured")
+    seconds, length = days(("sd15", "ours-int8", 256, 2))
+    row("256 px", "`--resolution 256`", (f"{seconds:.1f} s", length), gib(("sd15", "int8", 256, 2)))
+    seconds, length = days(("sd15", "ours-openvino", 256, 2))
+    row("256 px", "`--resolution 256 --unet", (f"{seconds:.1f} s", length), gib(("sd15", "openvino", 256, 2)))
+    forwards = 500 * 34
+    length = f"projected: {forwards * step['sd15', 'ours-int8', 512, 2] / 3 / day:.1f} days"
+    row("512 px", "`--recipe fast` (", (length,), "not measured")
+    length = f"projected: {forwards * step['sd15', 'ours-int8', 256, 8] / 9 / 3600:.1f} hours"
+    row("256 px", "`--recipe fast --res", (length,), gib(("sd15", "int8-gauss-newton-default", 256, 2)))
+    seconds, length = days(("sdxl", "ours-int8", 256, 2), 20_000)
+    row("SDXL at 256", "`--resolution 256`", (f"{seconds:.0f} s", length), "not measured")
+    row("512 px", "`--resolution 512`", ("not measured",), gib(("sdxl", "int8", 512, 2)))
 
 
-def test_functions_the_readme_names_are_there(repo):
-    text = (repo / "README.md").read_text(encoding="utf-8")
-    table = text[text.index("## How it works") : text.index("Nothing in the loop requires")]
-    names = [n for cell in re.findall(r"\| ([^|]*) \|\n", table) for n in re.findall(r"`([A-Za-z_0-9]+)`", cell)]
-    assert len(names) > 6
-    package = sorted((repo / "personalization").rglob("[a-z]*.py"))
-    dotted = (".".join(path.relative_to(repo).with_suffix("").parts) for path in package)
-    modules = [zoodip, *map(importlib.import_module, dotted)]
-    for name in names:
-        assert any(hasattr(module, name) for module in modules), name
+def test_figures_of_the_subjects_that_gauss_newton_was_not_tuned_on():
+    runs = json.loads((BENCHMARKS / "methods.json").read_text(encoding="utf-8"))["runs"]
+
+    def mean(subject, method, metric):
+        return statistics.mean(run[metric][-1] for run in runs if (run["subject"], run["name"]) == (subject, method))
+
+    page = text_of("docs/results/methods.md")
+    compared = "paper", "naive_zo", "fast", "fast_float32"
+    for subject in ("dotted_circle", "checkered_ring"):
+        loss = " | ".join(f"{mean(subject, method, 'loss'):.4f}" for method in compared)
+        identity = " | ".join(f"{mean(subject, method, 'identity'):.3f}" for method in compared)
+        assert f"| {subject.replace('_', ' ')} | held-out loss | {loss} |\n| | identity | {identity} |" in page
+    ours, paper, naive = (f"{mean('dotted_circle', m, 'identity'):.3f}"[1:] for m in ("fast_float32", *compared[:2]))
+    for name in ("docs/results/methods.md", "docs/methods/gauss_newton.md"):
+        words = " ".join(text_of(name).split())
+        assert f"{ours} against {paper}" in words and f"{naive} " in words
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/results/demo.md"])
+def test_what_the_first_picture_shows_of_the_circle(page, repo):
+    """A square for a circle, and an identity that does not say so."""
+    scores = json.loads((repo / "docs" / "demo_scores.json").read_text(encoding="utf-8"))["scores"]
+    shown = {subject: f"{found['after']['identity']:.3f}"[1:] for subject, found in scores.items()}
+    assert shown["dotted_circle"] in text_of(page)
+    if page != "README.md":
+        kept = [shown[subject] for subject in ("striped_star", "dotted_heart", "striped_cross", "twotone_moon")]
+        assert f"the {min(kept)} to {max(kept)} of" in text_of(page)
+
+
+@pytest.mark.parametrize("page", [page for page in BY_HAND if page.startswith("docs/results/")] + ["README.md"])
+def test_pages_of_the_demo_model_say_which_kind_of_model_it_is(page):
+    text = " ".join(text_of(page).replace("**", "").replace("> ", "").split())
+    if "demo" in text and page != "docs/results/speed.md":  # whose figures of it are speed only
+        assert "predict v with zero terminal SNR" in text or "predicts v with zero terminal SNR" in text
+        assert "predict ε" in text
+
+
+# =====================================================================================================
+# Names
+# =====================================================================================================
+
+
+@pytest.mark.parametrize("page", BY_HAND)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        path, _, anchor = target.partition("#")
+        if target.startswith(("http://", "https://")):
+            continue
+        file = (PAGES[page].parent / path).resolve() if path else PAGES[page]
+        assert file.is_file(), target
+        if anchor:
+            assert anchor in anchors(file.read_text(encoding="utf-8")), target
+
+
+@pytest.mark.parametrize("page", BY_HAND)
+def test_files_that_are_named_exist(page):
+    starts = "personalization|benchmarks|demo|docs|tests|model_cards"
+    for path in re.findall(rf"`((?:{starts})/[\w./]+|[a-z_]+\.py)`", prose(page)):
+        if path.startswith("demo/output") or path in ELSEWHERE:
+            continue
+        anywhere = [REPO / path, *(REPO.rglob(path) if "/" not in path else [])]
+        assert any(found.exists() for found in anywhere), path
+
+
+@pytest.mark.parametrize("page", BY_HAND)
+def test_code_that_is_linked_is_in_that_file(page):
+    for name, path in re.findall(r"\[`(\w+)`\]\(([\w./]+\.py)\)", prose(page)):
+        source = (PAGES[page].parent / path).read_text(encoding="utf-8")
+        assert re.search(rf"^(?:def|class) {name}\b|^{name}\b.* = ", source, flags=re.M), f"{name} in {path}"
+
+
+def test_the_readme_links_the_seven_steps_to_the_code():
+    section = text_of("README.md").split("## How it works")[1].split("\n## ")[0]
+    assert len(re.findall(r"^\| \d \|", section, flags=re.M)) == 7
+    assert len(re.findall(r"\[`\w+`\]\([\w./]+\.py\)", section)) > 10
+
+
+def test_functions_that_gauss_newtons_page_names_are_there(repo):
+    sources = "\n".join(
+        path.read_text(encoding="utf-8") for path in (*repo.glob("train_*.py"), *repo.glob("personalization/**/*.py"))
+    )
+    for name in ("gauss_newton_evidence", "GaussNewton"):
+        assert f"`{name}`" in text_of("docs/methods/gauss_newton.md")
+        assert re.search(rf"^(?:def|class) {name}\b", sources, flags=re.M), name
+
+
+def test_the_readme_is_one_sitting():
+    assert len(text_of("README.md").splitlines()) <= 220
+
+
+# =====================================================================================================
+# What a script needs, said in its head (PEP 723), too
+# =====================================================================================================
+
+
+def requirements(name):
+    """The lines of a requirements file and of those that it takes in."""
+    found = []
+    for line in (REPO / name).read_text(encoding="utf-8").splitlines():
+        line = line.split("#")[0].strip()
+        found += requirements(line.removeprefix("-r ")) if line.startswith("-r ") else [line] if line else []
+    return found
+
+
+@pytest.mark.parametrize("script", sorted(REPO.glob("*.py")), ids=lambda path: path.name)
+def test_scripts_name_what_they_need(script):
+    tomllib = pytest.importorskip("tomllib")
+    block = re.search(r"^# /// script\n((?:#.*\n)+?)# ///$", script.read_text(encoding="utf-8"), flags=re.M)
+    if script.stem.endswith("_pipeline"):  # travels into other environments
+        assert block is None
+        return
+    head = tomllib.loads("".join(line[2:] for line in block[1].splitlines(keepends=True)))
+    file = "requirements-app.txt" if script.name == "app.py" else "requirements.txt"
+    assert head["dependencies"] == requirements(file)
+    assert head["requires-python"] == ">=3.11"  # diffusers' own

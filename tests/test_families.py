@@ -63,7 +63,7 @@ def opened(place):
     "more",
     [
         {"validation_prompt": "a {}", "num_validation_images": 1, "num_inference_steps": 2},
-        {"optimizer": "gauss_newton", "subspace_dimension": 4, "num_vectors": 2},
+        {"optimizer": "gauss_newton", "gn_subspace_dimension": 4, "num_vectors": 2},
     ],
     ids=["zo_adam", "gauss_newton"],
 )

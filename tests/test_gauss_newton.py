@@ -198,7 +198,7 @@ def test_two_processes_move_theta_as_one_with_both_examples(demo_loss, monkeypat
 
 # ---------------------------------------------------------------------------------------------------------------- runs
 
-SHORT = {"optimizer": "gauss_newton", "subspace_dimension": 4, "logging_steps": 1, "num_validation_samples": 0}
+SHORT = {"optimizer": "gauss_newton", "gn_subspace_dimension": 4, "logging_steps": 1, "num_validation_samples": 0}
 
 
 def figures(out):
@@ -208,7 +208,7 @@ def figures(out):
 @pytest.mark.parametrize(
     "flags",
     [
-        {"subspace": "prompt_words", "num_vectors": 2, "gradient_accumulation_steps": 2},
+        {"gn_subspace": "prompt_words", "num_vectors": 2, "gradient_accumulation_steps": 2},
         {"quantization": "none", "max_candidates_per_forward": 2, "train_batch_size": 2},
         {"unet_backend": "openvino", "num_validation_samples": 4},
     ],
@@ -226,11 +226,14 @@ def test_runs(train, flags):
 
 
 def test_without_a_subspace_directions_are_random_and_no_share_is_measured(train, demo_base):
-    out = train(max_train_steps=1, checkpointing_steps=1, **SHORT | {"subspace": "none", "subspace_dimension": 127})
+    out = train(
+        max_train_steps=1, checkpointing_steps=1, **SHORT | {"gn_subspace": "none", "gn_subspace_dimension": 127}
+    )
     dimension = json.loads((Path(demo_base) / "text_encoder" / "config.json").read_text())["hidden_size"]
     assert figures(out)["forward_passes"] == dimension + 1 and len(directions_met(out, 1)) == dimension
     assert "share" not in figures(out) and "none, 127 directions |" in (out / "README.md").read_text()
-    assert len(directions_met(train(max_train_steps=1, checkpointing_steps=1, **SHORT | {"subspace": "none"}), 1)) == 5
+    out = train(max_train_steps=1, checkpointing_steps=1, **SHORT | {"gn_subspace": "none"})
+    assert len(directions_met(out, 1)) == 5
 
 
 def test_how_long_a_run_is_follows_from_its_forwards(train, monkeypatch):
@@ -246,7 +249,7 @@ def directions_met(out, step):
 
 def test_the_subspace_is_left_for_all_directions(train):
     """After its steps, with as many passes a step; and a resumed run goes on as one that was never stopped."""
-    flags = SHORT | {"subspace_steps": 2, "checkpointing_steps": 1}
+    flags = SHORT | {"gn_subspace_steps": 2, "checkpointing_steps": 1}
     whole = train(max_train_steps=4, **flags)
     assert directions_met(whole, 2) == [0, 1, 2, 3] and len(directions_met(whole, 3)) > 6
     assert figures(whole)["forward_passes"] == 4 * 6 and 0 < figures(whole)["share"] < 1
@@ -265,7 +268,12 @@ def test_a_poor_subspace_is_left_at_once(train, monkeypatch):
 
 def test_it_learns(train):
     """In 12 steps of 18 passes the held-out loss falls by a quarter; the paper's update takes some 200 passes, too."""
-    flags = {"num_validation_samples": 16, "validation_steps": 1000, "flip_probability": 0, "subspace_dimension": 16}
+    flags = {
+        "num_validation_samples": 16,
+        "validation_steps": 1000,
+        "flip_probability": 0,
+        "gn_subspace_dimension": 16,
+    }
     (_, first), (_, last) = figures(train(max_train_steps=12, **SHORT | flags))["validation_losses"]
     assert last < 0.75 * first
 
@@ -273,7 +281,7 @@ def test_it_learns(train):
 def test_a_run_that_diverges_names_a_flag_of_its_own(train, monkeypatch):
     monkeypatch.setattr(GaussNewton, "step", lambda self, *evidence: torch.full((1, 1), float("nan")))
     with pytest.raises(DivergedError, match="try a smaller --gn_max_step than 1.0"):
-        train(optimizer="gauss_newton", subspace_dimension=4, max_train_steps=3, num_validation_samples=0)
+        train(optimizer="gauss_newton", gn_subspace_dimension=4, max_train_steps=3, num_validation_samples=0)
 
 
 def test_two_processes_stay_identical(basics, repo, tmp_path):
@@ -288,7 +296,7 @@ def test_two_processes_stay_identical(basics, repo, tmp_path):
         "zoodip.train = dump\n"
         "zoodip.main(zoodip.parse_args(sys.argv[1:]))\n"
     )
-    flags = SHORT | {"max_train_steps": 3, "subspace_steps": 2}
+    flags = SHORT | {"max_train_steps": 3, "gn_subspace_steps": 2}
     flags = basics | {f"--{name}": value for name, value in flags.items()}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += [str(driver), *as_arguments(flags)]
@@ -311,12 +319,12 @@ def test_two_processes_stay_identical(basics, repo, tmp_path):
         ({"--gn_ridge": 3}, "--gn_ridge belongs to --optimizer gauss_newton, this is zo_adam: drop one."),
         ({"--optimizer": "gauss_newton", "--gn_memory": 1.5}, "--gn_memory 1.5 must be"),
         (
-            {"--optimizer": "gauss_newton", "--subspace": "none", "--subspace_steps": 9},
-            "--subspace_steps does nothing with --subspace none: drop one.",
+            {"--optimizer": "gauss_newton", "--gn_subspace": "none", "--gn_subspace_steps": 9},
+            "--gn_subspace_steps does nothing with --gn_subspace none: drop one.",
         ),
         (
-            {"--optimizer": "gauss_newton", "--subspace": "prompt_words", "--subspace_words": 9},
-            "--subspace_words does nothing with --subspace prompt_words: drop one.",
+            {"--optimizer": "gauss_newton", "--gn_subspace": "prompt_words", "--gn_subspace_words": 9},
+            "--gn_subspace_words does nothing with --gn_subspace prompt_words: drop one.",
         ),
         ({"--optimizer": "sgd"}, "invalid choice: 'sgd'"),
         ({"--optimizer": "zo_adam", "--recipe": "fast"}, "--recipe fast is one of --optimizer gauss_newton: drop one"),
@@ -336,14 +344,14 @@ def test_captions_without_words_make_no_subspace(train, subject, tmp_path):
     names = [path.name for path in Path(pictures).glob("*.png")]
     lines = "".join(json.dumps({"file_name": name, "text": "{}"}) + "\n" for name in names)
     (Path(pictures) / "metadata.jsonl").write_text(lines)
-    with pytest.raises(InputError, match="--subspace prompt_words needs two different words beside <my-toy>"):
-        train(train_data_dir=pictures, **SHORT | {"subspace": "prompt_words"})
+    with pytest.raises(InputError, match="--gn_subspace prompt_words needs two different words beside <my-toy>"):
+        train(train_data_dir=pictures, **SHORT | {"gn_subspace": "prompt_words"})
 
 
 @pytest.mark.parametrize(
     "flags, sentence",
     [
-        ({"--subspace_dimension": 128}, "--subspace_dimension 128 is too many for a token of this model"),
+        ({"--gn_subspace_dimension": 128}, "--gn_subspace_dimension 128 is too many for a token of this model"),
         ({"--perturbation_scale": 1e-9}, "--perturbation_scale 1e-09 is too small for float32 activations"),
     ],
     ids=str,
@@ -372,7 +380,7 @@ def test_recipes_are_defaults_that_flags_overrule(basics):
 
 
 def test_the_card_of_a_fast_run_tells_its_own_settings(train):
-    out = train(recipe="fast", max_train_steps=1, subspace_dimension=4, num_validation_samples=0)
+    out = train(recipe="fast", max_train_steps=1, gn_subspace_dimension=4, num_validation_samples=0)
     card = (out / "README.md").read_text()
     assert "forward-only Gauss-Newton, step h = 0.0003" in card and "vocabulary, 4 directions, which held" in card
     assert (

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 import sys
 import time
@@ -145,6 +146,16 @@ def test_the_token_and_local_paths_are_nowhere(hub, launched):
         assert str(out.parent).encode() not in content and str(Path.cwd()).encode() not in content, name
 
 
+def test_requests_to_the_hub_are_not_told_one_by_one(hub, launched):
+    out, done = launched
+    asked = [path for method, path, _ in hub.requests if path.startswith("/alice/demo-base/resolve/")]
+    assert len(asked) > 10 and "HTTP Request" not in done.stdout + done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.strip() and "%|" not in line]
+    assert len([line for line in lines if re.match(r"\d\d:\d\d:\d\d - ", line)]) < 20
+    assert f"Learned <my-toy> with ZOODiP (arXiv 2503.14868): {out / 'learned_embeds.safetensors'}; to" in done.stderr
+    assert done.stdout.splitlines()[-3:][0] == "from diffusers import DiffusionPipeline"
+
+
 def test_card(hub, launched):
     text = hub.repos["alice/my-toy"].files["README.md"].decode()
     _, metadata, body = text.split("---\n", 2)
@@ -157,7 +168,7 @@ def test_card(hub, launched):
     assert "<Gallery />" in body and "are not published" in body and "2503.14868" in body
     for block in body.split("```python\n")[1:]:
         code = block.split("```")[0]
-        assert len(code.strip().splitlines()) == 3
+        assert code.startswith("from diffusers import ")  # `test_snippets.py` runs them
         compile(code, "README.md", "exec")
     assert body.count('"alice/my-toy"') == 3 and "{{" not in body and "None" not in body
 

@@ -14,24 +14,9 @@ from personalization import flags
 from personalization.errors import InputError
 
 
-def all_flags():
-    """Name -> type of the flags of the training script that take a number."""
-    seen = {}
-
-    class Recorder(flags.OneSentenceParser):
-        def parse_args(self, words):
-            seen.update((action.dest, action.type) for action in self._actions if action.type not in (None, str))
-            return super().parse_args(words)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flags, "OneSentenceParser", Recorder)
-        zoodip.parse_args(["--push_only"])
-    return seen
-
-
-FLAGS = all_flags()
-REAL = sorted(name for name, kind in FLAGS.items() if kind is float)
-WHOLE = sorted(name for name, kind in FLAGS.items() if kind is int)
+ACTIONS = flags.actions(zoodip.make_parser())
+REAL = sorted(name for name, action in ACTIONS.items() if action.type is float)
+WHOLE = sorted(name for name, action in ACTIONS.items() if action.type is int)
 
 
 @pytest.fixture
@@ -53,10 +38,10 @@ def parse(capsys):
 
 
 def test_every_number_has_a_range():
-    assert set(REAL) | set(WHOLE) == set(FLAGS) == set(flags.RANGES)
     assert len(REAL) > 8 and len(WHOLE) > 20
-    for name, limits in flags.RANGES.items():
-        assert isinstance(limits.most, FLAGS[name]) and math.isfinite(limits.least), name
+    for name in REAL + WHOLE:
+        limits = ACTIONS[name].facts.limits
+        assert isinstance(limits.most, ACTIONS[name].type) and math.isfinite(limits.least), name
 
 
 @pytest.mark.parametrize("name", REAL)
@@ -75,7 +60,7 @@ def test_no_whole_number_is_endless(parse, name):
 
 @pytest.mark.parametrize("name", REAL + WHOLE)
 def test_the_ends_of_a_range(parse, name):
-    limits, after = flags.RANGES[name], dict.fromkeys(WHOLE, lambda x, sign: x + sign)
+    limits, after = ACTIONS[name].facts.limits, dict.fromkeys(WHOLE, lambda x, sign: x + sign)
     step = after.get(name, lambda x, sign: float(np.nextafter(x, sign * math.inf)))
     least = step(limits.least, 1) if limits.above else limits.least
     most = step(limits.most, -1) if limits.below else limits.most

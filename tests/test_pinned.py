@@ -35,9 +35,9 @@ GAUSS_NEWTON = {
     "optimizer": "gauss_newton",
     "perturbation_scale": 0.1,
     "max_train_steps": 6,
-    "subspace_dimension": 8,
-    "subspace_steps": 4,  # then all directions
-    "subspace_words": 400,  # more than a word has entries, which makes all directions the vocabulary's, and definite
+    "gn_subspace_dimension": 8,
+    "gn_subspace_steps": 4,  # then all directions
+    "gn_subspace_words": 400,  # more than a word has entries: all directions are the vocabulary's, and definite
     "num_validation_samples": 4,
     "validation_steps": 3,
 }
@@ -64,10 +64,10 @@ RUNS = {
     "gauss_newton": (WORD, GAUSS_NEWTON),
     "gauss_newton, all directions, two vectors": (
         WORD,
-        {name: value for name, value in GAUSS_NEWTON.items() if name not in ("subspace_steps", "subspace_words")}
-        | {"subspace": "none", "num_vectors": 2, "subspace_dimension": 4},
+        {name: value for name, value in GAUSS_NEWTON.items() if name not in ("gn_subspace_steps", "gn_subspace_words")}
+        | {"gn_subspace": "none", "num_vectors": 2, "gn_subspace_dimension": 4},
     ),
-    "gauss_newton, sdxl": (WORD, GAUSS_NEWTON | {"base": "base_xl", "max_train_steps": 5, "subspace_steps": 3}),
+    "gauss_newton, sdxl": (WORD, GAUSS_NEWTON | {"base": "base_xl", "max_train_steps": 5, "gn_subspace_steps": 3}),
     "openvino": (WORD, ZO_ADAM | {"unet_backend": "openvino", "max_train_steps": 8}),
     "peqa": (SCALES, ADAMW),
     "s2, input scales, int4": (SCALES, ADAMW | {"scale_sets": 2, "train_input_scales": True, "bits": 4}),

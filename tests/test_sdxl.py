@@ -159,7 +159,7 @@ def test_a_word_starts_from_the_word_in_each_encoder_and_both_halves_move(train,
 @pytest.mark.parametrize(
     "more",
     [
-        {"optimizer": "gauss_newton", "subspace_dimension": 4, "num_vectors": 2},
+        {"optimizer": "gauss_newton", "gn_subspace_dimension": 4, "num_vectors": 2},
         {"quantization": "nf4"},
         {"quantization": "quanto-int8"},
         {"low_vram": True, "pool_at_eos": True},

@@ -1,6 +1,5 @@
 """Whole runs of BP-low / ZO-high: outputs, resuming, processes, the Hub, evaluation, and what a user can get wrong."""
 
-import argparse
 import ast
 import gc
 import json
@@ -398,32 +397,17 @@ def test_a_process_ends_with_exit_code_2(basics):
     assert done.stderr.strip().count("\n") == 0 and "above --resolution 16" in done.stderr
 
 
-def flags_of_the_script():
-    """Name -> type of the flags that take a number, and the names of all."""
-    seen = {}
-
-    class Recorder(flags.OneSentenceParser):
-        def parse_args(self, words):
-            seen.update((action.dest, action.type) for action in self._actions)
-            return super().parse_args(words)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flags, "OneSentenceParser", Recorder)
-        script.parse_args(["--push_only"])
-    return seen
-
-
-FLAGS = flags_of_the_script()
+ACTIONS = flags.actions(script.make_parser())
 
 
 def test_every_number_has_a_range(basics, capsys):
-    numbers = [name for name, kind in FLAGS.items() if kind in (int, float)]
+    numbers = {name: action for name, action in ACTIONS.items() if action.type in (int, float)}
     assert len(numbers) > 30
-    for name in numbers:
-        for value in ["nan", "inf"] if FLAGS[name] is float else [-1, 10**30]:
+    for name, action in numbers.items():
+        for value in ["nan", "inf"] if action.type is float else [-1, 10**30]:
             with pytest.raises(SystemExit) as end:
                 script.parse_args(as_arguments(basics | {f"--{name}": value}))
-            assert end.value.code == 2 and str(script.RANGES[name]) in capsys.readouterr().err
+            assert end.value.code == 2 and str(action.facts.limits) in capsys.readouterr().err
 
 
 def test_every_flag_is_read():
@@ -439,4 +423,4 @@ def test_every_flag_is_read():
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args"
         }
     of_folders = {"instance_data_dir", "class_data_dir"}  # read in a loop over both
-    assert len(FLAGS) > 50 and FLAGS.keys() - read - of_folders - {"help", argparse.SUPPRESS} == set()
+    assert len(ACTIONS) > 50 and ACTIONS.keys() - read - of_folders == set()

@@ -10,13 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import as_arguments
-from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
 import train_zoodip_textual_inversion as zoodip
 from personalization.data import examples
 from personalization.errors import InputError
-from personalization.models import base_model, memory, openvino_unet
+from personalization.models import base_model, families, memory, openvino_unet
 
 
 CPU = torch.device("cpu")
@@ -205,7 +204,7 @@ def test_estimate_memory_prints_and_loads_nothing(train, monkeypatch, capsys):
         raise AssertionError("a weight was loaded")
 
     monkeypatch.setattr(base_model, "stored_tensors", refuse)
-    monkeypatch.setattr(AutoencoderKL, "from_pretrained", refuse)
+    monkeypatch.setattr(families.SD1.classes["vae"], "from_pretrained", refuse)
     out = train(estimate_memory=True)
     printed = capsys.readouterr().out
     for part in ("libraries", "text encoder", "UNet", "activations", "while training", "peak"):

@@ -1,6 +1,5 @@
 """Whole TuneQDM runs: outputs, resuming, class images, the pipeline and the Hub, and what a user can get wrong."""
 
-import argparse
 import ast
 import json
 import os
@@ -746,29 +745,14 @@ def test_a_process_ends_with_exit_code_2(basics):
     assert done.stderr.strip().count("\n") == 0 and "overlap" in done.stderr
 
 
-def flags_of_the_script():
-    """Name -> type of the flags that take a number, and the names of all."""
-    seen = {}
-
-    class Recorder(flags.OneSentenceParser):
-        def parse_args(self, words):
-            seen.update((action.dest, action.type) for action in self._actions)
-            return super().parse_args(words)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flags, "OneSentenceParser", Recorder)
-        script.parse_args(["--push_only"])
-    return seen
-
-
-FLAGS = flags_of_the_script()
-NUMBERS = sorted(name for name, kind in FLAGS.items() if kind in (int, float))
+ACTIONS = flags.actions(script.make_parser())
+NUMBERS = sorted(name for name, action in ACTIONS.items() if action.type in (int, float))
 
 
 @pytest.mark.parametrize("name", NUMBERS)
 def test_every_number_has_a_range(basics, capsys, name):
-    limits = script.RANGES[name]
-    values = ["nan", "inf", "-0.5"] if FLAGS[name] is float else [-1, 10**30]
+    limits = ACTIONS[name].facts.limits
+    values = ["nan", "inf", "-0.5"] if ACTIONS[name].type is float else [-1, 10**30]
     for value in values:
         with pytest.raises(SystemExit) as end:
             script.parse_args(as_arguments(basics | {f"--{name}": value}))
@@ -790,11 +774,9 @@ def test_every_flag_is_read():
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args"
         }
     of_folders = {"instance_data_dir", "class_data_dir"}  # read in a loop over both
-    assert len(FLAGS) > 50 and FLAGS.keys() - read - of_folders - {"help", argparse.SUPPRESS} == set()
+    assert len(ACTIONS) > 50 and ACTIONS.keys() - read - of_folders == set()
 
 
-def test_help_says_what_is_different(capsys):
-    with pytest.raises(SystemExit):
-        script.parse_args(["--help"])
-    words = capsys.readouterr().out
+def test_help_says_what_is_different():
+    words = script.make_parser().format_help()
     assert "relative to the scales" in words and "ZO-Adam" not in words

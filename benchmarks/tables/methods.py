@@ -90,5 +90,6 @@ def ablation(result):
         f" `benchmarks/compare_methods.py --grid {result['grid']}` on {hardware['name']}, torch"
         f" {result['versions']['torch']}.{code_note(result['runs'])}"
     )
-    figure = f"\n\n![{FIGURES[result['grid']][1]}]({FIGURES[result['grid']][0]})" if result["grid"] in FIGURES else ""
+    name, shows = FIGURES.get(result["grid"], (None, None))
+    figure = f"\n\n![{shows}](../{name})" if name else ""  # the pages of results are a folder below
     return table(header, rows) + "\n\n" + note + figure

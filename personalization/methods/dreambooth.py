@@ -14,7 +14,7 @@ from ..data import examples, images, prompts
 from ..data.examples import Concept
 from ..errors import InputError, plain
 from ..files import atomic_path, check_writable
-from ..flags import Range
+from ..flags import NOTHING, SHARE, Range
 from ..models import base_model, memory
 from ..models.base_model import StoredModel
 from ..models.families import Text
@@ -26,12 +26,6 @@ logger = get_logger(__name__)
 # =====================================================================================================
 # Flags
 # =====================================================================================================
-
-RANGES = {
-    "num_class_images": Range(1, 10**6),
-    "prior_loss_weight": Range(0.0, 1e6),
-    "max_grad_norm": Range(0.0, 1e30, above=True),
-}
 
 PRIOR_DEFAULTS = {"num_class_images": 100, "prior_loss_weight": 1.0}  # where the prior is preserved
 
@@ -53,25 +47,38 @@ REFUSED_FLAGS = {
 
 
 def add_subject_arguments(add):
+    """Adds the flags of the subject, its class and their prompts."""
     add("--instance_prompt", help='Prompt of the pictures that have no caption: "a photo of sks dog".')
     add("--subject_name", help="Words for the subject, which {} in captions and prompts stands for: sks dog.")
-    add("--flip_probability", type=float, default=0.0, help="How often images are mirrored.")
-    add("--with_prior_preservation", action="store_true", help="Also train on images of the class, to keep it.")
-    add("--class_data_dir", help="Folder of class images; those that are missing are drawn into it.")
+    mirrored = "Share of the draws that mirror an image; 0 if sides matter."
+    add("--flip_probability", type=float, default=0.0, limits=SHARE, page=True, help=mirrored)
+    prior = "Also train on images of the class, to keep it."
+    add("--with_prior_preservation", action="store_true", help=prior)
+    add(
+        "--class_data_dir",
+        path=True,
+        decides=NOTHING,  # beside the pictures in it
+        help="Folder of class images; those that are missing are drawn into it.",
+    )
     add("--class_prompt", help='Prompt of class images: "a photo of a dog".')
     add(
         "--num_class_images",
         type=int,
-        help="Class images; missing ones are drawn by the quantized base, with the settings of validation images."
-        f" Default: {PRIOR_DEFAULTS['num_class_images']}.",
+        limits=Range(1, 10**6),
+        decides=NOTHING,  # beside the pictures that it comes to
+        help="Number of class images; missing ones are drawn by the quantized base, with the settings of validation"
+        f" images. Default: {PRIOR_DEFAULTS['num_class_images']}.",
     )
-    words = f"λ: weight of the class images' loss. Default: {PRIOR_DEFAULTS['prior_loss_weight']:g}."
-    add("--prior_loss_weight", type=float, help=words)
+    weight = f"λ: weight of the class images' loss. Default: {PRIOR_DEFAULTS['prior_loss_weight']:g}."
+    add("--prior_loss_weight", type=float, limits=Range(0.0, 1e6), help=weight)
 
 
 def add_backward_arguments(add):
-    add("--max_grad_norm", type=float, default=1.0, help="Longer gradients are shortened to this.")
-    add("--gradient_checkpointing", action="store_true", help="Compute activations twice to keep fewer of them.")
+    """Adds the flags of a backward pass."""
+    longest = "Length that longer gradients are shortened to."
+    add("--max_grad_norm", type=float, default=1.0, limits=Range(0.0, 1e30, above=True), page=True, help=longest)
+    less = "Compute activations twice to keep fewer of them."
+    add("--gradient_checkpointing", action="store_true", decides=NOTHING, page=True, help=less)
 
 
 def check_subject_arguments(parser, args):

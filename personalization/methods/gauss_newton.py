@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from accelerate.logging import get_logger
 
 from ..errors import InputError
+from ..flags import COUNT, RUN, SHARE, Range
 from ..models import base_model
 from .rule import Optimizer
 
@@ -222,7 +223,7 @@ FORWARDS = 17_000  # of a run that is not told how long: 500 steps of 34
 
 
 def choose_directions(args, base, placeholder, prompt_ids):
-    """All directions of a vector, `[d, d]`, orthonormal: those of `--subspace` first.
+    """All directions of a vector, `[d, d]`, orthonormal: those of `--gn_subspace` first.
 
     Args:
         args: resolved settings.
@@ -234,17 +235,17 @@ def choose_directions(args, base, placeholder, prompt_ids):
     """
     tables, dimension = base_model.load_token_tables(base), base.word_width
     table = tables[0] if len(tables) == 1 else torch.cat(tables, dim=1)  # of two, a word is a row of both
-    if args.subspace == "none":
+    if args.gn_subspace == "none":
         return torch.eye(dimension)
-    if args.subspace == "vocabulary":
-        return vocabulary_directions(table, dimension, args.subspace_words)
+    if args.gn_subspace == "vocabulary":
+        return vocabulary_directions(table, dimension, args.gn_subspace_words)
     ids = prompt_ids.unique()
     special = torch.tensor([i for tokenizer in base.tokenizers for i in tokenizer.all_special_ids])
     ids = ids[(ids < placeholder.first_id) & ~torch.isin(ids, special)]
     if len(ids) < 2:
         raise InputError(
-            f"--subspace prompt_words needs two different words beside {placeholder.token} in the captions: write"
-            " longer ones, or give --subspace vocabulary."
+            f"--gn_subspace prompt_words needs two different words beside {placeholder.token} in the captions: write"
+            " longer ones, or give --gn_subspace vocabulary."
         )
     return vocabulary_directions(table[ids], dimension, len(ids))
 
@@ -255,28 +256,89 @@ class GaussNewtonOptimizer(Optimizer):
     method = "forward-only Gauss-Newton (ours), with ZOODiP's quantization and PUTS (arXiv 2503.14868)"
     tag = "gauss-newton"
     step_flag = "gn_max_step"
+    recipe_name = "fast"
+    recipe = {
+        "train_batch_size": 1,
+        "logging_steps": 10,
+        "validation_steps": 50,
+        "save_steps": 100,
+        "checkpointing_steps": 50,
+    }
     # y, as the mean over both signs of the steps, is right within a third at the least ones.
     perturbation_scales = {"no": (3e-4, 1e-5), "fp16": (1e-2, 3e-3), "bf16": (5e-2, 5e-2), "int8": (0.15, 0.15)}
     precision_of_engine = {"openvino": "bf16"}  # which its evidence survives, in half the time
     candidates_per_pass = 9  # a few, so that memory stays small
 
-    def check(self, args, given):
-        for name, without in (("subspace_steps", ("none",)), ("subspace_words", ("none", "prompt_words"))):
-            if name in given and args.subspace in without:
-                raise InputError(f"--{name} does nothing with --subspace {args.subspace}: drop one.")
+    def add_flags(self, add):
+        add(
+            "--gn_subspace",
+            choices=["vocabulary", "prompt_words", "none"],
+            default="vocabulary",
+            page=True,
+            help="Subspace that Gauss-Newton looks along first: the main differences between the model's words (those"
+            " with the longest embeddings), between the words of the prompts, or none: everywhere.",
+        )
+        add(
+            "--gn_subspace_dimension",
+            type=int,
+            limits=Range(1, 10**5),
+            page=True,
+            help="Directions of it per vector of the token; each later step takes as many and one more. Default: 32.",
+        )
+        words = "Number of words that make the vocabulary's subspace."
+        add("--gn_subspace_words", type=int, default=80, limits=Range(2, 10**6), page=True, help=words)
+        # What follows comes after the calibration, which is of the beginning of training.
+        add(
+            "--gn_subspace_steps",
+            type=int,
+            default=30,
+            limits=COUNT,
+            decides=RUN,
+            page=True,
+            help="Steps in it (16 where it holds less than half of the gradient); later ones take random directions.",
+        )
+        ridge = "λ: weight of the start against what the pictures say."
+        add("--gn_ridge", type=float, default=3.0, limits=Range(1e-9, 1e9), decides=RUN, page=True, help=ridge)
+        kept = "ρ: share of older evidence that is kept from step to step."
+        add("--gn_memory", type=float, default=0.8, limits=SHARE, decides=RUN, page=True, help=kept)
+        add(
+            "--gn_averaging",
+            type=float,
+            default=3.0,
+            limits=Range(0.0, 1000.0),
+            decides=RUN,
+            page=True,
+            help="Weight of later embeddings in the result, which is their average over the last share of the run; 0:"
+            " the last one alone.",
+        )
+        longest = "Longest step of the embedding, in its own units."
+        add(
+            "--gn_max_step",
+            type=float,
+            default=1.0,
+            limits=Range(0.0, 1e9, above=True),
+            decides=RUN,
+            page=True,
+            help=longest,
+        )
+
+    def check(self, args):
+        for name, without in (("gn_subspace_steps", ("none",)), ("gn_subspace_words", ("none", "prompt_words"))):
+            if name in args.given and args.gn_subspace in without:
+                raise InputError(f"--{name} does nothing with --gn_subspace {args.gn_subspace}: drop one.")
 
     def complete(self, args, base):
         dimension = base.word_width
-        args.subspace_dimension = args.subspace_dimension or min(32, dimension - 1)
-        if args.subspace_dimension >= dimension:  # every step takes one more
+        args.gn_subspace_dimension = args.gn_subspace_dimension or min(32, dimension - 1)
+        if args.gn_subspace_dimension >= dimension:  # every step takes one more
             raise InputError(
-                f"--subspace_dimension {args.subspace_dimension} is too many for a token of this model, which has"
-                f" {dimension} entries: give at most {dimension - 1}."
+                f"--gn_subspace_dimension {args.gn_subspace_dimension} is too many for a token of this model, which"
+                f" has {dimension} entries: give at most {dimension - 1}."
             )
 
     def num_candidates(self, args):
         """θ, the subspace's directions for each vector, and one more."""
-        return args.num_vectors * args.subspace_dimension + 2
+        return args.num_vectors * args.gn_subspace_dimension + 2
 
     def kept_coordinates(self, args, entries):
         """As many directions as θ has entries, and A."""
@@ -294,7 +356,7 @@ class GaussNewtonOptimizer(Optimizer):
         k, d = theta.shape
         of_vectors = torch.eye(k)[None, :, :, None] * found[:, None, None, :]  # [d, k, k, d]: vector by vector
         solver = GaussNewton(of_vectors.reshape(-1, k, d), args.gn_memory, args.gn_ridge, args.gn_max_step)
-        inside, steps = k * args.subspace_dimension, 0 if args.subspace == "none" else args.subspace_steps
+        inside, steps = k * args.gn_subspace_dimension, 0 if args.gn_subspace == "none" else args.gn_subspace_steps
         exact = args.activations != "bfloat16" and args.openvino_precision != "int8"
         return GaussNewtonUpdate(solver, args.perturbation_scale, inside, steps, args.seed, exact)
 

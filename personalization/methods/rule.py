@@ -43,6 +43,7 @@ class Optimizer:
         method: what a result's config and card say that it was learned with.
         tag: of the model card.
         step_flag: the flag that makes steps shorter, for a run that diverges.
+        recipe_name, recipe: its set of defaults, as `--recipe` names it: flag -> value.
         perturbation_scales: precision of the activations -> the step of the finite difference, the default and the
             least at which what it measures still agrees with autograd (benchmarks/bench_signal.py). A precision that
             is missing cannot be trained in.
@@ -53,15 +54,17 @@ class Optimizer:
     method: str
     tag: str
     step_flag: str
+    recipe_name: str
+    recipe: dict
     perturbation_scales: dict
     precision_of_engine: dict = {}
     candidates_per_pass: int | None = None
 
     def add_flags(self, add):
-        """Declares the flags that are its own."""
+        """Declares the flags that are its own, by `flags.add` in a group of their own."""
 
-    def check(self, args, given):
-        """Raises an `InputError` where flags (names of those given) exclude each other; no file is read."""
+    def check(self, args):
+        """Raises an `InputError` where its flags exclude each other; no file is read."""
 
     def complete(self, args, base):
         """Fills in the settings that depend on the base; raises an `InputError` where one does not fit it."""

@@ -23,12 +23,11 @@ MANIFEST = "manifest.json"  # {"run": id, "step": N, "files": {name: {"size", "s
 PROCESSES = "number of processes"
 
 
-def trajectory_settings(args, names, weights, num_processes, pictures):
-    """What decides a run's trajectory: a checkpoint only resumes under the same.
+def trajectory_settings(args, weights, num_processes, pictures):
+    """Everything that decides a run's trajectory: a checkpoint only resumes under the same.
 
     Args:
-        args: resolved settings.
-        names: which of them count; the length of the run does too where the learning rate depends on it.
+        args: `Settings`, complete.
         weights: `base_model.weights_digest`.
         num_processes: processes of the launch.
         pictures: `images.Picture`s, which are told apart by pixels and caption.
@@ -39,8 +38,8 @@ def trajectory_settings(args, names, weights, num_processes, pictures):
     digest = hashlib.sha256()
     for picture in pictures:
         digest.update(picture.pixels.numpy().tobytes() + repr(picture.caption).encode())
-    names = [*names] if args.lr_scheduler.startswith("constant") else [*names, "max_train_steps"]
-    settings = {name: getattr(args, name) for name in names}
+    scheduled = () if args.lr_scheduler.startswith("constant") else ("schedule",)
+    settings = args.deciding("run", *scheduled)
     found = {PROCESSES: num_processes, "weights of the model": weights, "training data": digest.hexdigest()[:16]}
     return settings | found
 
@@ -63,7 +62,7 @@ class Checkpoint(NamedTuple):
     """A checkpoint whose files are whole."""
 
     path: Path
-    run: str | None  # id of the run that wrote it; None before there were any
+    run: str  # id of the run that wrote it
     settings: dict  # `trajectory_settings` it was written under
 
 
@@ -122,10 +121,10 @@ def check_hashes(path, names):
 
 
 def changed_settings(before, now):
-    """The settings that differ, in words; checkpoints of earlier versions know fewer."""
+    """The settings that differ, in words."""
     now = json.loads(json.dumps(now))
-    changed = [name for name, value in now.items() if name in before and before[name] != value]
-    return ", ".join(f"{name} ({before[name]!r}, now {now[name]!r})" for name in changed)
+    changed = [name for name in {**now, **before} if before.get(name) != now.get(name)]
+    return ", ".join(f"{name} ({before.get(name)!r}, now {now.get(name)!r})" for name in changed)
 
 
 # =====================================================================================================

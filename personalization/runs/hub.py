@@ -53,7 +53,9 @@ class Publication:
         pipeline_name: of what travels to the Hub as `pipeline.py`; None where diffusers needs no code of ours.
         tags: of the card.
         best_name: the file with the lowest held-out loss, one of `files`.
-        card_name: template of the model card, beside the script.
+        card_name: template of the model card, from the script's folder.
+        load: how a pipeline of diffusers takes up what was learned, by itself; None where it needs `pipeline_name`.
+        keyword: under which `pipeline_name` takes it up.
         families: name -> family, where `pipeline_name` depends on that of the base.
         reference_images: pattern of the training images, which are published on request only.
     """
@@ -66,6 +68,8 @@ class Publication:
     tags: tuple
     best_name: str = "learned_embeds-best.safetensors"
     card_name: str = "model_card_template.md"
+    load: str | None = None
+    keyword: str | None = None
     families: dict = field(default_factory=dict)
     reference_images: str = REFERENCE_IMAGES
 
@@ -77,7 +81,7 @@ class Publication:
 
     @property
     def card_template(self):
-        return self.script.with_name(self.card_name)
+        return self.script.parent / self.card_name
 
     @property
     def all_files(self):
@@ -192,6 +196,13 @@ def base_license(base):
     return {}
 
 
+def example_prompt(config):
+    """A prompt with what was learned, by a run's config."""
+    settings = config["settings"]
+    prompt = settings["validation_prompt"] or settings.get("instance_prompt") or "a photo of {}"
+    return prompt.replace("{}", config["placeholder_token"])
+
+
 def write_config(results, config, publication, repo_id=None):
     """Writes a run's config and model card, from what it has recorded as its own.
 
@@ -224,7 +235,7 @@ def write_model_card(output_dir, config, publication, repo_id=None):
         return
     output_dir, settings, recorded = Path(output_dir), config["settings"], config.get("files")
     local, base, token = config["base_model_is_local"], config["base_model"], config["placeholder_token"]
-    prompt = (settings["validation_prompt"] or settings.get("instance_prompt") or "a photo of {}").replace("{}", token)
+    prompt = example_prompt(config)
     own = run_folder.own_files(output_dir, publication.files, recorded)
     samples = [name for name in own if name.startswith("samples/")]
     references = run_folder.own_files(output_dir, [REFERENCE_IMAGES] * settings["push_reference_images"], recorded)
@@ -233,7 +244,7 @@ def write_model_card(output_dir, config, publication, repo_id=None):
         base_model=None if local else base,
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        tags=list(dict.fromkeys([*publication.tags, family.tag])),
+        tags=list(dict.fromkeys([*config.get("tags", ()), *publication.tags, family.tag])),
         instance_prompt=token,
         widget=[{"text": prompt, "output": {"url": url}} for url in samples] or None,
         **config["base_license"],
@@ -241,7 +252,7 @@ def write_model_card(output_dir, config, publication, repo_id=None):
     name = repo_id.split("/")[-1] if repo_id else output_dir.resolve().name
     pipeline = publication.pipeline_file(config)
     values = {
-        **{key: config[key] for key in ("placeholder_token", "settings", "components", "figures", "hardware")},
+        **{key: config[key] for key in "method placeholder_token settings components figures hardware".split()},
         "scales": config.get("scales"),
         "paired": len(family.text_encoders) > 1,
         "pipeline_class": family.pipeline.__name__,
@@ -340,6 +351,7 @@ def _upload(folder, names, **options):
 
 # What the model card and the upload read of a run's config, and of what type it is.
 CONFIG_TYPES = {
+    "method": str,
     "placeholder_token": str,
     "base_model": str,
     "base_model_is_local": bool,

@@ -1,4 +1,4 @@
-"""The start of a run: its Accelerator, its folders, its trackers and its length."""
+"""The start of a run: its Accelerator, its folders, its trackers and its length, the last of its settings."""
 
 import logging
 import math
@@ -10,18 +10,25 @@ from accelerate.utils import ProjectConfiguration
 
 from ..errors import InputError, reason
 from ..files import check_writable
-from .provenance import public_settings
+from ..flags import DEFAULT_CACHE
+from ..models import weight_cache
 
 
-def check_folders(output_dir, logging_dir):
-    """Makes sure that a run can write to its folder, and that its logs are to go there too.
+def open_folders(args):
+    """Makes sure that a run can write to its folder and to the cache of quantized weights, or completes where that is.
 
     Raises:
-        InputError: one of them cannot be; the message names the flag.
+        InputError: it cannot, or its logs would not go into its folder; the message names the flag.
     """
-    check_writable("--output_dir", output_dir)
-    if not (Path(output_dir) / logging_dir).resolve().is_relative_to(Path(output_dir).resolve()):
-        raise InputError(f"--logging_dir {logging_dir!r} is outside --output_dir: give the name of a folder in it.")
+    output_dir = Path(args.output_dir)
+    check_writable("--output_dir", args.output_dir)
+    if not (output_dir / args.logging_dir).resolve().is_relative_to(output_dir.resolve()):
+        raise InputError(
+            f"--logging_dir {args.logging_dir!r} is outside --output_dir: give the name of a folder in it."
+        )
+    if args.quantized_cache_dir != "none":
+        cache = weight_cache.open_cache(args.quantized_cache_dir, DEFAULT_CACHE, args.output_dir)
+        args.quantized_cache_dir = cache
 
 
 def start(output_dir, logging_dir, report_to, allow_tf32):
@@ -39,7 +46,8 @@ def start(output_dir, logging_dir, report_to, allow_tf32):
         project_config=ProjectConfiguration(project_dir=output_dir, logging_dir=Path(output_dir) / logging_dir),
     )
     logging.basicConfig(format="%(asctime)s - %(levelname)s - %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for name in ("httpx", "httpx2"):  # a line for every request to the Hub
+        logging.getLogger(name).setLevel(logging.WARNING)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allow_tf32
     return accelerator
 
@@ -50,8 +58,8 @@ def start_trackers(accelerator, name, args):
     Raises:
         InputError: a tracker does not start.
     """
-    public = public_settings(args).items()
-    plain = {key: value if isinstance(value, (int, float, str, bool)) else str(value) for key, value in public}
+    public = args.public()
+    plain = {key: value if isinstance(value, (int, float, str, bool)) else str(value) for key, value in public.items()}
     try:
         accelerator.init_trackers(name, config=plain)
     except Exception as error:  # whatever a tracker's library raises
@@ -60,9 +68,18 @@ def start_trackers(accelerator, name, args):
         ) from error
 
 
-def training_length(args, num_examples, num_processes, default):
-    """Updates in all: from `--num_train_epochs` (of so many examples each) where it is given, else `default`."""
-    if args.num_train_epochs is None:
-        return default
-    per_update = args.train_batch_size * args.gradient_accumulation_steps * num_processes
-    return args.num_train_epochs * math.ceil(num_examples / per_update)
+def settle(args, num_examples, num_processes, default):
+    """Completes the last of the settings, the length, which is known once the pictures are, and freezes them all.
+
+    Args:
+        args: settings.
+        num_examples: of an epoch, for `--num_train_epochs`.
+        num_processes: of the launch.
+        default: updates in all, if neither steps nor epochs were given.
+    """
+    if args.max_train_steps is None and args.num_train_epochs is not None:
+        per_update = args.train_batch_size * args.gradient_accumulation_steps * num_processes
+        args.max_train_steps = args.num_train_epochs * math.ceil(num_examples / per_update)
+    elif args.max_train_steps is None:
+        args.max_train_steps = default
+    args.freeze()

@@ -1,33 +1,13 @@
-"""What made a result: settings that may be published, versions, hardware, figures."""
+"""What made a result: settings, versions, hardware, figures."""
 
 import contextlib
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import torch
 
 from ..models.memory import peak_memory
-
-
-LOCAL_PATHS = ("train_data_dir", "instance_data_dir", "class_data_dir", "quantized_cache_dir", "output_dir")
-
-LOCAL_PATHS += ("logging_dir", "resume_from_checkpoint")
-
-PATHS_OR_NAMES = ("pretrained_model_name_or_path", "tokenizer_name", "dataset_name")  # a folder, or on the Hub
-
-
-def public_settings(args):
-    """The settings that may be published: no token, and only the last part of local paths."""
-    settings = {name: value for name, value in vars(args).items() if name not in ("hub_token", "push_only")}
-    for name in LOCAL_PATHS:
-        if value := settings.get(name):
-            settings[name] = Path(value).resolve().name
-    for name in PATHS_OR_NAMES:
-        if (value := settings.get(name)) and os.path.exists(value):
-            settings[name] = Path(value).resolve().name
-    return settings
 
 
 def installed_versions(
@@ -80,7 +60,7 @@ def describe_result(args, method, base_license, compute, components, figures, su
         figures: what was measured.
         subject: what stands for the subject in prompts, if not `args.placeholder_token`.
     """
-    settings = public_settings(args)
+    settings = args.public()
     return {
         "method": method,
         "base_model": settings["pretrained_model_name_or_path"],

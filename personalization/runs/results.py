@@ -1,6 +1,7 @@
 """Writes the result of a finished run: the embedding before all else, then whatever of the rest can be written."""
 
 import functools
+import json
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -28,6 +29,7 @@ class Result:
     samples: list  # PIL images
     pictures: list  # `images.Picture`s it learned from
     config: dict  # `provenance.describe_result`
+    base: str  # the model it was learned on, as it was given
     parts: dict = field(default_factory=dict)  # of the embedding, see `embeddings.save_embeds`
 
 
@@ -81,8 +83,32 @@ def write_result(result, results, publication, repo_id, save_a1111=False, full_p
     figures = config["figures"]
     logger.info(
         f"Done: {figures['steps']} steps, {figures['forward_passes']} forward passes of one candidate,"
-        f" {figures['seconds']} s ({figures['steps_per_second']} it/s), peak memory {figures['peak_memory']}; results"
-        f" in {results.folder}"
+        f" {figures['seconds']} s ({figures['steps_per_second']} it/s), peak memory {figures['peak_memory']}"
+    )
+    learned = f"Learned {token} with {config['method']}"
+    logger.info(f"{learned}: {results.folder / publication.result_name}; to draw with it, in Python:")
+    print(usage(result, results.folder, publication), flush=True)
+
+
+def usage(result, folder, publication):
+    """Three lines of Python that draw with what was learned, by the shortest way that its base has.
+
+    Args:
+        result: `Result`.
+        folder: of the run.
+        publication: `hub.Publication`.
+    """
+    quoted = functools.partial(json.dumps, ensure_ascii=False)
+    load = f"from_pretrained({quoted(result.base)}"
+    if publication.load and len(result.parts) < 2:  # in one call, and without code of ours
+        load += f"); pipeline.{publication.load}({quoted(str(folder))})"
+    else:
+        pipeline = quoted(str(publication.pipeline_file(result.config)))
+        load += f", custom_pipeline={pipeline}, trust_remote_code=True, {publication.keyword}={quoted(str(folder))})"
+    return (
+        "from diffusers import DiffusionPipeline\n"
+        f"pipeline = DiffusionPipeline.{load}\n"
+        f'pipeline({quoted(hub.example_prompt(result.config))}).images[0].save("image.png")'
     )
 
 

@@ -364,7 +364,7 @@ class RunBook:
         Raises:
             InputError: the script refuses the settings; the sentence is its own.
         """
-        if not METHODS[form.method].predicts_memory:
+        if "estimate_memory" not in METHODS[form.method].flags:
             return None
         command = ["python", *self.command(form)[len(launcher()) :], "--estimate_memory"]
         folder = self._scratch()

@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 
 from ..errors import InputError, quoted
+from ..flags import described_flags, did_you_mean
 
 
 REPO = Path(__file__).resolve().parents[2]
@@ -30,10 +31,8 @@ class Method:
         pictures_flag: which flag takes the folder of pictures.
         makes_a_word: whether the concept is a new word; otherwise a few plain words stand for it.
         result_name, config_name: files in the folder of a run that is done.
-        predicts_memory: whether the script has `--estimate_memory`.
         defaults: flags for real models.
         demo: flags for the demo base, whose runs take a minute.
-        others: which other flags a visitor may add; none of them names a file.
     """
 
     title: str
@@ -43,37 +42,36 @@ class Method:
     makes_a_word: bool
     result_name: str
     config_name: str
-    predicts_memory: bool
     defaults: dict
     demo: dict
-    others: frozenset
 
     @property
     def path(self):
         return REPO / self.script
 
+    @property
+    def flags(self):
+        """What the script's flags say of themselves, by name: see `flags.describe_flag`."""
+        return described_flags(self.script)
 
-_SHARED = (
-    "seed train_batch_size gradient_accumulation_steps learning_rate scale_lr lr_scheduler lr_warmup_steps"
-    " lr_num_cycles adam_beta1 adam_beta2 adam_weight_decay adam_epsilon num_validation_images num_inference_steps"
-    " guidance_scale logging_steps validation_steps checkpointing_steps checkpoints_total_limit resolution center_crop"
-    " flip_probability mixed_precision allow_tf32 revision variant max_train_steps"
-).split()
-_WORD = (
-    "recipe optimizer num_vectors learnable_property repeats quantization unet_backend openvino_device"
-    " openvino_precision low_vram torch_compile num_perturbations perturbation_scale allow_noisy_estimates"
-    " gradient_estimator max_candidates_per_forward sg_window sg_threshold subspace subspace_dimension subspace_steps"
-    " subspace_words gn_ridge gn_memory gn_averaging gn_max_step puts_min_timestep puts_max_timestep"
-    " num_validation_samples early_stopping_patience save_steps save_a1111"
-).split()
-_SCALES = (
-    "bits calibration scale_sets scale_intervals train_input_scales max_grad_norm gradient_checkpointing save_half"
-)
-_LORA = (
-    "quantization rank lora_alpha lora_layers bp_view low_resolution bp_timestep_midpoint bp_timestep_width"
-    " bp_progress_midpoint bp_progress_width num_perturbations perturbation_scale zo_learning_rate max_grad_norm"
-    " gradient_checkpointing"
-)
+    @property
+    def fields(self):
+        """Names of the flags that fields of the page stand for, and no visitor may give beside them."""
+        subject = {"placeholder_token", "initializer_token"} if self.makes_a_word else {"subject_name"}
+        return {"pretrained_model_name_or_path", self.pictures_flag, "validation_prompt", *subject}
+
+    def refusal(self, name):
+        """Why a visitor may not give a flag, as the end of a sentence; None where it is offered."""
+        flag = self.flags.get(name)
+        if flag is None:
+            offered = [f"--{known}" for known, flag in self.flags.items() if flag["page"]]
+            return f"is no flag of {self.script}{did_you_mean(f'--{name}', offered)}"
+        if flag["page"]:
+            return None
+        if name in self.fields:
+            return "has a field of its own on this page."
+        return "names a file on the server." if flag["path"] else "is not offered to visitors of this page."
+
 
 METHODS = {
     "word": Method(
@@ -85,7 +83,6 @@ METHODS = {
         makes_a_word=True,
         result_name="learned_embeds.safetensors",
         config_name="zoodip_config.json",
-        predicts_memory=True,
         defaults={"recipe": "fast", "max_train_steps": 500, "validation_steps": 50, "checkpointing_steps": 50},
         demo={
             "recipe": "fast",
@@ -96,7 +93,6 @@ METHODS = {
             "checkpointing_steps": 25,
             "guidance_scale": 4,
         },
-        others=frozenset([*_SHARED, *_WORD]),
     ),
     "scales": Method(
         title="Tuned scales (TuneQDM)",
@@ -106,7 +102,6 @@ METHODS = {
         makes_a_word=False,
         result_name="tuneqdm_scales.safetensors",
         config_name="tuneqdm_config.json",
-        predicts_memory=False,
         defaults={
             "max_train_steps": 400,
             "gradient_checkpointing": True,
@@ -120,7 +115,6 @@ METHODS = {
             "checkpointing_steps": 50,
             "guidance_scale": 4,
         },
-        others=frozenset([*_SHARED, *_SCALES.split()]),
     ),
     "lora": Method(
         title="A LoRA (selective)",
@@ -131,7 +125,6 @@ METHODS = {
         makes_a_word=False,
         result_name="pytorch_lora_weights.safetensors",
         config_name="selective_config.json",
-        predicts_memory=False,
         defaults={
             "bp_view": "window",
             "max_train_steps": 500,
@@ -147,7 +140,6 @@ METHODS = {
             "checkpointing_steps": 50,
             "guidance_scale": 4,
         },
-        others=frozenset([*_SHARED, *_LORA.split()]),
     ),
 }
 
@@ -217,11 +209,8 @@ def read_others(text, method):
     for word in words:
         if word.startswith("--"):
             name, equals, value = word[2:].partition("=")
-            if name not in METHODS[method].others:
-                raise InputError(
-                    f"--{plain_flag(name)} cannot be set here: it is no flag of {METHODS[method].script}, names files,"
-                    " or has a field of its own."
-                )
+            if why := METHODS[method].refusal(name):
+                raise InputError(f"--{plain_flag(name)} cannot be set here: it {why}")
             flags[name], last = value if equals else True, name
         elif last is not None and flags[last] is True:
             flags[last] = word

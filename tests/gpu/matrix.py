@@ -46,7 +46,7 @@ BASICS = {
 IMAGES = {"--validation_prompt": "a photo of {}", "--num_validation_images": 2, "--num_inference_steps": 3}
 RISING_LOSS = {"--learning_rate": 5.0, "--adam_epsilon": 1e-8, "--max_train_steps": 20, "--validation_steps": 1}
 SUBSPACE = {"--sg_window": 3, "--sg_threshold": 0.6}  # a window of 3 has two directions; this much removes the second
-GAUSS_NEWTON = {"--optimizer": "gauss_newton", "--subspace_dimension": 4}
+GAUSS_NEWTON = {"--optimizer": "gauss_newton", "--gn_subspace_dimension": 4}
 
 MATRIX = (
     Case("int8", {}),
@@ -54,7 +54,7 @@ MATRIX = (
     Case("no quantization", {"--quantization": "none"}),
     Case("rge, 3 vectors, subspace", SUBSPACE | {"--num_vectors": 3, "--max_train_steps": 5}),
     Case("spsa, 3 vectors", {"--num_vectors": 3, "--gradient_estimator": "spsa"}),
-    Case("gauss_newton, left subspace", GAUSS_NEWTON | {"--subspace_steps": 2}),
+    Case("gauss_newton, left subspace", GAUSS_NEWTON | {"--gn_subspace_steps": 2}),
     Case(
         "gauss_newton, bf16, 2 vectors",
         GAUSS_NEWTON | {"--mixed_precision": "bf16", "--num_vectors": 2, "--gradient_accumulation_steps": 2},
