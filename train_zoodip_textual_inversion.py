@@ -57,7 +57,7 @@ from personalization.data.examples import Batch, Concept
 from personalization.data.prompts import Placeholder
 from personalization.errors import DivergedError, InputError, run_script
 from personalization.files import temporary_folder
-from personalization.methods import gauss_newton
+from personalization.methods import gauss_newton, textual_inversion
 from personalization.methods.rule import Optimizer, Rule
 from personalization.models import base_model, families, memory, openvino_unet, weight_cache
 from personalization.models.base_model import Base
@@ -1059,103 +1059,19 @@ def make_parser():
         "%(prog)s --pretrained_model_name_or_path MODEL --train_data_dir FOLDER --placeholder_token TOKEN"
         " --initializer_token WORD [options]",
     )
-    add_engine_arguments(flags.add_model_arguments(parser, "Stable Diffusion 1.x, 2.x or SDXL"))
-    add_concept_arguments(flags.add_data_arguments(parser))
+    engine = flags.add_model_arguments(parser, "Stable Diffusion 1.x, 2.x or SDXL")
+    textual_inversion.add_engine_arguments(engine, list(BACKENDS))
+    textual_inversion.add_concept_arguments(flags.add_data_arguments(parser))
     add_optimization_arguments(flags.group(parser, "optimization"))
     for name, optimizer in OPTIMIZERS.items():
         optimizer.add_flags(functools.partial(flags.group(parser, f"--optimizer {name}"), optimizer=name))
     flags.add_training_arguments(parser, optimizer="zo_adam")
     rate = "Learning rate of ZO-Adam. Default: the paper's, 5e-3 (Stable Diffusion 2.x: 1e-2)."
     flags.override(parser, "learning_rate", default=None, help=rate)
-    add_held_out_arguments(flags.add_validation_arguments(parser))
-    add_result_arguments(flags.add_saving_arguments(parser))
+    textual_inversion.add_held_out_arguments(flags.add_validation_arguments(parser))
+    textual_inversion.add_result_arguments(flags.add_saving_arguments(parser))
     flags.add_hub_arguments(parser)
     return parser
-
-
-def add_engine_arguments(add):
-    add(
-        "--quantization",
-        choices=list(BACKENDS),
-        default="int8",
-        decides=flags.RUN,  # the calibration's key has the file that it is kept in, and that has these two
-        page=True,
-        help="Weights of UNet and text encoder: int8 (Linear and Conv2d, per output channel), nf4 (bitsandbytes 4-bit"
-        " Linear, int8 Conv2d), quanto-int8 (as the official code) or none.",
-    )
-    add(
-        "--unet_backend",
-        choices=["torch", "openvino"],
-        default="torch",
-        decides=flags.RUN,
-        page=True,
-        help="Engine that computes the UNet. openvino (pip install openvino) is faster on CPUs and takes more memory;"
-        " it is exported once into --quantized_cache_dir.",
-    )
-    device = "OpenVINO's device: CPU, GPU or NPU."
-    add("--openvino_device", default="CPU", decides=flags.NOTHING, page=True, help=device)
-    add(
-        "--openvino_precision",
-        choices=["float", "int8"],
-        default="float",
-        decides=flags.RUN,
-        page=True,
-        help="Precision of the UNet's activations in OpenVINO. float: as --mixed_precision says; int8 (pip install"
-        " nncf; with --optimizer gauss_newton): in INT8, calibrated once on the pictures. Held-out loss and validation"
-        " images are then of that UNet; the learned word is for the ordinary one.",
-    )
-    add(
-        "--low_vram",
-        action="store_true",
-        decides=flags.NOTHING,
-        page=True,
-        help="Stream the UNet's weights layer by layer, from pinned host memory (CUDA) or from disk (CPU).",
-    )
-    add(
-        "--torch_compile",
-        action="store_true",
-        decides=flags.NOTHING,
-        page=True,
-        help="Compile the UNet (static shapes, CUDA graphs); the first step takes minutes. Worth it on CUDA only.",
-    )
-
-
-def add_concept_arguments(add):
-    add(
-        "--placeholder_token",
-        required=True,
-        decides=flags.RUN,  # its prompts are in the calibration's key, by their ids
-        help='The new word, such as "<my-dog>".',
-    )
-    add("--initializer_token", required=True, help="Existing one-token word to start from: dog.")
-    vectors = "k: embedding vectors of the new word."
-    add(
-        "--num_vectors",
-        type=int,
-        default=1,
-        limits=flags.Range(1, 75),  # a prompt of CLIP has 77 tokens, two of which mark its ends
-        page=True,
-        help=vectors,
-    )
-    add(
-        "--learnable_property",
-        choices=["object", "style"],
-        default="object",
-        decides=flags.RUN,
-        page=True,
-        help="Kind of the Textual Inversion templates that caption the images that have no caption.",
-    )
-    repeats = "Times an epoch shows every image."
-    add("--repeats", type=int, default=100, limits=flags.COUNT, decides=flags.NOTHING, page=True, help=repeats)
-    add(
-        "--pool_at_eos",
-        action="store_true",
-        page=True,
-        help="SDXL: pool the second text encoder at the end of the prompt, as ComfyUI and kohya do, and not at the new"
-        " word, as diffusers does. The same word draws differently there and here.",
-    )
-    mirrored = "Share of the draws that mirror an image; 0 if sides matter."
-    add("--flip_probability", type=float, default=0.5, limits=flags.SHARE, page=True, help=mirrored)
 
 
 def add_optimization_arguments(add):
@@ -1198,46 +1114,6 @@ def add_optimization_arguments(add):
     add("--puts_min_timestep", type=int, limits=flags.Range(0, 10**6), page=True, help=low)
     high = "T_U of PUTS, exclusive; 0/1000 is uniform. Default: 900."
     add("--puts_max_timestep", type=int, limits=flags.Range(1, 10**6), page=True, help=high)
-
-
-def add_held_out_arguments(add):
-    add(
-        "--num_validation_samples",
-        type=int,
-        default=16,
-        limits=flags.Range(0, 4096),
-        decides=flags.NOTHING,
-        page=True,
-        help="Fixed (image, noise, timestep) triples of the held-out loss, which picks the best embedding; 0: none.",
-    )
-    patience = "Validations without gain after which training stops; 0: it never does."
-    add(
-        "--early_stopping_patience",
-        type=int,
-        default=0,
-        limits=flags.Range(0, 10**9),
-        decides=flags.NOTHING,
-        page=True,
-        help=patience,
-    )
-
-
-def add_result_arguments(add):
-    often = "Updates between learned_embeds-steps-N.safetensors."
-    add("--save_steps", type=int, default=500, limits=flags.EVERY, page=True, decides=flags.NOTHING, help=often)
-    add(
-        "--save_a1111",
-        action="store_true",
-        page=True,
-        decides=flags.NOTHING,
-        help="Also save a .pt for the Automatic1111 web UI.",
-    )
-    add(
-        "--save_as_full_pipeline",
-        action="store_true",
-        decides=flags.NOTHING,
-        help="Also save a pipeline to --output_dir/pipeline.",
-    )
 
 
 def check_arguments(parser, args):

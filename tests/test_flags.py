@@ -42,14 +42,14 @@ def parser(*declarations):
 @pytest.fixture
 def with_toys(monkeypatch):
     """The flagship script with two flags of which nothing more is said."""
-    original = zoodip.add_result_arguments
+    original = zoodip.textual_inversion.add_result_arguments
 
     def add_more(add):
         original(add)
         add("--toy", default="a", help="Toy of a test.")
         add("--toy_folder", type=Path, help="Folder of a toy.")
 
-    monkeypatch.setattr(zoodip, "add_result_arguments", add_more)
+    monkeypatch.setattr(zoodip.textual_inversion, "add_result_arguments", add_more)
 
 
 def test_a_forgotten_flag_keeps_a_run_from_resuming_under_another_value(with_toys, train):
