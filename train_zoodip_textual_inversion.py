@@ -57,7 +57,7 @@ from personalization.data.examples import Batch, Concept
 from personalization.data.prompts import Placeholder
 from personalization.errors import DivergedError, InputError, run_script
 from personalization.files import temporary_folder
-from personalization.methods import gauss_newton, textual_inversion
+from personalization.methods import gauss_newton, gradient, textual_inversion
 from personalization.methods.rule import Optimizer, Rule
 from personalization.models import base_model, families, memory, openvino_unet, weight_cache
 from personalization.models.base_model import Base
@@ -525,6 +525,8 @@ class PromptRows(torch.nn.Module):
     def write(self, candidates):
         """Puts candidates `[m, k, d]` into the placeholder's rows, the first where the prompts' own ids point."""
         rows = candidates.flatten(0, 1)
+        if rows.requires_grad:
+            self.weight = self.weight.detach().clone()  # not the one that the last step's graph hangs on
         self.weight[self.first_candidate : self.first_candidate + len(rows)] = rows.to(self.weight)
 
     def check(self, ids):
@@ -648,8 +650,8 @@ class ZerothOrderAdam:
     num_estimates: int  # that an update averages: accumulation steps x processes
 
     @property
-    def num_candidates(self):
-        """Points of a step."""
+    def num_forwards(self):
+        """One for each point of a step."""
         return ESTIMATORS[self.estimator].num_losses(self.num_perturbations)
 
     def evidence(self, model, theta, batch, generator):
@@ -743,7 +745,7 @@ def draw_batch(concept, sampling, scheduler, generator):
     return examples.noise_batch(concept.family, latents, prompt_ids, timesteps, generator, scheduler, size_ids)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def train_step(learner, model, concept, sampling, average=lambda tensor: tensor):
     """One update of θ: evidence from batches drawn with PUTS, averaged over them and over processes, then a step.
 
@@ -868,7 +870,7 @@ class ZOAdam(Optimizer):
         return ZerothOrderAdam(optimizer, lr_scheduler, subspace, *estimate, estimates)
 
 
-OPTIMIZERS = {"zo_adam": ZOAdam(), "gauss_newton": gauss_newton.OPTIMIZER}
+OPTIMIZERS = {"zo_adam": ZOAdam(), "gradient": gradient.OPTIMIZER, "gauss_newton": gauss_newton.OPTIMIZER}
 
 
 # =====================================================================================================
@@ -882,6 +884,8 @@ def complete_for_precision(args, precision):
     Raises:
         InputError: what is measured in this precision with this step is mostly rounding.
     """
+    if not OPTIMIZERS[args.optimizer].perturbation_scales:
+        return
     default, least = OPTIMIZERS[args.optimizer].perturbation_scales[precision]
     args.perturbation_scale = default if args.perturbation_scale is None else args.perturbation_scale
     fix = ", or --openvino_precision float" if precision == "int8" else ", or --mixed_precision no"
@@ -1019,13 +1023,9 @@ PUBLICATION = hub.Publication(
     keyword="learned_embeds",
 )
 
-# Sets of defaults, which flags overrule; an optimizer without a recipe has those of its own. What is None follows from
-# the family of the base. "paper": ZOODiP's. "fast": what docs/results/README.md found.
-WINDOW = {"puts_min_timestep": None, "puts_max_timestep": None}
-RECIPES = {how.recipe_name: {"optimizer": name, **WINDOW, **how.recipe} for name, how in OPTIMIZERS.items()}
+WINDOW = {"puts_min_timestep": None, "puts_max_timestep": None}  # of every recipe: what follows from the family
 
 REFUSED_FLAGS = {
-    "--gradient_checkpointing": "no backward pass is ever run, so there are no activations to recompute: drop it.",
     "--enable_xformers_memory_efficient_attention": "PyTorch's own fused attention is always on: drop the flag.",
     "--dataloader_num_workers": "latents are computed once, before training, so nothing is loaded in a step: drop it.",
     "--no_safe_serialization": "embeddings are saved as safetensors; for a pickle add --save_a1111 instead.",
@@ -1038,10 +1038,7 @@ def parse_args(input_args=None):
     """Parses and checks the command line (of the process, or a list of strings); bad input exits with code 2."""
     parser = make_parser()
     args = flags.parse(parser, input_args, REFUSED_FLAGS)
-    recipe = RECIPES[args.recipe or OPTIMIZERS[args.optimizer].recipe_name]
-    if args.recipe and "optimizer" in args.given and args.optimizer != recipe["optimizer"]:
-        parser.error(f"--recipe {args.recipe} is one of --optimizer {recipe['optimizer']}: drop one of the two.")
-    flags.apply_recipe(args, recipe)
+    flags.apply_recipe(args, choose_recipe(parser, args))
     if not args.push_only:
         try:
             check_arguments(parser, args)
@@ -1049,6 +1046,19 @@ def parse_args(input_args=None):
         except InputError as error:
             parser.error(str(error))
     return args
+
+
+def choose_recipe(parser, args):
+    """The defaults of `--recipe`, or of the optimizer where none is named: flag -> value."""
+    fitting = [name for name, how in OPTIMIZERS.items() if args.recipe in (None, how.recipe_name)]
+    if "optimizer" in args.given or args.recipe is None:
+        if args.optimizer not in fitting:
+            its = " or ".join(fitting)
+            parser.error(f"--recipe {args.recipe} is one of --optimizer {its}: drop one of the two.")
+        fitting = [args.optimizer]
+    if args.unet_backend != "torch":  # which alone has a backward pass
+        fitting = [name for name in fitting if not OPTIMIZERS[name].differentiates] or fitting
+    return {"optimizer": fitting[0], **WINDOW, **OPTIMIZERS[fitting[0]].recipe}
 
 
 def make_parser():
@@ -1065,8 +1075,8 @@ def make_parser():
     add_optimization_arguments(flags.group(parser, "optimization"))
     for name, optimizer in OPTIMIZERS.items():
         optimizer.add_flags(functools.partial(flags.group(parser, f"--optimizer {name}"), optimizer=name))
-    flags.add_training_arguments(parser, optimizer="zo_adam")
-    rate = "Learning rate of ZO-Adam. Default: the paper's, 5e-3 (Stable Diffusion 2.x: 1e-2)."
+    flags.add_training_arguments(parser, optimizer=("zo_adam", "gradient"))
+    rate = "Learning rate of Adam. Default: the paper's, 5e-3 (Stable Diffusion 2.x: 1e-2); gradient: 3e-3."
     flags.override(parser, "learning_rate", default=None, help=rate)
     textual_inversion.add_held_out_arguments(flags.add_validation_arguments(parser))
     textual_inversion.add_result_arguments(flags.add_saving_arguments(parser))
@@ -1077,10 +1087,11 @@ def make_parser():
 def add_optimization_arguments(add):
     add(
         "--recipe",
-        choices=list(RECIPES),
+        choices=list(dict.fromkeys(how.recipe_name for how in OPTIMIZERS.values())),
         decides=flags.NOTHING,  # beside the flags that it stands for
         page=True,
-        help="Set of defaults: paper (exactly ZOODiP's) or fast (Gauss-Newton); flags that are given overrule it.",
+        help="Set of defaults, which flags that are given overrule. paper: exactly ZOODiP's; fast: --optimizer"
+        " gradient, or gauss_newton where the engine has no backward pass.",
     )
     add(
         "--optimizer",
@@ -1088,11 +1099,13 @@ def add_optimization_arguments(add):
         default="zo_adam",
         decides=flags.RUN,
         page=True,
-        help="Way to move θ. zo_adam: the paper's, from differences of losses; gauss_newton: from whole predictions,"
-        " in fewer forward passes, in bfloat16 too (docs/results/README.md).",
+        help="Way to move θ. zo_adam: the paper's, from differences of losses; gradient: the exact gradient, by"
+        " backpropagation through the quantized model; gauss_newton: from whole predictions, by forward passes alone"
+        " (docs/results/README.md).",
     )
     add(
         "--perturbation_scale",
+        optimizer=tuple(name for name, how in OPTIMIZERS.items() if how.perturbation_scales),
         type=float,
         limits=flags.Range(0.0, 1.0, above=True),  # the precision of activations says what it is at least
         page=True,
@@ -1126,6 +1139,10 @@ def check_arguments(parser, args):
         parser.error(
             "--openvino_precision int8 belongs to --unet_backend openvino --optimizer gauss_newton: give both, or drop"
             " it; differences of losses drown in INT8 activations."
+        )
+    if args.unet_backend == "openvino" and OPTIMIZERS[args.optimizer].differentiates:
+        parser.error(
+            f"--unet_backend openvino has no backward pass for --optimizer {args.optimizer}: drop one of them."
         )
     if args.low_vram and not BACKENDS[args.quantization].flexible:
         parser.error(f"--low_vram streams --quantization int8 or none, not {args.quantization}: choose one of them.")
@@ -1322,6 +1339,7 @@ def prepare(args, base, placeholder, compute, pictures, captions, found=None, in
     with in_turn():
         text_encoder, denoiser, stored = load_networks(args, base, compute, layers_dir)
     model, initial = assemble_model(args, base, placeholder, concept.prompt_ids, text_encoder, denoiser, compute)
+    OPTIMIZERS[args.optimizer].make_ready(args, model)
     task = Task(args, base, placeholder, concept, model, initial, sampling, {"vae": stored_vae, **stored})
     if denoiser is None:
         rule = OPTIMIZERS[args.optimizer].start(args, initial.repeat(args.num_vectors, 1), found, num_processes=1)
@@ -1397,7 +1415,7 @@ def train(run):
     bar = loop.progress_bar(accelerator, progress.step, args.max_train_steps)
     with loop.stop_requests(accelerator) as stop_requested, bar:
         while not run.is_over:
-            progress.forward_passes += learner.rule.num_candidates * examples_per_step
+            progress.forward_passes += learner.rule.num_forwards * examples_per_step
             interval_loss += train_step(learner, run.model, run.concept, run.sampling, average)
             progress.step = step = progress.step + 1
             interval += 1
@@ -1553,7 +1571,8 @@ def learn_concept(args, accelerator, base, placeholder, compute):
     steps = optimizer.num_steps(args, base.family)
     launch.settle(args, len(pictures) * args.repeats, accelerator.num_processes, steps)
     if args.recipe:
-        chosen = ", ".join(f"{name} {getattr(args, name)}" for name in {**RECIPES[args.recipe], "max_train_steps": 0})
+        names = ["optimizer", *WINDOW, *optimizer.recipe, "max_train_steps"]
+        chosen = ", ".join(f"{name} {getattr(args, name)}" for name in names)
         logger.info(f"Recipe {args.recipe}: {chosen}")
     base_model.check_weights(base)  # of a model on the Hub it downloads the weights
     data = base_model.weights_digest(base), accelerator.num_processes, pictures

@@ -61,7 +61,8 @@ def describe_script(name, words):
 def cells(flag, kinds):
     """A flag as cells of its row."""
     default = flags.shown_default(flag["default"])
-    belongs = f" (`--optimizer {flag['optimizer']}`)" if flag["optimizer"] else ""
+    owners = " or ".join(f"`{name}`" for name in flags.owners_of(flag["optimizer"]))
+    belongs = f" (`--optimizer` {owners})" if owners else ""
     decides = ", ".join(DECIDES[kind] for kind in flag["decides"] if kind in kinds)
     value = "**required**" if flag["required"] else code(default) if default else ""
     return [f"`--{flag['name']}`", values(flag), value, flag["help"].replace("%%", "%") + belongs, decides]

@@ -68,7 +68,7 @@ class Flag(NamedTuple):
     Args:
         limits: `Range` of a number.
         decides: which of `KINDS`.
-        optimizer: the value of `--optimizer` that it belongs to; None for all.
+        optimizer: the value of `--optimizer` that it belongs to, or several of them; None for all.
         page: whether a visitor of the web page may set it.
         path: whether it names files, of which only the last part is published; `OR_NAME` if it may be a name instead.
         secret: whether it is never published: a token, or what says nothing of a result.
@@ -76,7 +76,7 @@ class Flag(NamedTuple):
 
     limits: Range | None = None
     decides: tuple = EVERYTHING
-    optimizer: str | None = None
+    optimizer: str | tuple | None = None
     page: bool = False
     path: bool | str = False
     secret: bool = False
@@ -437,7 +437,7 @@ def add_training_arguments(parser, optimizer=None):
     """Adds the group "training"; returns `add` for it.
 
     Args:
-        optimizer: the one that learning rate, its schedule and Adam's settings belong to, where there are several.
+        optimizer: those that learning rate, its schedule and Adam's settings belong to, where there are others.
     """
     from diffusers.optimization import SchedulerType
 
@@ -645,11 +645,17 @@ def check_ranges(parser, args):
             parser.error(f"--{name} {value} must be {flag.limits}.")
 
 
+def owners_of(optimizer):
+    """The optimizers that a flag belongs to, as a tuple; none for all."""
+    return (optimizer,) if isinstance(optimizer, str) else tuple(optimizer or ())
+
+
 def check_optimizer(parser, args):
     """Ends with exit code 2 where a flag was given that `--optimizer` has no use for."""
     for name, flag in args.declared.items():
-        if name in args.given and flag.optimizer not in (None, args.optimizer):
-            parser.error(f"--{name} belongs to --optimizer {flag.optimizer}, this is {args.optimizer}: drop one.")
+        owners = owners_of(flag.optimizer)
+        if name in args.given and owners and args.optimizer not in owners:
+            parser.error(f"--{name} belongs to --optimizer {' or '.join(owners)}, this is {args.optimizer}: drop one.")
 
 
 def check_shared_arguments(parser, args, folder="train_data_dir"):

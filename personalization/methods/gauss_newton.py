@@ -147,8 +147,8 @@ class GaussNewtonUpdate:
     steps: int = 0
 
     @property
-    def num_candidates(self):
-        """Points of a step: θ, one for each direction of the subspace, and one more."""
+    def num_forwards(self):
+        """One for each point of a step: θ, one for each direction of the subspace, and one more."""
         return self.inside + 2
 
     @property
@@ -167,7 +167,7 @@ class GaussNewtonUpdate:
         if self.in_subspace:
             return torch.arange(self.inside)
         shuffled = np.random.default_rng([self.seed, self.steps]).permutation(len(self.solver.directions))
-        return torch.from_numpy(shuffled[: self.num_candidates - 1])
+        return torch.from_numpy(shuffled[: self.num_forwards - 1])
 
     def evidence(self, model, theta, batch, generator):
         """What a batch says: K, y and |gradient|² inside and outside of the subspace; and the loss."""

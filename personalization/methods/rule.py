@@ -10,7 +10,7 @@ class Rule(Protocol):
     the uninterrupted one bit for bit.
     """
 
-    num_candidates: int  # points that one batch is evaluated at, as counted in forward passes
+    num_forwards: int  # passes that an example of a batch costs; a backward pass counts as two
 
     def evidence(self, model, theta, batch, generator):
         """What a batch says of θ; it reads and changes nothing else.
@@ -45,10 +45,11 @@ class Optimizer:
         step_flag: the flag that makes steps shorter, for a run that diverges.
         recipe_name, recipe: its set of defaults, as `--recipe` names it: flag -> value.
         perturbation_scales: precision of the activations -> the step of the finite difference, the default and the
-            least at which what it measures still agrees with autograd (benchmarks/bench_signal.py). A precision that
-            is missing cannot be trained in.
+            least at which what it measures still agrees with autograd (benchmarks/bench_signal.py); empty where it
+            takes no differences.
         precision_of_engine: value of `--unet_backend` -> the `--mixed_precision` that it computes in by default.
         candidates_per_pass: default of `--max_candidates_per_forward`; None: all at once.
+        differentiates: whether it needs a backward pass, which only PyTorch has.
     """
 
     method: str
@@ -56,9 +57,10 @@ class Optimizer:
     step_flag: str
     recipe_name: str
     recipe: dict
-    perturbation_scales: dict
+    perturbation_scales: dict = {}
     precision_of_engine: dict = {}
     candidates_per_pass: int | None = None
+    differentiates: bool = False
 
     def add_flags(self, add):
         """Declares the flags that are its own, by `flags.add` in a group of their own."""
@@ -83,6 +85,9 @@ class Optimizer:
 
     def look_ahead(self, args, base, placeholder, prompt_ids):
         """Whatever `start` needs of the base's small files; an `InputError` comes before anything slow."""
+
+    def make_ready(self, args, model):
+        """Prepares the networks of a `FrozenModel` for it."""
 
     def start(self, args, theta, found, num_processes):
         """The `Rule` before its first step; `found` is what `look_ahead` returned."""

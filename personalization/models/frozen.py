@@ -36,5 +36,20 @@ def hand_gradients_through(model):
     return model
 
 
+# What is computed once more in the backward pass, instead of kept: nothing, or what happens inside blocks.
+CHECKPOINTING = ("none", "block")
+
+
+def make_differentiable(model, checkpointing="none"):
+    """`hand_gradients_through`, and the gradient checkpointing of diffusers or transformers (of `CHECKPOINTING`)."""
+    hand_gradients_through(model)
+    if checkpointing == "block" and hasattr(model, "enable_gradient_checkpointing"):
+        model.enable_gradient_checkpointing()
+    elif checkpointing == "block":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()  # transformers checkpoints in training mode only; text encoders have no dropout
+    return model
+
+
 def _forward(layer, product, input):
     return FrozenProduct.apply(input, layer, product)
