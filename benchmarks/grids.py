@@ -34,7 +34,7 @@ GRIDS = {
         "paper": Method("ZOODiP, paper's settings", f"{PAPER} {PUTS}"),
         "naive_zo": Method("naive ZO (no SG, no PUTS)", f"{PAPER} --sg_window 0 {UNIFORM}"),
         "gf_ti": by_evolution("GF-TI (CMA-ES)", 32, 1.0),
-        "fast": Method("Gauss-Newton, bf16 (ours)", "--recipe fast --mixed_precision bf16"),
-        "fast_float32": Method("Gauss-Newton, fp32 (ours)", "--recipe fast --mixed_precision no"),
+        "fast": Method("Gauss-Newton, bf16 (ours)", "--optimizer gauss_newton --mixed_precision bf16"),
+        "fast_float32": Method("Gauss-Newton, fp32 (ours)", "--optimizer gauss_newton --mixed_precision no"),
     }
 }

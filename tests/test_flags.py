@@ -167,8 +167,8 @@ def test_the_users_home_is_spelled_out(basics, monkeypatch, tmp_path):
 
 def test_recipes_name_flags_and_values_that_they_take(basics):
     actions = flags.actions(zoodip.make_parser())
-    for recipe in zoodip.RECIPES.values():
-        for name, value in recipe.items():
+    for optimizer in zoodip.OPTIMIZERS.values():
+        for name, value in (zoodip.WINDOW | optimizer.recipe).items():
             action = actions[name]
             assert value is None or (value in action.choices if action.choices else value in action.facts.limits), name
     args = zoodip.parse_args(as_arguments(basics))
@@ -183,7 +183,7 @@ def test_recipes_name_flags_and_values_that_they_take(basics):
         ("--placeholder_tokn=<x>", "there is no flag --placeholder_tokn: did you mean --placeholder_token?"),
         ("--max_train", "there is no flag --max_train: did you mean"),  # no abbreviations
         ("--xyzzy", "there is no flag --xyzzy."),
-        ("--gradient_checkpointin", "there is no flag --gradient_checkpointin."),  # nor what means nothing here
+        ("--dataloader_num_worker", "there is no flag --dataloader_num_worker."),  # nor what means nothing here
     ],
 )
 def test_a_mistyped_flag(word, said, capsys):

@@ -94,7 +94,7 @@ def world(demo_base, tmp_path_factory):
         made.learn("bad-hands", "<bad-hands>")
         made.learn("my-dog-xl", "<my-dog>", base="demo/base_xl")
         made.learn("for-others", "<my-dog>", base="demo/base_xl", pool_at_eos=True)
-        made.learn("fast", "<my-dog>", recipe="fast", num_vectors=2)
+        made.learn("fast", "<my-dog>", optimizer="gauss_newton", num_vectors=2)
         made.train(tuneqdm, "star-scales", tuned)
         made.train(selective, "star-lora", tuned | {"--train_batch_size": 1, "--output_kohya_format": True})
         publish(made, "my-dog-concept", "user/my-dog", {})
