@@ -998,6 +998,7 @@ def estimate_memory(args, base, compute):
         openvino=args.unet_backend == "openvino",
         images=bool(args.validation_prompt),
         coordinates=candidates_per_step(args) * entries + kept(args, entries),
+        checkpointing=args.gradient_checkpointing if OPTIMIZERS[args.optimizer].differentiates else None,
     )
     return memory.predict_memory(*networks, BACKENDS[args.quantization], plan, base, compute)
 
