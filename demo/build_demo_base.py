@@ -887,6 +887,10 @@ def save_pipeline(pipeline, folder, record):
     # a plain `from_pretrained` gets a float16 text encoder beside a float32 UNet and fails at the first image.
     for file in folder.glob("text_encoder*/config.json"):
         file.write_text(json.dumps(json.loads(file.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
+    for file in folder.glob("*/config.json"):  # paths of this machine say nothing elsewhere
+        settings = json.loads(file.read_text())
+        if settings.pop("_name_or_path", None):
+            file.write_text(json.dumps(settings, indent=2) + "\n")
     (folder / "demo_base.json").write_text(json.dumps(record, indent=2) + "\n")
 
 

@@ -36,6 +36,7 @@ TARGETS = {  # (section, figure) -> at least
     ("generated", "shape"): 0.97,
     ("generated", "colour"): 0.95,
 }
+BASES = ("base", "base_eps", "base_xl")
 SEED = 20_000  # far from the (seed, stage or chunk) pairs of training
 
 
