@@ -3,7 +3,7 @@
 ::
 
     python demo/build_demo_base.py --stages data,clip,vae,latents --keep demo/base --num_renders 30000
-    python demo/build_demo_base_eps.py                  # an hour or two on one core; resumable (run it again)
+    python demo/build_demo_base_eps.py                  # an hour on an idle core; resumable (run it again)
 
 `demo/base`, the teacher, predicts velocities, and nothing of the picture is left at its last noise level; here a rest
 of it is. Text encoder, tokenizer, VAE and the architecture of the UNet stay, and the UNet's weights start as the
@@ -79,7 +79,7 @@ def stage_unet(args, teacher, student):
         errors = distillation.squared_errors(output, target, batch.alpha, "epsilon")
         return errors.mean(), distillation.noisy_and_clear(errors, batch.alpha)
 
-    options = {"weight_decay": 0.0, "lr_decay": 0.7, "ema_decay": 0.998}
+    options = {"weight_decay": 0.0, "lr_decay": 0.7, "ema_decay": 0.995}
     demo.train(args, "unet_eps", student, loss_of, args.eps_steps, 1e-3, **options)
 
 
@@ -103,7 +103,7 @@ def export(args, teacher, student):
 
 
 def main(argv=None):
-    args = distillation.parse_args(argv, __doc__, eps_steps=4000)
+    args = distillation.parse_args(argv, __doc__, eps_steps=1800)
     torch.set_num_threads(args.threads)
     teacher = distillation.Teacher(args)
     if teacher.prediction_type != "v_prediction":
