@@ -12,6 +12,8 @@ which its own noise is as strong. The noise that its answer implies is the targe
 student's timestep.
 """
 
+import shutil
+
 import build_demo_base as demo
 import distillation
 import numpy as np
@@ -98,6 +100,9 @@ def export(args, teacher, student):
         requires_safety_checker=False,
     )
     folder = distillation.export(args, pipeline, "base_eps", ("unet_eps",), SETTINGS)
+    for part in ("text_encoder", "tokenizer", "vae"):  # byte for byte: saved anew, a tokenizer keeps its last padding
+        shutil.rmtree(folder / part)
+        shutil.copytree(args.teacher / part, folder / part)
     demo.replace_folder(folder, args.out_dir / "base_eps")
     print(f"export: {args.out_dir / 'base_eps'}", flush=True)
 

@@ -178,7 +178,7 @@ def main(argv=None):
     hardware = f"{os.cpu_count()} CPU cores, {platform.machine()}" if args.device == "cpu" else args.device
     quality = {
         "command": shlex.join(["python", *sys.argv]) if argv is None else "main()",
-        "config": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+        "config": {k: v.name if isinstance(v, Path) else v for k, v in vars(args).items()},
         "definitions": {
             "colour": "share of images whose whole set of colours is read right (both of a two-coloured object)",
             "generated": "full captions (colours, pattern, shape, background) of combinations allowed in training",

@@ -125,8 +125,11 @@ def noisy_and_clear(errors, alpha):
 
 def export(args, pipeline, name, stages, settings):
     """Write the float16 pipeline and its record into a folder beside `NAME`, which is returned to be put there."""
+    renders = len(np.load(args.work_dir / "scenes_world.npy", mmap_mode="r"))
     record = {
         "settings": {setting: getattr(args, setting) for setting in settings},
+        "teacher": args.teacher.name,
+        "num_renders": renders,
         "stages": demo.record_stages(args, stages),
         **demo.record_machine(args),
     }

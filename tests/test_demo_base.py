@@ -349,7 +349,7 @@ def test_committed_epsilon_base_draws_what_it_is_told(sampler):
 
 
 @committed_eps
-@pytest.mark.parametrize(("timestep", "most"), [(50, 0.9), (300, 0.4), (700, 0.1), (999, 0.02)])
+@pytest.mark.parametrize(("timestep", "most"), [(50, 0.3), (300, 0.09), (700, 0.02), (999, 0.003)])
 def test_committed_epsilon_base_predicts_the_noise(timestep, most):
     """Of renders it finds the noise, not the velocity: an independent look at what `prediction_type` says."""
     import torch
@@ -370,7 +370,6 @@ def test_committed_epsilon_base_predicts_the_noise(timestep, most):
         found = pipeline.unet(noisy, timestep, text).sample
     velocity = alpha**0.5 * noise - (1 - alpha) ** 0.5 * latents
     error, of_velocity = (float((found - truth).square().mean()) for truth in (noise, velocity))
-    print(timestep, error, of_velocity)
     assert error < most and error < 0.9 * of_velocity
 
 
