@@ -2,10 +2,12 @@
 
 import contextlib
 import errno
+import hashlib
 import importlib
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -512,11 +514,81 @@ def test_how_a_run_ended_is_read_from_its_log(book, form, sleeping):
     assert "it broke off" in app.status_card(*run.outcome(), 5, 10, None).lower()
 
 
+def test_a_reason_is_of_this_launch_and_stands_on_its_own_line(book, form, sleeping):
+    run = book.start(form)
+    book.stop(run)
+    wait_for(lambda: not run.is_alive())
+    said = "train_zoodip_textual_inversion.py: error: the disk is full.\n"
+    run.log.write_text(f"Steps:   0%|  | 5/100 [00:01<66:30:30,  4.18it/s, loss=0.4394]{said}UserWarning: old\n")
+    assert run.outcome() == (FAILED, "the disk is full.")
+    assert "loss=0.4394]\ntrain_zoodip" in run.log_tail()
+    book.resume(run)
+    book.stop(run)
+    wait_for(lambda: not run.is_alive())
+    assert run.outcome() == (STOPPED, "")
+    run.write(stopping=False)
+    assert run.outcome()[0] == FAILED and "it was killed" in run.outcome()[1]
+
+
+def test_a_clock_that_is_set_back_does_not_unfinish_a_run(book, form, sleeping, monkeypatch):
+    run = book.start(form)
+    run.output.mkdir()
+    book.stop(run)
+    wait_for(lambda: not run.is_alive())
+    for name in (run.method.config_name, run.method.result_name):
+        (run.output / name).write_text("{}")
+        os.utime(run.output / name, (1e9, 1e9))
+    assert run.outcome() == (FINISHED, "")
+    book.resume(run)
+    book.stop(run)
+    wait_for(lambda: not run.is_alive())
+    assert run.outcome()[0] == STOPPED, "that result is of the launch before"
+
+
+def test_a_server_leaves_alone_what_another_one_is_trying(book, form, monkeypatch):
+    """Two servers on a workspace: a prediction in progress is not deleted; what a killed server left behind is."""
+    other = RunBook(book.workspace)
+    with book._scratch() as folder:
+        (folder / "memory.txt").write_text("half")
+        other.remove_trials()
+        assert (folder / "memory.txt").is_file()
+        kept = Path(shutil.copytree(folder, folder.with_name(".trial-of-a-killed-server")))
+    other.remove_trials()
+    assert not kept.exists() and not folder.exists()
+
+
+def test_two_visitors_pack_a_run_at_the_same_time(book, form, sleeping):
+    run = book.start(form)
+    book.stop(run)
+    wait_for(lambda: not run.is_alive())
+    run.output.mkdir()
+    content = os.urandom(3_000_000)
+    (run.output / run.method.result_name).write_bytes(content)
+    (run.output / "README.md").write_text("a card")
+    files = {run.method.result_name: hashlib.sha256(content).hexdigest(), "/etc/passwd": "", "../x": "", "gone": ""}
+    (run.output / run.method.config_name).write_text(json.dumps({"files": files}))
+    broken = []
+
+    def visitor():
+        for _ in range(4):
+            (run.folder / f"{run.name}.zip").unlink(missing_ok=True)
+            try:
+                with contextlib.suppress(FileNotFoundError), zipfile.ZipFile(run.package()) as archive:
+                    assert archive.testzip() is None and len(archive.namelist()) == 3
+            except Exception as error:
+                broken.append(error)
+
+    visitors = [threading.Thread(target=visitor) for _ in range(4)]
+    [thread.start() for thread in visitors]
+    [thread.join() for thread in visitors]
+    assert not broken and not list(run.folder.glob(".tmp-*"))
+
+
 def test_whole_life_of_a_run(book, form, tmp_path):
     """Started, found by another server, killed, resumed, stopped, resumed to the end, packed, drawn with."""
     flags = form.flags | {"max_train_steps": 10**6, "checkpointing_steps": 2, "validation_steps": 10**6}
     flags |= {"num_validation_samples": 2, "num_validation_images": 1}
-    run = book.start(replace(form, flags=flags, others="--logging_steps 1"), token="hf_secret")
+    run = book.start(replace(form, flags=flags, others="--logging_steps 1 --lr_scheduler constant"), token="hf_secret")
     other = RunBook(Workspace(book.workspace.root, [REPO / "demo"]))
     found = other.open(run.name)
     wait_for(lambda: len(other.history(found).loss) > 4)
