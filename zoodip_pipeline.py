@@ -114,7 +114,7 @@ class ZOODiPPipeline(StableDiffusionPipeline):
             try:
                 (content,) = load_textual_inversion_state_dicts([str(source)])
             except Exception as error:  # Hub, safetensors, pickle and OS errors alike
-                if "Weights only load failed" in str(error):
+                if _is_old_pickle(error):
                     raise ValueError(
                         f"learned_embeds {str(source)!r} is a pickle of an older program, which may run code when it is"
                         " opened: save it again as safetensors."
@@ -206,11 +206,18 @@ def _quoted(value):
     return repr(text if len(text) <= 80 else text[:79] + "…")
 
 
+def _is_old_pickle(error):
+    """Whether PyTorch refused to open a file because it holds more than tensors in plain containers."""
+    while error is not None and "Weights only load failed" not in str(error):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
 def _words(content):
-    """The content of an embedding file, one word each; of what is no such file, the whole."""
+    """The content of an embedding file, one word each; of what holds no words by name, the whole."""
     words = isinstance(content, dict) and len(content) > 1 and not SDXL_KEYS & content.keys()
-    if words and all(isinstance(value, torch.Tensor) for value in content.values()):
-        return [{token: content[token]} for token in sorted(content, key=str)]
+    if words and all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in content.items()):
+        return [{token: content[token]} for token in sorted(content)]
     return [content]
 
 
