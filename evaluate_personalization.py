@@ -317,6 +317,7 @@ def read_embedding(result):
     config = result.read_config("embedding", needed=False)
     words, metadata = result.read_tensors("embedding", "embedding")
     named, keys = config.get("placeholder_token") or metadata.get("placeholder_token"), families.SDXL.word_keys
+    named = named if isinstance(named, str) else None
     if sorted(words) == sorted(keys):
         vectors, token = [words[key] for key in keys], named
     else:
