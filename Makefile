@@ -1,5 +1,5 @@
 # Each target makes its own virtual environment on a fresh machine; a second call installs nothing.
-.PHONY: demo app docs test test-cuda pretend-cuda quality style evaluate ablations benchmark bench-real-photos clean
+.PHONY: demo app docs test attack test-cuda pretend-cuda quality style evaluate ablations benchmark bench-real-photos clean
 
 VENV ?= .venv
 PYTHON ?= python3
@@ -22,6 +22,12 @@ app: $(VENV)/.installed-app
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest
+
+# An hour of random inputs for the rooms that take any (tests/attack.py), not part of CI. It can be stopped and goes on
+# where it was; what it found is printed at the end, and by ATTACK=--report. ATTACK="--minutes 600" is longer.
+ATTACK ?=
+attack: $(VENV)/.installed-dev
+	$(BIN)/python tests/attack.py $(ATTACK)
 
 # On a machine with a GPU (`make test-cuda TORCH=torch`); elsewhere it says so in one line. PYTHON_CUDA=python3 takes that
 # Python as it is: it needs a CUDA build of torch and the packages of requirements-dev.txt.

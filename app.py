@@ -28,7 +28,9 @@ import personalization.quiet  # noqa: F401, before the libraries whose false ala
 
 
 # isort: split
+import contextlib
 import functools
+import inspect
 import shlex
 import sys
 import tempfile
@@ -36,9 +38,11 @@ import time
 from pathlib import Path
 
 import gradio as gr
+from starlette.middleware import Middleware
 
 from personalization import flags
-from personalization.errors import InputError, run_script
+from personalization.data.images import some
+from personalization.errors import InputError, quoted, run_script
 from personalization.web import app_runs
 from personalization.web.app_words import (
     CSS,
@@ -65,7 +69,8 @@ from personalization.web.command_lines import (
     read_others,
     shown,
 )
-from personalization.web.workspace import Workspace, model_resolution, safe_name
+from personalization.web.guard import Guard, is_loopback
+from personalization.web.workspace import Workspace, is_taken, is_text, model_resolution, safe_name
 
 
 SUBJECTS = REPO / "demo" / "subjects"
@@ -91,48 +96,68 @@ FIELDS = {
 # =====================================================================================================
 
 
+def check_values(values):
+    """Refuses what no page sends, and no folder, command line or answer can hold.
+
+    Raises:
+        InputError: a text has half characters or zero bytes in it or is endless, or a number is none.
+    """
+    for value in values:
+        if isinstance(value, (list, tuple)):
+            check_values(value)
+        elif isinstance(value, str) and not is_text(value):
+            raise InputError("A text on the page is too long, or not all of it is characters: correct it.")
+        elif isinstance(value, (int, float)) and not abs(value) < 2**53:
+            raise InputError("A number on the page is too large, or is none: correct it.")
+
+
+@contextlib.contextmanager
+def door(values):
+    """What every handler stands behind: its values are judged, an `InputError` is shown as one sentence."""
+    try:
+        check_values(values)
+        yield
+    except InputError as error:
+        raise gr.Error(str(error), duration=12, print_exception=False) from None
+
+
 def answering(handler):
-    """A handler whose `InputError` is shown on the page as one sentence."""
+    """A handler behind the `door`."""
 
     @functools.wraps(handler)
     def plain(*values):
-        try:
+        with door(values):
             return handler(*values)
-        except InputError as error:
-            raise gr.Error(str(error), duration=12, print_exception=False) from None
-
-    return plain
-
-
-def answering_generator(handler):
-    """The same for a handler that yields."""
 
     @functools.wraps(handler)
-    def plain(*values):
-        try:
+    def generator(*values):
+        with door(values):
             yield from handler(*values)
-        except InputError as error:
-            raise gr.Error(str(error), duration=12, print_exception=False) from None
 
-    return plain
+    return generator if inspect.isgeneratorfunction(handler) else plain
 
 
 def read_form(concept, base, method, class_word, subject, prompt, others, *fields):
     """The `Form` of what stands on the page; `fields` in the order of `FIELDS`."""
     values = {}
     for name, value in zip(FIELDS, fields):
-        if value is not None:
-            values[name] = int(value) if is_whole(name) else float(value)
-    word, subject = (class_word or "").strip(), (subject or "").strip()
+        if value is not None and value != "":
+            try:
+                values[name] = int(value) if is_whole(name) else float(value)
+            except (TypeError, ValueError, OverflowError):
+                raise InputError(f"{FIELDS[name]}: {quoted(value)} is no number.") from None
+    if method not in offered_methods():
+        raise InputError("Choose a method first.")
+    concept, base, word = str(concept or "").strip(), str(base or "").strip(), str(class_word or "").strip()
     return Form(
-        concept=safe_name(concept) if concept else "",
-        base=base or "",
+        concept=concept,
+        base=base,
         method=method,
         class_word=word,
-        subject=subject or automatic_subject(concept, base, method, word),
-        prompt=prompt or "",
+        subject=str(subject or "").strip() or automatic_subject(concept, base, method, word),
+        prompt=str(prompt or ""),
         flags=values,
-        others=others or "",
+        others=str(others or ""),
     )
 
 
@@ -150,6 +175,8 @@ def is_whole(name):
 
 def default_values(method, base):
     """Values of the fields that fit a method and a base: the other flags, then `FIELDS`."""
+    if method not in offered_methods():
+        raise InputError("Choose a method first.")
     flags = default_flags(method, base)
     fields = [flags.pop(name, None) for name in FIELDS]
     return [shlex.join(flag_words(flags)), *fields]
@@ -163,6 +190,7 @@ def form_values(form):
         else form.subject
     )
     fields = [form.flags.get(name) for name in FIELDS]
+    fields = [value if type(value) in (int, float) else None for value in fields]  # whatever a record says
     return [form.base, form.method, form.class_word, subject, form.prompt, form.others, *fields]
 
 
@@ -202,15 +230,17 @@ class Handlers:
         return [gr.update(choices=names, value=concept), class_word, *self.pictures(concept, base)]
 
     def upload(self, files, concept, base, class_word):
-        concept = safe_name(concept) if concept else "my-concept"
+        concept = self.workspace.concept_name(concept) or "my-concept"
         self.workspace.add_pictures(concept, files or [])
+        if others := [Path(path).name for path in files or [] if not is_taken(path)]:
+            gr.Warning(f"Not taken: {some(others)}. Pictures are JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF.", duration=8)
         return [None, *self._added(concept, base, class_word)]
 
     def copy_folder(self, folder, concept, base, class_word):
         if not folder:
             raise InputError("Choose a folder first, or type the path of one in the workspace.")
         path = self.workspace.readable_path(folder)
-        concept = safe_name(concept or path.name)
+        concept = self.workspace.concept_name(concept or path.name)
         self.workspace.add_folder(concept, folder)
         if path.parent == SUBJECTS and not class_word:  # they are called striped_star, dotted_circle, ...
             class_word = path.name.split("_")[-1]
@@ -222,7 +252,8 @@ class Handlers:
         return self.pictures(concept, base)
 
     def save_captions(self, table, concept):
-        self.workspace.save_captions(concept, [(row[0], row[1]) for row in table])
+        table = [row for row in table if isinstance(row, list) and len(row) > 1]
+        self.workspace.save_captions(concept, [(str(row[0]), row[1]) for row in table])
         missing = [row[0] for row in table if row[1] and "{}" not in str(row[1])]
         if missing:
             return f"Saved. Put {{}} where the concept stands in the caption of {missing[0]}, or its name."
@@ -446,18 +477,22 @@ def build_page(book):
         gr.on([training["next"].click], lambda: gr.update(selected=RESULT), None, tabs, **quiet)
 
         # Model and method
-        inputs = [step, run, *form]
+        inputs, show = [step, run, *form], answering(do.command)
         changes = [component.change for component in (pictures["concept"], run, *model["form"])]
-        gr.on(changes, do.command, inputs, command, trigger_mode="always_last", **quiet)
+        gr.on(changes, show, inputs, command, trigger_mode="always_last", **quiet)
         for number, tab in enumerate(page_tabs(tabs)):
-            tab.select(lambda number=number: number, None, step, **quiet).then(do.command, inputs, command, **quiet)
-        model["predict"].click(answering_generator(do.predict), form, model["prediction"], show_progress="hidden")
+            tab.select(lambda number=number: number, None, step, **quiet).then(show, inputs, command, **quiet)
+        model["predict"].click(answering(do.predict), form, model["prediction"], show_progress="hidden")
         started = model["start"].click(
             answering(do.start), [model["token"], *form], [run, tabs, step, seen], show_progress="minimal"
         )
 
         # Training and result
-        watched = {"fn": do.observe, "inputs": [run, seen], "outputs": [seen, run, *training["out"], *result["out"]]}
+        watched = {
+            "fn": answering(do.observe),
+            "inputs": [run, seen],
+            "outputs": [seen, run, *training["out"], *result["out"]],
+        }
         timer.tick(**watched, trigger_mode="once", concurrency_limit=None, **quiet)
         run.input(lambda: {}, None, seen, **quiet).then(**watched, **quiet)
         started.success(**watched, **quiet)
@@ -467,7 +502,7 @@ def build_page(book):
         drawing = [run, *(result[name] for name in ("prompt", "count", "seed", "steps", "guidance"))]
         gr.on(
             [result["draw"].click, result["prompt"].submit],
-            answering_generator(do.draw),
+            answering(do.draw),
             drawing,
             result["progress"],
             show_progress="hidden",
@@ -475,16 +510,18 @@ def build_page(book):
         ).then(**watched, **quiet)
         what = [run, result["repo"], result["private"]]
         gr.on(
-            [run.change, result["repo"].change, result["private"].change], do.push_line, what, result["line"], **quiet
+            [run.change, result["repo"].change, result["private"].change],
+            answering(do.push_line),
+            what,
+            result["line"],
+            **quiet,
         )
-        result["push"].click(
-            answering_generator(do.push), [*what, result["token"]], result["pushed"], show_progress="hidden"
-        )
+        result["push"].click(answering(do.push), [*what, result["token"]], result["pushed"], show_progress="hidden")
 
         # Opened, or loaded again
         loaded = [pictures["concept"], run, seen, tabs, step, *model["form"], *pictures["out"]]
-        page.load(do.load, remembered, loaded, **quiet).then(**watched, **quiet).then(
-            do.command, inputs, command, **quiet
+        page.load(answering(do.load), remembered, loaded, **quiet).then(**watched, **quiet).then(
+            show, inputs, command, **quiet
         )
         gr.on(
             [run.change, pictures["concept"].change],
@@ -569,7 +606,7 @@ def connect_pictures(do, pictures, model):
     pictures["captions"].input(
         answering(do.save_captions), [pictures["captions"], concept], pictures["saved"], show_progress="hidden"
     )
-    base.change(do.pictures, [concept, base], pictures["out"], show_progress="hidden")
+    base.change(answering(do.pictures), [concept, base], pictures["out"], show_progress="hidden")
 
 
 def model_step(do, concept):
@@ -606,7 +643,12 @@ def model_step(do, concept):
         info=METHODS["word"].about,
         elem_id="method",
     )
-    method.change(lambda key: gr.update(info=METHODS[key].about), method, method, show_progress="hidden")
+    method.change(
+        lambda key: gr.update(info=METHODS[key].about if key in METHODS else ""),
+        method,
+        method,
+        show_progress="hidden",
+    )
     fields = {}
     with gr.Row():
         prompt = gr.Textbox(
@@ -633,7 +675,13 @@ def model_step(do, concept):
         start = gr.Button("Start training", variant="primary", elem_id="start")
     prediction = gr.HTML(elem_id="prediction")
     ordered = [fields[name] for name in FIELDS]
-    gr.on([base.input, method.input], default_values, [method, base], [others, *ordered], show_progress="hidden")
+    gr.on(
+        [base.input, method.input],
+        answering(default_values),
+        [method, base],
+        [others, *ordered],
+        show_progress="hidden",
+    )
     return {
         "base": base,
         "class_word": class_word,
@@ -767,6 +815,8 @@ def make_parser():
         default=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"),
         help="Address to listen at. Any other than this computer's own lets everyone in who reaches it.",
     )
+    names = "Other names that the server goes by, such as that of a proxy before it."
+    add("--allow_host", nargs="+", default=[], metavar="NAME", help=names)
     port = "Port to listen at. Default: the first free one from 7860 on."
     add("--port", type=int, limits=flags.Range(1, 65535), help=port)
     add("--open", action="store_true", help="Open the page in a browser, where there is a screen.")
@@ -779,10 +829,16 @@ def has_screen():
     return sys.platform == "darwin" or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
 
 
-def main(args):
+def main(args, **options):
+    """Serves the page.
+
+    Args:
+        args: settings.
+        options: more for `gr.Blocks.launch`.
+    """
     workspace = Workspace(args.workspace, [REPO / "demo", *args.read])
     os.environ["GRADIO_TEMP_DIR"] = tempfile.tempdir = str(workspace.root / "uploads")  # what browsers send
-    only_here = args.host in ("127.0.0.1", "localhost", "::1")
+    only_here = is_loopback(args.host)
     book = app_runs.RunBook(workspace, args.trainings, own_login=only_here)
     book.remove_trials()
     if not only_here:
@@ -797,8 +853,10 @@ def main(args):
         block_label_text_color="*body_text_color",
         block_label_background_fill="*background_fill_secondary",
     )
+    guard = Middleware(Guard, host=args.host, names=tuple(args.allow_host))
+    page = build_page(book).queue(default_concurrency_limit=8)
     try:
-        build_page(book).queue(default_concurrency_limit=8).launch(
+        page.launch(
             server_name=args.host,
             server_port=args.port,
             allowed_paths=[str(workspace.root / name) for name in ("concepts", "runs")],
@@ -809,9 +867,12 @@ def main(args):
             footer_links=[],
             theme=theme,
             css=CSS,
+            app_kwargs={"middleware": [guard]},
+            **options,
         )
     except OSError as error:
         raise InputError(f"--port {args.port or ''}: {error}") from None
+    return page
 
 
 if __name__ == "__main__":

@@ -36,9 +36,7 @@ import personalization.quiet  # noqa: F401, before the libraries whose false ala
 # isort: split
 import contextlib
 import functools
-import hashlib
 import itertools
-import json
 import os
 import re
 import subprocess
@@ -50,18 +48,21 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers.utils import convert_unet_state_dict_to_peft
 from PIL import Image, ImageDraw
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, CLIPModel
 
 import tuneqdm_pipeline as tuneqdm
 from personalization import flags
 from personalization.data import images
-from personalization.errors import InputError, run_script
-from personalization.files import atomic_path, check_writable, write_json
+from personalization.data.captions import check_unicode
+from personalization.errors import InputError, is_outside, quoted, reason, run_script, shorten
+from personalization.files import atomic_path, check_writable, read_json, sha256, write_json
 from personalization.models import base_model, families, weight_cache
 from personalization.runs import embeddings, provenance
+from personalization.runs.run_folder import occupied
 
 
 # =====================================================================================================
@@ -176,6 +177,7 @@ class Column:
     fingerprint: str  # of what it draws with
     kind: str = "embedding"  # of the result, key of `KINDS`
     base: base_model.Base | None = None  # for tuned scales, which want the base's UNet for themselves
+    pool_at_eos: bool = False  # whether it was trained with that flag
 
     @property
     def config_path(self):
@@ -199,8 +201,10 @@ KINDS = {
     "scales": Kind(tuneqdm.SCALES_FILE, tuneqdm.CONFIG_FILE, "train_tuneqdm_dreambooth.py"),
     "lora": Kind("pytorch_lora_weights.safetensors", "selective_config.json", "train_selective_dreambooth_lora.py"),
 }
-RESULT_FILE, CONFIG_FILE, _ = KINDS["embedding"]
-PLAIN = "plain-word"
+RESULT_FILE = KINDS["embedding"].result_name
+INPUTS = "pretrained_model_name_or_path", "reference_images", "clip_model", "dino_model"
+PLAIN, DRAWING_FILE = "plain-word", "drawing.json"
+LABEL = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}"  # the name of a folder
 
 
 def read_column(given, base):
@@ -210,95 +214,199 @@ def read_column(given, base):
         InputError: it is no result, or one of another base.
     """
     label, _, folder = given.partition("=")
-    if not re.fullmatch(r"[A-Za-z0-9._-]+", label) or not folder or label == PLAIN:
-        raise InputError(f"--results {given!r} is no label=folder: write for example mine=my-dog-concept.")
-    folder = Path(folder)
-    if (folder / tuneqdm.CONFIG_FILE).is_file():
-        return read_scales(given, label, folder, base)
-    if (folder / KINDS["lora"].result_name).is_file():
-        return read_lora(given, label, folder, base)
-    file = folder / RESULT_FILE
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            widths = {name: tensors.get_slice(name).get_shape()[-1] for name in tensors.keys()}
-            token = (tensors.metadata() or {}).get("placeholder_token") or next(iter(widths), None)
-        if len(widths) != 1 and list(widths) != sorted(families.SDXL.word_keys):
-            raise ValueError(f"it holds {list(widths)}")
-        config = (
-            json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")) if (folder / CONFIG_FILE).exists() else {}
-        )
-        fingerprint = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
-    except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"--results {given!r} holds no {RESULT_FILE} that can be read ({error}).") from None
-    found = tuple(widths[key] for key in families.SDXL.word_keys) if len(widths) == 2 else tuple(widths.values())
-    trained_on = config.get("base_model")
-    if found != base.word_widths:
-        numbers = [" and ".join(map(str, each)) for each in (found, base.word_widths)]
+    if not re.fullmatch(LABEL, label) or label.lower() in (PLAIN, DRAWING_FILE) or not folder:
+        raise InputError(f"--results {quoted(given)} is no label=folder: write for example mine=my-dog-concept.")
+    result = Result(f"--results {quoted(given, 300)}", label, Path(folder), base)
+    if result.folder.is_file():
+        raise InputError(f"{result.shown} is a file: give the folder that it is in.")
+    for kind, read in (("scales", read_scales), ("lora", read_lora), ("embedding", read_embedding)):
+        if (result.folder / KINDS[kind].result_name).is_file():
+            return read(result)
+    names = [kind.result_name for kind in KINDS.values()]
+    raise InputError(f"{result.shown} holds no {names[0]}, {names[1]} or {names[2]}: give the folder of a result.")
+
+
+class Result(NamedTuple):
+    """A folder of `--results`, being judged."""
+
+    shown: str  # the beginning of a sentence about it
+    label: str
+    folder: Path
+    base: base_model.Base
+
+    def column(self, kind, word, settings, **words):
+        """The `Column` that it is."""
+        fingerprint = sha256(self.folder / KINDS[kind].result_name)[:16]
+        pooled = settings.get("pool_at_eos") is True
+        return Column(self.label, word, self.folder, fingerprint, kind, pool_at_eos=pooled, **words)
+
+    def read_config(self, kind, needed=True):
+        """The config of a kind of result, its settings an object; {"settings": {}} where none is needed.
+
+        Raises:
+            InputError: it is not there, or damaged, or of another base.
+        """
+        path = self.folder / KINDS[kind].config_name
+        if not path.is_file():
+            if not needed:
+                return {"settings": {}}
+            raise InputError(
+                f"{self.shown} has no {path.name}, which says what its subject is called: write"
+                ' {"settings": {"subject_name": "sks dog"}} into that file, with the words that it was trained with.'
+            )
+        try:
+            config = read_json(path)
+            trained_on = config.get("base_model")
+            if not isinstance(config.setdefault("settings", {}), dict) or not isinstance(
+                trained_on, (str, type(None))
+            ):
+                raise ValueError(f"{path.name} has settings or a base_model of another type")
+        except (OSError, ValueError) as error:
+            raise InputError(f"{self.shown} holds no config that can be read ({reason(error)}).") from None
+        name = self.base.source.name
+        if trained_on and trained_on != name and Path(trained_on).name != Path(name).resolve().name:
+            raise InputError(f"{self.shown} was learned on {quoted(trained_on)} and not on {name!r}.")
+        return config
+
+    def read_word(self, kind):
+        """What the subject is called, and the settings.
+
+        Raises:
+            InputError: the config does not say.
+        """
+        settings = self.read_config(kind)["settings"]
+        word = settings.get("subject_name")
+        if not isinstance(word, str) or not word.strip():
+            raise InputError(
+                f"{self.shown} does not say what its subject is called: train with --subject_name, or write it into"
+                f" the settings in {KINDS[kind].config_name}."
+            )
+        check_unicode(word, f"{self.shown}: subject_name")
+        return word, settings
+
+    def read_tensors(self, kind, what):
+        """The tensors, which are numbers, and the metadata of the file of a result.
+
+        Raises:
+            InputError: it is damaged, or holds something else.
+        """
+        name = KINDS[kind].result_name
+        try:
+            with safe_open(self.folder / name, framework="pt") as file:
+                tensors = {key: file.get_tensor(key) for key in file.keys()}
+                metadata = file.metadata() or {}
+        except Exception as error:  # safetensors raises several kinds, and PyTorch for dtypes that it does not know
+            raise InputError(f"{self.shown} holds no {what} that can be read: {name} ({reason(error)}).") from None
+        for key, tensor in tensors.items():
+            if not tensor.is_floating_point():
+                raise InputError(f"{self.shown}: {name} has {tensor.dtype} in {quoted(key)} and must have floats.")
+            if not tensor.isfinite().all():
+                raise InputError(
+                    f"{self.shown}: {name} has NaN or infinity in {quoted(key)}, the sign of a training that diverged:"
+                    " train it again."
+                )
+        return tensors, metadata
+
+
+def read_embedding(result):
+    """A folder with an embedding as a `Column`.
+
+    Raises:
+        InputError: it is damaged, holds another number of words than one, or is of another base.
+    """
+    config = result.read_config("embedding", needed=False)
+    words, metadata = result.read_tensors("embedding", "embedding")
+    named, keys = config.get("placeholder_token") or metadata.get("placeholder_token"), families.SDXL.word_keys
+    named = named if isinstance(named, str) else None
+    if sorted(words) == sorted(keys):
+        vectors, token = [words[key] for key in keys], named
+    else:
+        token = named if named in words else next(iter(words), None)
+        if len(words) > 1 and named not in words:
+            raise InputError(
+                f"{result.shown} holds {len(words)} words, {quoted(sorted(words))}: write the one that is the subject"
+                f' into {KINDS["embedding"].config_name}, as "placeholder_token".'
+            )
+        vectors = [words[token]] if words else []
+    if not vectors or any(each.dim() not in (1, 2) or 0 in each.shape for each in vectors):
+        raise InputError(f"{result.shown} holds no {RESULT_FILE} with vectors of a word.")
+    if not isinstance(token, str) or not token.isprintable() or not token or " " in token:
+        raise InputError(f"{result.shown} calls its word {quoted(token)}, which is not one word.")
+    found = tuple(each.shape[-1] for each in vectors)
+    if found != result.base.word_widths:
+        numbers = [" and ".join(map(str, each)) for each in (found, result.base.word_widths)]
+        home = f" ({quoted(config['base_model'])})" if config.get("base_model") else ""
         raise InputError(
-            f"--results {given!r} was learned on another base{f' ({trained_on})' if trained_on else ''}: its vectors"
-            f" have {numbers[0]} entries and those of {base.source.name!r} {numbers[1]}."
+            f"{result.shown} was learned on another base{home}: its vectors have {numbers[0]} entries and those of"
+            f" {result.base.source.name!r} {numbers[1]}."
         )
-    check_base(given, trained_on, base)
-    return Column(label, token, folder, fingerprint)
+    return result.column("embedding", token, config["settings"])
 
 
-def check_base(given, trained_on, base):
-    """Refuses a result of a base with another name."""
-    if trained_on and trained_on != base.source.name and Path(trained_on).name != Path(base.source.name).name:
-        raise InputError(f"--results {given!r} was learned on {trained_on!r} and not on {base.source.name!r}.")
-
-
-def read_scales(given, label, folder, base):
+def read_scales(result):
     """A folder of tuned scales as a `Column`.
 
     Raises:
         InputError: a file is damaged, it is of another base, or it does not say what the subject is called.
     """
+    word, settings = result.read_word("scales")
     try:
-        config = json.loads((folder / tuneqdm.CONFIG_FILE).read_text(encoding="utf-8"))
-        word, trained_on = config["settings"]["subject_name"], config["base_model"]
-        tuneqdm.read_scales(folder / tuneqdm.SCALES_FILE)
-        content = (folder / tuneqdm.SCALES_FILE).read_bytes()
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"--results {given!r} holds no scales that can be read ({error!r}).") from None
-    check_word(given, word, tuneqdm.CONFIG_FILE)
-    check_base(given, trained_on, base)
-    return Column(label, word, folder, hashlib.sha256(content).hexdigest()[:16], "scales", base)
+        tuneqdm.read_scales(result.folder / tuneqdm.SCALES_FILE)
+    except ValueError as error:
+        raise InputError(f"{result.shown} holds no scales that can be read ({reason(error)}).") from None
+    return result.column("scales", word, settings, base=result.base)
 
 
-def read_lora(given, label, folder, base):
+def read_lora(result):
     """A folder of LoRA weights as a `Column`.
 
     Raises:
         InputError: a file is damaged, it is of another base, or it does not say what the subject is called.
     """
-    names = KINDS["lora"]
+    word, settings = result.read_word("lora")
+    tensors, _ = result.read_tensors("lora", "LoRA weights")
+    unet = base_model.empty_model(result.base, result.base.family.denoiser)
+    options = {"unet_config": unet.config} if len(result.base.tokenizers) > 1 else {}  # as diffusers loads it
     try:
-        config = json.loads((folder / names.config_name).read_text(encoding="utf-8"))
-        word, trained_on = config["settings"]["subject_name"], config["base_model"]
-        with safe_open(folder / names.result_name, framework="pt") as tensors:
-            tensors.keys()
-        fingerprint = hashlib.sha256((folder / names.result_name).read_bytes()).hexdigest()[:16]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
-        raise InputError(f"--results {given!r} holds no LoRA weights that can be read ({error!r}).") from None
-    check_word(given, word, names.config_name)
-    check_base(given, trained_on, base)
-    return Column(label, word, folder, fingerprint, "lora")
+        tensors = result.base.family.pipeline.lora_state_dict(tensors, **options)[0]
+        of_unet = {key[5:]: tensor for key, tensor in tensors.items() if key.startswith("unet.")}
+        if not any(".lora_A." in key for key in of_unet):
+            of_unet = convert_unet_state_dict_to_peft(of_unet)
+    except Exception as error:  # whatever diffusers raises on names of other kinds
+        raise InputError(f"{result.shown} holds no LoRA weights that can be read ({reason(error)}).") from None
+    check_lora(result, of_unet, dict(unet.named_modules()))
+    return result.column("lora", word, settings)
 
 
-def check_word(given, word, config_name):
-    """Refuses a result that does not say what its subject is called."""
-    if not word:
-        raise InputError(
-            f"--results {given!r} does not say what its subject is called: train with --subject_name, or write it into"
-            f" the settings in {config_name}."
-        )
+def check_lora(result, tensors, layers):
+    """Makes sure that every matrix of a LoRA has a layer that it fits; diffusers passes over what has none.
+
+    Args:
+        result: `Result`.
+        tensors: by PEFT's names.
+        layers: of the UNet, by name.
+
+    Raises:
+        InputError: a matrix does not fit, or there is none.
+    """
+    matrices = {key: re.fullmatch(r"(.+)\.lora_([AB])(?:\.\w+)?\.weight", key) for key in tensors}
+    for key, match in matrices.items():
+        if match is None:
+            continue
+        side, weight = "BA".index(match[2]), getattr(layers.get(match[1]), "weight", None)
+        shape = list(tensors[key].shape)
+        if weight is None or len(shape) != weight.dim() or shape[side] != weight.shape[side]:
+            raise InputError(
+                f"{result.shown} does not fit this base: its UNet has no layer for {quoted(key)}, which is {shape}."
+            )
+    if not any(matrices.values()):
+        raise InputError(f"{result.shown} has no tensor for the UNet of this base: nothing of it would be drawn.")
 
 
 def read_columns(given, class_word, base):
     """The plain word and all results as `Column`s."""
     columns = [Column(PLAIN, class_word, None, class_word)] + [read_column(one, base) for one in given]
-    labels = [column.label for column in columns]
+    labels = [column.label.lower() for column in columns]  # some disks know no capitals
     if twice := {label for label in labels if labels.count(label) > 1}:
         raise InputError(f"--results has the label {min(twice)!r} twice: give each result its own.")
     return columns
@@ -335,35 +443,77 @@ def claim_images(output_dir, columns, drawing):
     """Makes sure that pictures in `output_dir` are of this drawing and these results; older ones of a result go.
 
     Raises:
-        InputError: they are of another drawing.
+        InputError: they are of another drawing, or nobody can say of which.
     """
-    settings, found = Path(output_dir) / "images" / "drawing.json", None
-    if settings.is_file():
-        found = json.loads(settings.read_text(encoding="utf-8"))
-        if found["drawing"] != asdict(drawing):
-            changed = [name for name, value in asdict(drawing).items() if found["drawing"].get(name) != value]
-            raise InputError(
-                f"--output_dir {str(output_dir)!r} has pictures drawn otherwise ({', '.join(changed)}): give another."
-            )
-    known = found["fingerprints"] if found else {}
+    settings = Path(output_dir) / "images" / DRAWING_FILE
+    known = read_claim(settings, output_dir, asdict(drawing))
     for column in columns:
         if known.get(column.label, column.fingerprint) != column.fingerprint:
-            for path in (Path(output_dir) / "images" / column.label).glob("*.png"):
-                path.unlink()
+            for cell in cells_of(drawing):
+                image_path(output_dir, column, *cell).unlink(missing_ok=True)
     fingerprints = known | {column.label: column.fingerprint for column in columns}
     write_json(settings, {"drawing": asdict(drawing), "fingerprints": fingerprints})
 
 
+def read_claim(path, output_dir, drawing):
+    """The fingerprints, by label, of the pictures that are there; {} where there are none.
+
+    Raises:
+        InputError: see `claim_images`.
+    """
+    if not os.path.lexists(path):
+        return {}
+    try:
+        content = read_json(path)
+        before, known = content["drawing"], content["fingerprints"]
+        if not isinstance(before, dict) or not isinstance(known, dict):
+            raise ValueError(f"{path.name} has entries of another type")
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"--output_dir {str(output_dir)!r} has pictures of which nobody can say how they were drawn"
+            f" (images/{path.name}: {reason(error)}): give another."
+        ) from None
+    if before != drawing:
+        changed = [name for name, value in drawing.items() if before.get(name) != value] or sorted(before)
+        raise InputError(
+            f"--output_dir {str(output_dir)!r} has pictures drawn otherwise ({', '.join(changed)}): give another."
+        )
+    return known
+
+
+def cells_of(drawing):
+    """(prompt, image) of all pictures of a column."""
+    return list(itertools.product(range(len(drawing.prompts)), range(drawing.num_images)))
+
+
+def is_drawn(path, resolution):
+    """Whether a picture is there, whole and of the size that is drawn."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            image.load()
+            return image.size == (resolution, resolution)
+    except Exception:  # PIL raises nearly anything on a damaged file
+        return False
+
+
 def draw_missing(output_dir, columns, drawing, pipeline, batch_size):
-    """Draws every picture of every column that is not there yet."""
-    grid = list(itertools.product(range(len(drawing.prompts)), range(drawing.num_images)))
-    missing = {c.label: [cell for cell in grid if not image_path(output_dir, c, *cell).is_file()] for c in columns}
+    """Draws every picture of every column that is not there yet.
+
+    Raises:
+        InputError: a result does not fit the base; nothing was drawn.
+    """
+    missing = {
+        c.label: [n for n in cells_of(drawing) if not is_drawn(image_path(output_dir, c, *n), drawing.resolution)]
+        for c in columns
+    }
     options = {"num_inference_steps": drawing.num_inference_steps, "guidance_scale": drawing.guidance_scale}
     options |= {"height": drawing.resolution, "width": drawing.resolution}
+    columns = [column for column in columns if missing[column.label]]
+    for column in columns[1:]:  # all are judged before the first is drawn
+        with showing(column, pipeline):
+            pass
     bar = tqdm(total=sum(map(len, missing.values())), desc="Drawing")
     for column in columns:
-        if not missing[column.label]:
-            continue
         with showing(column, pipeline) as draw:
             for start in range(0, len(missing[column.label]), batch_size):
                 cells = missing[column.label][start : start + batch_size]
@@ -379,8 +529,7 @@ def draw_missing(output_dir, columns, drawing, pipeline, batch_size):
 @contextlib.contextmanager
 def pooled_as_trained(column, pipeline):
     """Pools SDXL's text at the end of the prompt where a result was trained with `--pool_at_eos`."""
-    config = json.loads(column.config_path.read_text(encoding="utf-8")) if column.config_path.is_file() else {}
-    if not config.get("settings", {}).get("pool_at_eos"):
+    if not column.pool_at_eos or getattr(pipeline, "text_encoder_2", None) is None:
         yield
         return
     encoder = pipeline.text_encoder_2.text_model
@@ -390,39 +539,46 @@ def pooled_as_trained(column, pipeline):
 
 
 @contextlib.contextmanager
+def fitting(column):
+    """Turns what libraries say of a result that does not fit the base into an `InputError`."""
+    try:
+        yield
+    except Exception as error:  # diffusers and PEFT raise several kinds
+        if is_outside(error):
+            raise
+        raise InputError(f"--results {column.label}={column.folder} does not fit this base: {reason(error)}") from None
+
+
+@contextlib.contextmanager
 def showing(column, pipeline):
     """Yields a pipeline that draws with a column's result; `pipeline` itself is afterwards as it was.
 
     Raises:
-        InputError: scales or a LoRA do not fit the base.
+        InputError: the result does not fit the base.
     """
-    if column.kind == "scales":
+    if column.folder is None:
+        yield pipeline
+    elif column.kind == "scales":
         unet = base_model.load_component(column.base, "unet")  # float32, so that it is quantized as in training
         parts = {**pipeline.components, "unet": unet, "requires_safety_checker": False}
-        try:
+        with fitting(column):
             tuned = tuneqdm.TuneQDMPipeline(**parts, tuneqdm_scales=column.folder)
-        except ValueError as error:
-            raise InputError(f"--results {column.label}={column.folder}: {error}") from None
         if pipeline.unet.dtype != torch.float32:
             unet.to(pipeline.unet.dtype)
         unet.to(pipeline.unet.device)
         tuned.set_progress_bar_config(disable=True)
         yield tuned
     elif column.kind == "lora":
-        try:
+        with fitting(column):
             pipeline.load_lora_weights(column.folder, weight_name=KINDS["lora"].result_name)
-        except (ValueError, RuntimeError) as error:
-            why = " ".join(str(error).split())[:200]
-            raise InputError(f"--results {column.label}={column.folder} does not fit this base ({why}).") from None
         yield pipeline
         pipeline.unload_lora_weights()
-    elif column.folder is not None:
-        embeddings.load_concept(pipeline, column.folder, column.word, RESULT_FILE)
+    else:
+        with fitting(column):
+            embeddings.load_concept(pipeline, column.folder, column.word, RESULT_FILE)
         with pooled_as_trained(column, pipeline):
             yield pipeline
         embeddings.unload_concepts(pipeline)
-    else:
-        yield pipeline
 
 
 # =====================================================================================================
@@ -446,26 +602,24 @@ class Encoders:
     def __init__(self, clip_model, dino_model, trust_remote_code, device, batch_size):
         self.device, self.batch_size = device, batch_size
         code = {"trust_remote_code": trust_remote_code}
-        try:
-            flag, name = "--clip_model", clip_model
-            self.clip = CLIPModel.from_pretrained(clip_model, dtype=torch.float32).to(device).eval()
+        with judging("--clip_model", clip_model):
+            self.clip = load_encoder(CLIPModel, clip_model).to(device)
             self.tokenizer = AutoTokenizer.from_pretrained(clip_model)
             self.clip_processor = AutoImageProcessor.from_pretrained(clip_model)
-            flag, name = "--dino_model", dino_model
-            self.dino = AutoModel.from_pretrained(dino_model, dtype=torch.float32, **code).to(device).eval()
+            if self.clip.config.model_type != "clip":
+                raise ValueError(f"it is a {self.clip.config.model_type} model and no CLIP")
+            self.clip_texts(["a photo"]), self.clip_images([Image.new("RGB", (64, 64))])
+        with judging("--dino_model", dino_model):
+            self.dino = load_encoder(AutoModel, dino_model, **code).to(device)
             self.dino_processor = AutoImageProcessor.from_pretrained(dino_model, **code)
-        except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise InputError(f"{flag} {name!r} is not such a model, in a folder or on the Hub ({reason}).") from None
-        if self.clip.config.model_type != "clip":
-            raise InputError(f"--clip_model {clip_model!r} is a {self.clip.config.model_type} model and no CLIP.")
+            self.dino_images([Image.new("RGB", (64, 64))])
 
     def _images(self, encode, processor, pictures):
         parts = []
         for start in range(0, len(pictures), self.batch_size):
             pixels = processor(images=pictures[start : start + self.batch_size], return_tensors="pt").pixel_values
             parts.append(encode(pixels.to(self.device)).float().cpu())
-        return F.normalize(torch.cat(parts), dim=-1)
+        return finite(F.normalize(torch.cat(parts), dim=-1))
 
     @torch.inference_mode()
     def clip_images(self, pictures):
@@ -487,7 +641,45 @@ class Encoders:
         length = self.clip.config.text_config.max_position_embeddings
         limit = {"padding": "max_length", "truncation": True, "max_length": length}
         tokens = self.tokenizer(list(texts), return_tensors="pt", **limit).to(self.device)
-        return F.normalize(self.clip.get_text_features(input_ids=tokens.input_ids).pooler_output.float().cpu(), dim=-1)
+        found = self.clip.get_text_features(input_ids=tokens.input_ids).pooler_output.float().cpu()
+        return finite(F.normalize(found, dim=-1))
+
+
+@contextlib.contextmanager
+def judging(flag, name):
+    """Turns what is wrong with an encoder into an `InputError`."""
+    try:
+        yield
+    except Exception as error:  # transformers raises nearly anything on what is no such model
+        why = reason(error, 200).rstrip(".")
+        raise InputError(f"{flag} {quoted(name)} is not such a model, in a folder or on the Hub ({why}).") from None
+
+
+def load_encoder(kind, name, **options):
+    """A model of transformers with all of its own weights, which makes up what is missing, and loads NaN.
+
+    Raises:
+        ValueError: a weight is missing, of another shape, or no number.
+    """
+    model, report = kind.from_pretrained(name, dtype=torch.float32, output_loading_info=True, **options)
+    for what in ("missing_keys", "mismatched_keys"):
+        if keys := sorted(map(str, report[what])):
+            raise ValueError(f"its weights lack {len(keys)} tensors of this kind of model, such as {shorten(keys[0])}")
+    for key, weight in model.state_dict().items():
+        if weight.is_floating_point() and not weight.isfinite().all():
+            raise ValueError(f"its weights have NaN or infinity in {key}")
+    return model.eval()
+
+
+def finite(features):
+    """Features, if they are numbers.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if features.dim() != 2 or not features.isfinite().all():
+        raise ValueError("its features are no vectors of finite numbers")
+    return features
 
 
 def score_column(pictures, references, texts, encoders):
@@ -566,12 +758,10 @@ def push_scores(column, scores):
     """Writes a result's scores into its config and pushes it again, card renewed, with its own trainer.
 
     Raises:
-        InputError: the result has no config, or the push failed.
+        InputError: the push failed.
     """
     path = column.config_path
-    if not path.is_file():
-        raise InputError(f"--push: {str(column.folder)!r} has no {path.name} to write the scores into.")
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_json(path)
     values = {name: f"{s.mean:.3f} ({s.low:.3f} to {s.high:.3f})" for name, s in scores.items()}
     write_json(path, {**config, "scores": values})
     command = [sys.executable, str(column.trainer), "--push_only", "--output_dir", str(column.folder)]
@@ -611,6 +801,7 @@ def make_parser():
     name = "Base model: a local folder or a model id on the Hub."
     add("--pretrained_model_name_or_path", required=True, path=flags.OR_NAME, help=name)
     add("--revision", help="Branch, tag or commit of the base on the Hub.")
+    add("--variant", help='Variant of the weight files of the base, such as "fp16".')
     add(
         "--results",
         nargs="*",
@@ -654,19 +845,21 @@ def labelled_folder(text):
 
 def main(args):
     prompts = read_prompts(args.prompts)
-    source = base_model.ModelSource(args.pretrained_model_name_or_path, args.revision)
+    source = base_model.ModelSource(args.pretrained_model_name_or_path, args.revision, args.variant)
     base = base_model.open_base(source, accepted=families.FAMILIES.values())
     columns = read_columns(args.results, args.class_word, base)
     resolution = base_model.check_resolution(base, args.resolution)
     output_dir = Path(args.output_dir)
+    check_folders(args, columns, output_dir)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    references = encoders = None
     if not args.draw_only:
         pictures = images.read_folder(args.reference_images, resolution, True, "--reference_images")
         references = [Image.fromarray(picture.pixels.permute(1, 2, 0).numpy()) for picture in pictures]
         encoders = Encoders(args.clip_model, args.dino_model, args.trust_remote_code, device, args.batch_size)
     check_writable("--output_dir", args.output_dir)
     drawing = Drawing(
-        weight_cache.source_key(base_model.find_weight_files(base, "unet")),
+        weight_cache.source_key(base_model.find_weight_files(base, base.family.denoiser)),
         prompts,
         args.num_images_per_prompt,
         args.seed,
@@ -674,33 +867,73 @@ def main(args):
         args.num_inference_steps,
         args.guidance_scale,
     )
-    claim_images(output_dir, columns, drawing)
+    with occupied(output_dir):
+        claim_images(output_dir, columns, drawing)
+        draw_missing(output_dir, columns, drawing, open_pipeline(base, device), args.batch_size)
+        if args.draw_only:
+            print(f"Look at {output_dir / 'images'}")
+            return
+        scores = score_columns(args, columns, drawing, references, encoders)
+    if args.push:
+        for column in columns[1:]:
+            push_scores(column, scores[column.label])
 
+
+def check_folders(args, columns, output_dir):
+    """Refuses an output folder that is one of the inputs, and results that scores cannot be pushed with.
+
+    Raises:
+        InputError: see above.
+    """
+    inputs = [("--results", column.folder) for column in columns[1:]]
+    inputs += [(f"--{name}", getattr(args, name)) for name in INPUTS if getattr(args, name)]
+    for flag, folder in inputs:
+        if os.path.isdir(folder) and output_dir.resolve().is_relative_to(Path(folder).resolve()):
+            raise InputError(
+                f"--output_dir {str(output_dir)!r} is in {flag} {quoted(folder)}, which is only read: give another."
+            )
+    for column in columns[1:]:
+        if args.push and not column.config_path.is_file():
+            raise InputError(
+                f"--push: {str(column.folder)!r} has no {column.config_path.name} to write the scores into."
+            )
+
+
+def open_pipeline(base, device):
+    """The pipeline of plain diffusers that everything is drawn with.
+
+    Raises:
+        InputError: the weights of the base are no numbers.
+    """
     pipeline = base.family.pipeline.from_pretrained(
         base.source.name,
-        revision=args.revision,
+        revision=base.source.revision,
+        variant=base.source.variant,
         dtype=torch.float16 if device.type == "cuda" else torch.float32,
         **base.family.pipeline_options,
-    ).to(device)
+    )
+    for part, model in pipeline.components.items():
+        for key, weight in model.state_dict().items() if isinstance(model, torch.nn.Module) else ():
+            if weight.is_floating_point() and not weight.isfinite().all():
+                raise InputError(f"{base.source.label}: the {part} has NaN or infinity in {key}: get the model again.")
     pipeline.set_progress_bar_config(disable=True)
-    draw_missing(output_dir, columns, drawing, pipeline, args.batch_size)
-    del pipeline
-    if args.draw_only:
-        print(f"Look at {output_dir / 'images'}")
-        return
+    return pipeline.to(device)
+
+
+def score_columns(args, columns, drawing, references, encoders):
+    """Judges all columns, writes the report and prints the table; returns label -> metric -> `Score`."""
+    output_dir = Path(args.output_dir)
 
     def open_image(column, prompt_index, image_index):
         return Image.open(image_path(output_dir, column, prompt_index, image_index)).convert("RGB")
 
-    texts, scores = [prompt.replace("{}", args.class_word) for prompt in prompts], {}
+    texts, scores = [prompt.replace("{}", args.class_word) for prompt in drawing.prompts], {}
     for column in tqdm(columns, desc="Scoring"):
-        drawn = [[open_image(column, p, i) for i in range(drawing.num_images)] for p in range(len(prompts))]
+        drawn = [[open_image(column, p, i) for i in range(drawing.num_images)] for p in range(len(drawing.prompts))]
         scores[column.label] = score_column(drawn, references, texts, encoders)
     write_report(output_dir, args, columns, drawing, scores, references, open_image)
     print(f"\n{markdown_table(scores)}\nLook at {output_dir / 'contact_sheet.png'}")
-    if args.push:
-        for column in columns[1:]:
-            push_scores(column, scores[column.label])
+    return scores
 
 
 if __name__ == "__main__":

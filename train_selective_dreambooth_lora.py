@@ -44,7 +44,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from accelerate.logging import get_logger
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.optimization import get_scheduler
@@ -60,6 +59,7 @@ import train_zoodip_textual_inversion as zoodip
 from personalization import flags
 from personalization.data import examples
 from personalization.errors import DivergedError, InputError, run_script
+from personalization.logs import get_logger
 from personalization.methods import dreambooth, windows
 from personalization.methods.dreambooth import denoising_errors, draw_validation_images, dreambooth_loss, fill_in
 from personalization.models import base_model, frozen, memory

@@ -44,7 +44,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate.logging import get_logger
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 
@@ -53,6 +52,7 @@ import tuneqdm_pipeline as tuneqdm
 from personalization import flags
 from personalization.data import examples
 from personalization.errors import DivergedError, InputError, run_script
+from personalization.logs import get_logger
 from personalization.methods import dreambooth
 from personalization.methods.dreambooth import (
     Subject,

@@ -46,7 +46,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, set_module_tensor_to_device
 from diffusers.hooks import apply_group_offloading
 from diffusers.optimization import get_scheduler
@@ -57,6 +56,7 @@ from personalization.data.examples import Batch, Concept
 from personalization.data.prompts import Placeholder
 from personalization.errors import DivergedError, InputError, run_script
 from personalization.files import temporary_folder
+from personalization.logs import get_logger
 from personalization.methods import gauss_newton, gradient, textual_inversion
 from personalization.methods.rule import Optimizer, Rule
 from personalization.models import base_model, families, memory, openvino_unet, weight_cache

@@ -42,6 +42,8 @@ from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPV
 
 logger = logging.get_logger(__name__)
 
+SDXL_KEYS = {"clip_l", "clip_g"}  # halves of one word
+
 
 class ZOODiPPipeline(StableDiffusionPipeline):
     """`StableDiffusionPipeline` with the keyword `learned_embeds`; everything else is inherited.
@@ -112,20 +114,27 @@ class ZOODiPPipeline(StableDiffusionPipeline):
             try:
                 (content,) = load_textual_inversion_state_dicts([str(source)])
             except Exception as error:  # Hub, safetensors, pickle and OS errors alike
+                if _is_old_pickle(error):
+                    raise ValueError(
+                        f"learned_embeds {str(source)!r} is a pickle of an older program, which may run code when it is"
+                        " opened: save it again as safetensors."
+                    ) from error
                 raise OSError(
                     f"learned_embeds {str(source)!r} is neither an embedding file, nor a folder or a repository on the"
                     f" Hub with a learned_embeds.safetensors ({' '.join(str(error).split())[:300]})."
                 ) from error
-            token, embedding = _token_and_embedding(source, content)
-            config = _read_config(source, token)
-            self._check_fit(source, token, embedding, config)
-            rows = len(self.tokenizer) + len(embedding)
-            if rows > self.text_encoder.get_input_embeddings().num_embeddings:
-                # as `load_textual_inversion` would, but without guessing rows that it overwrites at once
-                self.text_encoder.resize_token_embeddings(rows, mean_resizing=False)
-            self.load_textual_inversion({token: embedding})
-            self.concepts[token] = config
-            self._warn_about_other_base(token)
+            words = [_token_and_embedding(source, word) for word in _words(content)]
+            configs = {token: _read_config(source, token) for token, _ in words}
+            for token, embedding in words:
+                self._check_fit(source, token, embedding, configs[token])
+            for token, embedding in words:
+                rows = len(self.tokenizer) + len(embedding)
+                if rows > self.text_encoder.get_input_embeddings().num_embeddings:
+                    # as `load_textual_inversion` would, but without guessing rows that it overwrites at once
+                    self.text_encoder.resize_token_embeddings(rows, mean_resizing=False)
+                self.load_textual_inversion({token: embedding})
+                self.concepts[token] = configs[token]
+                self._warn_about_other_base(token)
 
     def unload_textual_inversion(self, tokens=None, tokenizer=None, text_encoder=None):
         """Takes concepts away again: those named, with *all* their vectors, or by default every one."""
@@ -195,6 +204,21 @@ def _quoted(value):
     """A name as a sentence echoes it: on one line, and not all of a long one."""
     text = str(value)
     return repr(text if len(text) <= 80 else text[:79] + "…")
+
+
+def _is_old_pickle(error):
+    """Whether PyTorch refused to open a file because it holds more than tensors in plain containers."""
+    while error is not None and "Weights only load failed" not in str(error):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+def _words(content):
+    """The content of an embedding file, one word each; of what holds no words by name, the whole."""
+    words = isinstance(content, dict) and len(content) > 1 and not SDXL_KEYS & content.keys()
+    if words and all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in content.items()):
+        return [{token: content[token]} for token in sorted(content)]
+    return [content]
 
 
 def _token_and_embedding(source, content):

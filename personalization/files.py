@@ -8,12 +8,13 @@ import os
 import shutil
 import stat
 import tempfile
+import threading
 from pathlib import Path
 
 import torch
-from accelerate.logging import get_logger
 
 from .errors import InputError, is_outside, reason
+from .logs import get_logger
 
 
 logger = get_logger(__name__)
@@ -27,9 +28,9 @@ def atomic_path(path):
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")  # two runs may fill the same cache
+    temporary = temporary_name(path)
     try:
-        temporary.unlink(missing_ok=True)  # of a process with this id that was killed
+        temporary.unlink(missing_ok=True)  # of a thread with this id that was killed
         temporary.touch()
         mode = stat.S_IMODE(temporary.stat().st_mode)
         yield temporary
@@ -39,12 +40,17 @@ def atomic_path(path):
         temporary.unlink(missing_ok=True)
 
 
+def temporary_name(path):
+    """A path beside `path` of this thread alone: two runs may fill the same cache, two visitors pack the same run."""
+    return path.with_name(f".tmp-{os.getpid()}-{threading.get_native_id()}-{path.name}")
+
+
 @contextlib.contextmanager
 def atomic_folder(path):
     """Yields a temporary folder beside `path` and renames it into place (over an older one) when all went well."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    temporary = temporary_name(path)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:

@@ -232,6 +232,8 @@ class OneSentenceParser(argparse.ArgumentParser):
             name = word.split("=")[0]
             if name.startswith("--") and name != "--" and " " not in name and name not in self._option_string_actions:
                 self.error(f"there is no flag {shortened(name)}{did_you_mean(name, self._offered())}")
+            if name in self._option_string_actions and word == f"{name}=--":  # of which argparse makes a list
+                self.error(f"{word} gives no value: give one, or leave the flag out.")
         return super().parse_known_args(words, namespace)
 
     def _offered(self):
@@ -277,7 +279,12 @@ def parse(parser, words, refused=None):
             action.required = False
     found = actions(parser)
     given = frozenset(name for name, action in found.items() if said & set(action.option_strings))
-    return parser.parse_args(words, Settings({name: action.facts for name, action in found.items()}, given))
+    args = parser.parse_args(words, Settings({name: action.facts for name, action in found.items()}, given))
+    for name, action in found.items():
+        value = getattr(args, name)
+        if isinstance(value, str) and not action.facts.path and value != value.encode(errors="ignore").decode():
+            parser.error(f"--{name} has half of a character in it (text that is not UTF-8): write it again.")
+    return args
 
 
 def apply_recipe(args, recipe):

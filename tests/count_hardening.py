@@ -10,7 +10,9 @@ import os
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import attack
 import pytest
 
 
@@ -46,9 +48,22 @@ KINDS = {
         "folders, pictures, metadata and data sets that cannot be used, and odd ones that can",
     ),
     "web page": (
-        r"test_app\w*\.py::.*(outside|refused|sent_paths|safe|wrong|whole|disk|recycled|visitors|ended|nothing_else|bad_|"
-        r"not_complete|sentences|made)",
-        "paths outside, full disks, two visitors, killed trainers, closed tabs, process ids given anew",
+        r"test_app\.py::.*(outside|refused|sent_paths|safe|wrong|whole|disk|mark|record|visitors|ended|nothing_else|bad_|"
+        r"not_complete|sentences|made|seen|reason|clock|alone)|test_app_browser\.py::.*sentences",
+        "paths outside, full disks, two visitors, killed trainers, closed tabs, process ids given anew, clocks set",
+    ),
+    "web page, trust": (
+        r"test_app_trust\.py",
+        "other names and web sites, files that are programs, the owner's login; here, on a network and on a Space",
+    ),
+    "web page, any": (
+        r"test_attack\.py::.*(forms|record)",
+        "records on the disk and forms through HTTP, drawn by hypothesis",
+    ),
+    "results, any": (r"test_attack\.py::.*result", "folders of results and their JSON, drawn by hypothesis"),
+    "evaluation": (
+        r"test_evaluate\.py::.*(refused|is_said|bad_input|stay|cut|whole|nan|nothing)",
+        "labels, results, encoders and bases that cannot be judged, and files of a user",
     ),
     "embeddings": (r"test_pipeline\.py::.*(not_fit|refused|cannot|another|something)", "what the pipeline loads"),
 }
@@ -65,6 +80,8 @@ class Counter:
             for kind, (pattern, _) in KINDS.items():
                 if re.search(pattern, item.nodeid):
                     drawn = getattr(item.function, "_hypothesis_internal_use_settings", None)
+                    if "test_attack" in item.nodeid:
+                        drawn = SimpleNamespace(max_examples=attack.ROOMS[item.callspec.params["name"]].examples)
                     self.counts[kind]["tests"] += 1
                     self.counts[kind]["cases"] += drawn.max_examples if drawn else 1
                     break

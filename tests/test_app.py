@@ -2,10 +2,12 @@
 
 import contextlib
 import errno
+import hashlib
 import importlib
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,10 +29,10 @@ from torch.utils.tensorboard import SummaryWriter
 import train_tuneqdm_dreambooth as tuneqdm
 import train_zoodip_textual_inversion as zoodip
 from personalization.errors import InputError
-from personalization.web import app_runs, app_words, workspace
+from personalization.web import app_runs, app_words, processes, workspace
 from personalization.web.app_runs import FAILED, FINISHED, RUNNING, STOPPED, Histories, RunBook, TimedSteps
 from personalization.web.command_lines import METHODS, Form, default_flags, flag_of, launcher, read_others, shown
-from personalization.web.workspace import Workspace, safe_name
+from personalization.web.workspace import Workspace, safe_file_name, safe_name
 
 
 app = pytest.importorskip("app", reason="gradio is not installed")
@@ -83,7 +85,7 @@ def no_room(*_, **__):
 @pytest.mark.parametrize(
     "given, expected",
     [
-        ("my dog!.JPG", "my-dog-.JPG"),
+        ("my dog!.JPG", "my-dog.JPG"),
         ("../../etc/passwd", "passwd"),
         ("C:\\photos\\a.png", "a.png"),
         (".hidden", "hidden"),
@@ -94,8 +96,46 @@ def no_room(*_, **__):
         ("a\nb\0c.png", "a-b-c.png"),
     ],
 )
-def test_names_are_made_safe(given, expected):
-    assert safe_name(given) == expected
+def test_names_of_files_are_made_safe(given, expected):
+    assert safe_file_name(given) == expected
+
+
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        ("my dog!", "my-dog"),
+        ("v1.2-dog", "v1.2-dog"),
+        ("a.very-long-suffix", "a.very-long-suffix"),
+        ("x" * 300, "x" * 48),
+        ("x" * 47 + " y", "x" * 47),
+        ("../..", "unnamed"),
+        ("a/b/", "b"),
+        ("\ud800", "unnamed"),
+        ("e\u0301", "é"),
+    ],
+)
+def test_a_safe_name_is_its_own_safe_name(given, expected):
+    assert safe_name(given) == expected == safe_name(expected)
+
+
+@pytest.mark.parametrize("concept", ["v1.2-dog", "my.dog", "x" * 47, "x" * 300, "ein süßer Hund"])
+def test_runs_of_any_concept_are_seen_stopped_and_resumed(space, subject, form, sleeping, concept):
+    """Every run opens under the name that it is listed by, the tenth of `v1.2-dog`, too."""
+    space.add_folder(concept, subject)
+    book, form = RunBook(space, at_once=20), replace(form, concept=concept)
+    names = [book.start(form).name for _ in range(11)]
+    try:
+        assert len(set(names)) == 11 and set(book.names()) == set(names)
+        assert all(book.open(name).folder == book.folder / name for name in names)
+        assert space.review(book.open(names[0]).form.concept, 64)[0], "its pictures are found again"
+        book.stop(book.open(names[9]))
+        wait_for(lambda: not book.open(names[9]).is_alive())
+        assert book.open(names[0]).is_alive()
+        book.resume(book.open(names[9]))
+        assert book.open(names[9]).is_alive()
+    finally:
+        for name in names:
+            book.stop(book.open(name))
 
 
 @pytest.mark.parametrize("path", ["/etc", "../outside", "models/../../outside", "link/secret", "a\0b"])
@@ -367,34 +407,54 @@ def test_durations(seconds, words):
 # =====================================================================================================
 
 
-def test_a_recycled_process_id_is_not_taken_for_a_run():
-    me = psutil.Process()
-    process = subprocess.Popen(["sh", "-c", "sleep 60 & exec sleep 61"], start_new_session=True)
+def test_a_run_is_known_by_its_mark_and_by_no_number(tmp_path, monkeypatch):
+    """What other processes have of it is an id, a session or a start; the clock may be set."""
+    (tmp_path / "sleep.py").write_text("import subprocess, time; subprocess.Popen(['sleep', '60']); time.sleep(60)")
+    mark = app_runs.new_mark()
+    process, record = app_runs.spawn(["python", str(tmp_path / "sleep.py")], tmp_path / "log", mark, dict(os.environ))
     try:
-        record = {"pid": process.pid, "started": psutil.Process(process.pid).create_time()}
         assert len(wait_for(lambda: len(found := app_runs.processes_of(record)) == 2 and found)) == 2
-        assert app_runs.processes_of({**record, "started": record["started"] - 60}) == []
+        assert app_runs.processes_of(record)[0].pid == process.pid
+        monkeypatch.setattr(psutil.Process, "create_time", lambda self: 0.0)
+        assert len(app_runs.processes_of(record)) == 2, "a clock that was set does not end a run"
+        assert len(app_runs.processes_of({"mark": mark})) == 2, "the server was killed before it knew the id"
+        assert app_runs.processes_of({**record, "mark": app_runs.new_mark()}) == []
         process.kill()
         process.wait()
         (child,) = app_runs.processes_of(record)  # what is left of the session is still the run
         child.kill()
         wait_for(lambda: not app_runs.processes_of(record))
-        assert app_runs.processes_of({"pid": me.pid, "started": me.create_time() - 60}) == []
-        assert app_runs.processes_of(None) == app_runs.processes_of({}) == []
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("pid", [0, 1, -1, True, "1", 1.0, 10**30, None, os.getpid()])
+@pytest.mark.parametrize("mark", ["", None, 0, "x" * 32, "0" * 32])
+def test_no_record_names_a_process_of_somebody_else(pid, mark, monkeypatch):
+    monkeypatch.setattr(psutil.Process, "send_signal", lambda *_: pytest.fail("a signal was sent"))
+    record = {"pid": pid, "mark": mark, "started": 0.0}
+    app_runs.ask_to_stop(record)
+    assert app_runs.processes_of(record) == [] and app_runs.processes_of({"pid": pid, "started": 0.0}) == []
+    assert app_runs.processes_of(None) == app_runs.processes_of({}) == app_runs.processes_of([]) == []
 
 
 @pytest.fixture
 def sleeping(monkeypatch):
     """Runs only sleep."""
 
-    def sleep(command, log, token=None):
-        process = subprocess.Popen(["sleep", "60"], start_new_session=True)
-        return process, {"pid": process.pid, "started": psutil.Process(process.pid).create_time()}
+    def sleep(command, log, mark, environment):
+        marked = environment | {processes.MARK: mark}
+        process = subprocess.Popen(["sleep", "60"], start_new_session=True, env=marked)
+        started.append(process)
+        threading.Thread(target=process.wait, daemon=True).start()
+        return process, {"pid": process.pid, "mark": mark}
 
+    started = []
     monkeypatch.setattr(app_runs, "spawn", sleep)
+    yield
+    for process in started:
+        process.kill()
 
 
 def test_two_visitors_start_at_the_same_time(book, form, sleeping):
@@ -454,11 +514,81 @@ def test_how_a_run_ended_is_read_from_its_log(book, form, sleeping):
     assert "it broke off" in app.status_card(*run.outcome(), 5, 10, None).lower()
 
 
+def test_a_reason_is_of_this_launch_and_stands_on_its_own_line(book, form, sleeping):
+    run = book.start(form)
+    book.stop(run)
+    wait_for(lambda: not run.is_alive())
+    said = "train_zoodip_textual_inversion.py: error: the disk is full.\n"
+    run.log.write_text(f"Steps:   0%|  | 5/100 [00:01<66:30:30,  4.18it/s, loss=0.4394]{said}UserWarning: old\n")
+    assert run.outcome() == (FAILED, "the disk is full.")
+    assert "loss=0.4394]\ntrain_zoodip" in run.log_tail()
+    book.resume(run)
+    book.stop(run)
+    wait_for(lambda: not run.is_alive())
+    assert run.outcome() == (STOPPED, "")
+    run.write(stopping=False)
+    assert run.outcome()[0] == FAILED and "it was killed" in run.outcome()[1]
+
+
+def test_a_clock_that_is_set_back_does_not_unfinish_a_run(book, form, sleeping, monkeypatch):
+    run = book.start(form)
+    run.output.mkdir()
+    book.stop(run)
+    wait_for(lambda: not run.is_alive())
+    for name in (run.method.config_name, run.method.result_name):
+        (run.output / name).write_text("{}")
+        os.utime(run.output / name, (1e9, 1e9))
+    assert run.outcome() == (FINISHED, "")
+    book.resume(run)
+    book.stop(run)
+    wait_for(lambda: not run.is_alive())
+    assert run.outcome()[0] == STOPPED, "that result is of the launch before"
+
+
+def test_a_server_leaves_alone_what_another_one_is_trying(book, form, monkeypatch):
+    """Two servers on a workspace: a prediction in progress is not deleted; what a killed server left behind is."""
+    other = RunBook(book.workspace)
+    with book._scratch() as folder:
+        (folder / "memory.txt").write_text("half")
+        other.remove_trials()
+        assert (folder / "memory.txt").is_file()
+        kept = Path(shutil.copytree(folder, folder.with_name(".trial-of-a-killed-server")))
+    other.remove_trials()
+    assert not kept.exists() and not folder.exists()
+
+
+def test_two_visitors_pack_a_run_at_the_same_time(book, form, sleeping):
+    run = book.start(form)
+    book.stop(run)
+    wait_for(lambda: not run.is_alive())
+    run.output.mkdir()
+    content = os.urandom(3_000_000)
+    (run.output / run.method.result_name).write_bytes(content)
+    (run.output / "README.md").write_text("a card")
+    files = {run.method.result_name: hashlib.sha256(content).hexdigest(), "/etc/passwd": "", "../x": "", "gone": ""}
+    (run.output / run.method.config_name).write_text(json.dumps({"files": files}))
+    broken = []
+
+    def visitor():
+        for _ in range(4):
+            (run.folder / f"{run.name}.zip").unlink(missing_ok=True)
+            try:
+                with contextlib.suppress(FileNotFoundError), zipfile.ZipFile(run.package()) as archive:
+                    assert archive.testzip() is None and len(archive.namelist()) == 3
+            except Exception as error:
+                broken.append(error)
+
+    visitors = [threading.Thread(target=visitor) for _ in range(4)]
+    [thread.start() for thread in visitors]
+    [thread.join() for thread in visitors]
+    assert not broken and not list(run.folder.glob(".tmp-*"))
+
+
 def test_whole_life_of_a_run(book, form, tmp_path):
     """Started, found by another server, killed, resumed, stopped, resumed to the end, packed, drawn with."""
     flags = form.flags | {"max_train_steps": 10**6, "checkpointing_steps": 2, "validation_steps": 10**6}
     flags |= {"num_validation_samples": 2, "num_validation_images": 1}
-    run = book.start(replace(form, flags=flags, others="--logging_steps 1"), token="hf_secret")
+    run = book.start(replace(form, flags=flags, others="--logging_steps 1 --lr_scheduler constant"), token="hf_secret")
     other = RunBook(Workspace(book.workspace.root, [REPO / "demo"]))
     found = other.open(run.name)
     wait_for(lambda: len(other.history(found).loss) > 4)

@@ -248,7 +248,7 @@ def test_a_lora_is_drawn_as_plain_diffusers_draws_it_and_nothing_is_judged(flags
     needless = ("--reference_images", "--clip_model", "--dino_model", "--trust_remote_code")
     flags = {name: value for name, value in flags.items() if name not in needless} | {"--draw_only": True}
     out = run(flags | {"--num_images_per_prompt": "1"}, f"lora={folder}")
-    assert not list(out.glob("*.*"))
+    assert not list(out.glob("[!.]*.*"))
     plain, drawn = (
         np.asarray(Image.open(out / "images" / name / "001-00.png"), dtype=int) for name in ("plain-word", "lora")
     )
@@ -258,7 +258,7 @@ def test_a_lora_is_drawn_as_plain_diffusers_draws_it_and_nothing_is_judged(flags
     image = pipeline("a photo of a star in the snow", num_inference_steps=1, generator=generator).images[0]
     assert np.abs(drawn - np.asarray(image, dtype=int)).max() <= 1 and np.abs(drawn - plain).max() > 5
     write_json(folder / "selective_config.json", {})
-    with pytest.raises(InputError, match="holds no LoRA weights that can be read"):
+    with pytest.raises(InputError, match="does not say what its subject is called"):
         run(flags, f"lora={folder}")
 
 
@@ -269,6 +269,213 @@ def test_pictures_are_judged_or_only_drawn(flags, change, said, capsys):
     with pytest.raises(SystemExit):
         run(flags | change)
     assert said in capsys.readouterr().err
+
+
+def lora_of(demo_base, folder, change=lambda layers: layers):
+    """A folder of LoRA weights for two layers of the demo base, which `change` may change."""
+    layers = {}
+    for name in ("to_q", "to_v"):
+        layer = f"unet.mid_block.attentions.0.transformer_blocks.0.attn1.{name}"
+        width = load_file(Path(demo_base) / "unet" / "diffusion_pytorch_model.safetensors")[
+            f"{layer[5:]}.weight"
+        ].shape
+        layers |= {
+            f"{layer}.lora_A.weight": torch.ones(2, width[1]),
+            f"{layer}.lora_B.weight": torch.ones(width[0], 2),
+        }
+    folder.mkdir(exist_ok=True)
+    save_file(change(layers), folder / "pytorch_lora_weights.safetensors")
+    write_json(folder / "selective_config.json", {"base_model": "base", "settings": {"subject_name": "star"}})
+
+
+NAN, INFINITY = float("nan"), float("inf")
+LORAS = {
+    "NaN": (lambda layers: {k: v * NAN for k, v in layers.items()}, "NaN or infinity"),
+    "one infinity": (lambda layers: layers | {min(layers): layers[min(layers)] / 0}, "NaN or infinity"),
+    "integers": (lambda layers: {k: v.long() for k, v in layers.items()}, "must have floats"),
+    "empty": (lambda layers: {}, "has no tensor for the UNet"),
+    "of a text encoder": (
+        lambda layers: {k.replace("unet.mid_block.attentions", "text_encoder.x"): v for k, v in layers.items()},
+        "has no tensor for the UNet",
+    ),
+    "of other layers": (lambda layers: {k.replace("mid_", "down_"): v for k, v in layers.items()}, "has no layer for"),
+    "of other widths": (lambda layers: {k: torch.ones(7, 7) for k in layers}, "has no layer for"),
+    "of other ranks": (lambda layers: {k: v[None] for k, v in layers.items()}, "has no layer for"),
+}
+
+
+@pytest.mark.parametrize("change, said", LORAS.values(), ids=LORAS)
+def test_a_lora_that_draws_nothing_is_refused(flags, results, demo_base, monkeypatch, change, said):
+    monkeypatch.setattr(evaluation, "draw_missing", lambda *_: pytest.fail("drawing began"))
+    lora_of(demo_base, results / "lora", change)
+    with pytest.raises(InputError, match=said):
+        run(flags, f"a={results / 'lora'}")
+
+
+EMBEDDINGS = {
+    "NaN": ({"<x>": torch.full((1, 128), NAN)}, None, "NaN or infinity"),
+    "integers": ({"<x>": torch.ones(1, 128, dtype=torch.long)}, None, "must have floats"),
+    "flat": ({"<x>": torch.ones(())}, None, "with vectors of a word"),
+    "no vector": ({"<x>": torch.ones(0, 128)}, None, "with vectors of a word"),
+    "nothing": ({}, None, "with vectors of a word"),
+    "a sentence": ({"my dog": torch.ones(1, 128)}, None, "is not one word"),
+    "two words": ({"<x>": torch.ones(1, 128), "<y>": torch.ones(1, 128)}, None, "holds 2 words"),
+    "a list": ({"<x>": torch.ones(1, 128)}, [], "holds no JSON object"),
+    "other types": ({"<x>": torch.ones(1, 128)}, {"settings": 3}, "of another type"),
+    "a base that is a number": ({"<x>": torch.ones(1, 128)}, {"base_model": 3}, "of another type"),
+    "a word that is a list": (
+        {"<x>": torch.ones(1, 128), "b": torch.ones(1, 128)},
+        {"placeholder_token": []},
+        "holds 2",
+    ),
+}
+
+
+@pytest.mark.parametrize("tensors, config, said", EMBEDDINGS.values(), ids=EMBEDDINGS)
+def test_an_embedding_that_cannot_be_judged_is_refused(flags, results, monkeypatch, tensors, config, said):
+    monkeypatch.setattr(evaluation.Image.Image, "save", lambda *_: pytest.fail("something was drawn"))
+    (results / "odd").mkdir()
+    save_file(tensors, results / "odd" / "learned_embeds.safetensors")
+    if config is not None:
+        write_json(results / "odd" / "zoodip_config.json", config)
+    with pytest.raises(InputError, match=said):
+        run(flags, f"first={results / 'one'}", f"odd={results / 'odd'}")
+
+
+def test_two_words_in_a_file_are_both_known(flags, results):
+    (results / "both").mkdir()
+    words = {
+        f"<{name}>": load_file(results / name / "learned_embeds.safetensors")[f"<{name}>"] for name in ("one", "two")
+    }
+    save_file(words, results / "both" / "learned_embeds.safetensors")
+    write_json(results / "both" / "zoodip_config.json", {"placeholder_token": "<two>"})
+    (results / "prompts.txt").write_text("a photo of {} beside <one>\n")
+    out = run(flags | {"--num_images_per_prompt": "1"}, f"both={results / 'both'}", f"two={results / 'two'}")
+    both, two = (Image.open(out / "images" / name / "000-00.png").tobytes() for name in ("both", "two"))
+    assert both != two, "the other word is known, too"
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ("..={one}", "is no label=folder"),
+        (".={one}", "is no label=folder"),
+        (".hidden={one}", "is no label=folder"),
+        ("Plain-Word={one}", "is no label=folder"),
+        ("drawing.json={one}", "is no label=folder"),
+        ("a={one}/learned_embeds.safetensors", "is a file: give the folder that it is in"),
+        ("a={lora}", "has no selective_config.json, which says what its subject is called"),
+        ("a={empty}", "holds no learned_embeds.safetensors, tuneqdm_scales.safetensors or pytorch_lora_weights"),
+    ],
+)
+def test_what_is_no_result_is_said(flags, results, demo_base, monkeypatch, given, said):
+    monkeypatch.setattr(evaluation, "draw_missing", lambda *_: pytest.fail("drawing began"))
+    lora_of(demo_base, results / "lora")
+    (results / "lora" / "selective_config.json").unlink()
+    (results / "empty").mkdir()
+    with pytest.raises(InputError, match=said):
+        run(flags, given.format(one=results / "one", lora=results / "lora", empty=results / "empty"))
+
+
+def test_files_of_a_user_stay(flags, results):
+    """Only pictures that this program drew of a result go when the result is another."""
+    out = Path(flags["--output_dir"])
+    mine = [out / "mine.png", out / "images" / "mine.png", out / "images" / "first" / "mine.png"]
+    run(flags, f"first={results / 'one'}")
+    for path in mine:
+        path.write_bytes(b"of a user")
+    shutil.copyfile(results / "two" / "learned_embeds.safetensors", results / "one" / "learned_embeds.safetensors")
+    run(flags, f"first={results / 'one'}")
+    assert all(path.read_bytes() == b"of a user" for path in mine)
+
+
+def test_pictures_that_are_cut_are_drawn_again(flags, results):
+    flags |= {"--batch_size": "1"}  # another rounds otherwise
+    out = run(flags, f"first={results / 'one'}")
+    cut, small = out / "images" / "first" / "000-00.png", out / "images" / "first" / "000-01.png"
+    whole = cut.read_bytes()
+    cut.write_bytes(whole[:200])
+    Image.new("RGB", (3, 3)).save(small)
+    run(flags, f"first={results / 'one'}")
+    assert cut.read_bytes() == whole and Image.open(small).size == (64, 64)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"drawing": [], "fingerprints": {}}', '{"drawing": {}, "fingerprints": 1}', "\ud800"]
+)
+def test_pictures_of_an_unknown_drawing_stay(flags, results, content):
+    out = Path(flags["--output_dir"])
+    (out / "images").mkdir(parents=True)
+    (out / "images" / "drawing.json").write_bytes(content.encode("utf-8", "surrogatepass"))
+    with pytest.raises(InputError, match="nobody can say how they were drawn"):
+        run(flags, f"first={results / 'one'}")
+
+
+def test_an_output_folder_in_an_input_is_refused(flags, results, demo_base, subject):
+    before = sorted(path for path in subject.rglob("*"))
+    for folder in (subject, demo_base, results / "one", results / "one" / "scores", flags["--clip_model"]):
+        with pytest.raises(InputError, match="which is only read: give another"):
+            run(flags | {"--output_dir": str(folder)}, f"first={results / 'one'}")
+    assert sorted(path for path in subject.rglob("*")) == before
+
+
+def copied(folder, target, change):
+    """A copy of a model's folder with other weights; None takes one away."""
+    shutil.copytree(folder, target)
+    (path,) = target.glob("*.safetensors")
+    weights = {k: v for k, v in ((k, change(k, v)) for k, v in load_file(path).items()) if v is not None}
+    save_file(weights, path, {"format": "pt"})
+    return str(target)
+
+
+ENCODERS = {
+    "without weights": (lambda key, value: None if "vision" in key else value, "lack"),
+    "foreign": (lambda key, value: None if "encoder.layers.0" in key else value, "lack"),
+    "NaN": (lambda key, value: value * NAN if value.dim() == 2 else value, "NaN or infinity"),
+}
+
+
+@pytest.mark.parametrize("change, said", ENCODERS.values(), ids=ENCODERS)
+def test_an_encoder_that_is_not_whole_judges_nothing(flags, results, repo, monkeypatch, change, said):
+    """transformers makes up weights that are missing, and scores of random weights look like scores."""
+    monkeypatch.setattr(evaluation, "draw_missing", lambda *_: pytest.fail("drawing began"))
+    flags = flags | {"--clip_model": copied(repo / "demo" / "scorer", results / "clip", change)}
+    with pytest.raises(InputError, match=f"--clip_model .* is not such a model.*{said}"):
+        run(flags, f"first={results / 'one'}")
+
+
+def test_a_base_with_nan_draws_nothing(flags, results, demo_base):
+    base = results / "base"
+    shutil.copytree(demo_base, base)
+    path = base / "vae" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    weights["decoder.conv_out.bias"] *= NAN
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(InputError, match="the vae has NaN or infinity in decoder.conv_out.bias"):
+        run(flags | {"--pretrained_model_name_or_path": str(base)})
+
+
+def test_a_file_beside_the_references_is_a_warning(flags, results, subject, caplog):
+    """No Accelerator is needed to say so."""
+    pictures = results / "pictures"
+    shutil.copytree(subject, pictures)
+    (pictures / ".DS_Store").write_bytes(b"of a Mac")
+    from accelerate.state import PartialState
+
+    PartialState._reset_state()
+    run(flags | {"--reference_images": str(pictures)}, f"first={results / 'one'}")
+    assert ".DS_Store" in caplog.text
+
+
+def test_a_variant_of_a_base(flags, results, demo_base):
+    base = results / "base"
+    shutil.copytree(demo_base, base)
+    for path in base.glob("*/*.safetensors"):
+        path.rename(path.with_name(f"{path.stem}.fp16{path.suffix}"))
+    flags |= {"--pretrained_model_name_or_path": str(base)}
+    with pytest.raises(InputError, match="--variant fp16"):
+        run(flags)
+    assert (run(flags | {"--variant": "fp16"}) / "evaluation.md").is_file()
 
 
 def test_pictures_of_another_drawing_are_not_mixed(flags, results):

@@ -198,6 +198,21 @@ def test_a_mistyped_flag(word, said, capsys):
 
 
 @pytest.mark.parametrize("name", PARSERS)
+@pytest.mark.parametrize("value, said", [("--", "gives no value"), ("a\ud800b", "half of a character")])
+def test_what_argparse_or_no_file_can_hold(name, value, said, capsys):
+    """Of `--flag=--` argparse makes a list; half a character ends whatever writes it down."""
+    made = PARSERS[name]()
+    texts = [flag for flag, action in flags.actions(made).items() if action.type is None and action.nargs is None]
+    for flag in [flag for flag in texts if not flags.actions(made)[flag].choices]:
+        made = PARSERS[name]()
+        for action in made._actions:
+            action.required = False
+        with pytest.raises(SystemExit) as end:
+            flags.parse(made, [f"--{flag}={value}"])
+        assert end.value.code == 2 and said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", PARSERS)
 def test_every_flag_was_declared(name):
     made = PARSERS[name]()
     assert {action.dest for action in made._actions} - {"help"} == flags.actions(made).keys()

@@ -261,6 +261,25 @@ def test_files_of_other_kinds(knows_nothing, content, expected, tmp_path):
     refused(knows_nothing, tmp_path / "toy.pt", expected)
 
 
+def test_a_pickle_of_an_older_program(knows_nothing, tmp_path, dimension):
+    vectors = torch.nn.ParameterDict({"*": torch.nn.Parameter(torch.zeros(1, dimension))})
+    torch.save({"string_to_param": vectors, "name": "toy"}, tmp_path / "toy.pt")
+    refused(knows_nothing, tmp_path / "toy.pt", "is a pickle of an older program.*save it again as safetensors")
+
+
+def test_two_words_in_a_file_are_both_loaded(load, tmp_path, dimension):
+    words = {"<toy>": torch.randn(2, dimension), "<hat>": torch.randn(1, dimension)}
+    save_file(words, tmp_path / "both.safetensors")
+    pipeline = load(tmp_path / "both.safetensors")
+    assert set(pipeline.concepts) == {"<toy>", "<hat>"}
+    ids = pipeline.tokenizer.convert_tokens_to_ids(["<toy>", "<toy>_1", "<hat>"])
+    table = pipeline.text_encoder.get_input_embeddings().weight
+    assert torch.equal(table[ids], torch.cat([words["<toy>"], words["<hat>"]]))
+    save_file(words | {"a b": torch.zeros(1, dimension)}, tmp_path / "odd.safetensors")
+    with pytest.raises(ValueError, match="is not one word"):
+        load(tmp_path / "odd.safetensors")
+
+
 @pytest.mark.parametrize("source", ["", "  ", None, 3, {"<toy>": torch.zeros(2)}])
 def test_a_source_that_names_nothing(knows_nothing, source):
     with pytest.raises(ValueError, match="which names no concept: give the path"):

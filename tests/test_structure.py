@@ -19,7 +19,7 @@ SCRIPTS = sorted(
     path for pattern in ("app.py", "train_*.py", "evaluate_*.py", "*_pipeline.py") for path in REPO.glob(pattern)
 )
 # Floors of the package, the lowest first: a file imports from its own floor and those below.
-GROUND = ("errors", "files", "flags", "quiet")
+GROUND = ("errors", "files", "flags", "logs", "quiet")
 FLOORS = ("models", "data", "runs", "methods", "web")
 UPWARDS = {("flags", "models.compute.DTYPES")}  # the choices of --mixed_precision are the dtypes that there are
 # Calls of a denoiser outside models/families: file -> why it may.
@@ -166,6 +166,12 @@ def test_an_optimizer_is_asked_and_never_told_apart_by_name():
             assert not {"zo_adam", "gauss_newton"} & {value for value in compared if isinstance(value, str)}, (
                 ast.unparse(node)
             )
+
+
+def test_no_logger_needs_an_accelerator():
+    """accelerate's raises where there is none: a warning then ends the evaluation or the page."""
+    for path in [*PACKAGE, *SCRIPTS]:
+        assert "accelerate.logging" not in set(imported(path)), path
 
 
 def test_functions_stay_short():

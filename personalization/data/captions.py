@@ -7,9 +7,8 @@ import json
 import os
 import unicodedata
 
-from accelerate.logging import get_logger
-
 from ..errors import InputError, first_cause, quoted, shorten
+from ..logs import get_logger
 
 
 logger = get_logger(__name__)

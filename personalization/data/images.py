@@ -10,10 +10,10 @@ from typing import NamedTuple
 import datasets
 import numpy as np
 import torch
-from accelerate.logging import get_logger
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from ..errors import InputError, first_cause, plain, quoted, shorten
+from ..logs import get_logger
 from .captions import METADATA_NAMES, check_text, check_unicode, file_key, read_captions
 
 

@@ -3,9 +3,9 @@
 from typing import NamedTuple
 
 import torch
-from accelerate.logging import get_logger
 
 from ..errors import InputError, plain, quoted
+from ..logs import get_logger
 from .captions import check_unicode
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from accelerate.logging import get_logger
 from tqdm.auto import tqdm
 
 from ..data import examples, images, prompts
@@ -15,6 +14,7 @@ from ..data.examples import Concept
 from ..errors import InputError, plain
 from ..files import atomic_path, check_writable
 from ..flags import NOTHING, SHARE, Range
+from ..logs import get_logger
 from ..models import base_model, memory
 from ..models.base_model import StoredModel
 from ..models.families import Text

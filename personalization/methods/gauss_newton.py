@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate.logging import get_logger
 
 from ..errors import InputError
 from ..flags import COUNT, RUN, SHARE, Range
+from ..logs import get_logger
 from ..models import base_model
 from .rule import Optimizer
 

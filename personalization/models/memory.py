@@ -14,11 +14,11 @@ from typing import NamedTuple
 import psutil
 import torch
 import torch.nn.functional as F
-from accelerate.logging import get_logger
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..errors import InputError
+from ..logs import get_logger
 from . import frozen
 
 

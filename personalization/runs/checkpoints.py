@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 
 from ..data.images import digest
 from ..errors import InputError, is_outside, reason
 from ..files import read_json, replace_folder, save_tensors, sha256, write_json
+from ..logs import get_logger
 
 
 logger = get_logger(__name__)

@@ -43,11 +43,12 @@ def save_halves(results, placeholder_token, theta, parts=None):
 
 
 def load_concept(pipeline, folder, placeholder_token, name="learned_embeds.safetensors"):
-    """Teaches a pipeline of plain diffusers the word in a run's folder."""
-    if getattr(pipeline, "text_encoder_2", None) is None:
-        pipeline.load_textual_inversion(str(folder), weight_name=name)
-        return
+    """Teaches a pipeline of plain diffusers the word in a run's folder, and others that are in the same file."""
     halves = load_file(Path(folder) / name)
+    if getattr(pipeline, "text_encoder_2", None) is None:
+        for token, vectors in halves.items():
+            pipeline.load_textual_inversion({token: vectors})
+        return
     parts = (pipeline.text_encoder, pipeline.tokenizer), (pipeline.text_encoder_2, pipeline.tokenizer_2)
     for key, (text_encoder, tokenizer) in zip(SDXL.word_keys, parts):
         word = {placeholder_token: halves[key]}

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.logging import get_logger
 from tqdm.auto import tqdm
 
 from ..errors import reason
 from ..flags import Settings
+from ..logs import get_logger
 from ..models.base_model import Base
 from . import checkpoints, launch, run_folder
 

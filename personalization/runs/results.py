@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from accelerate.logging import get_logger
 from PIL import Image
 
 from ..errors import RunError
 from ..files import atomic_path
+from ..logs import get_logger
 from . import embeddings, hub, loop, validation
 from .checkpoints import noted
 

@@ -16,11 +16,11 @@ import shutil
 from pathlib import Path
 
 import filelock
-from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 
 from ..errors import InputError, RunError, is_outside, reason
 from ..files import read_json, sha256
+from ..logs import get_logger
 from .checkpoints import list_checkpoints
 
 

@@ -6,13 +6,12 @@ after a restart of the server, which it outlives.
 """
 
 import contextlib
-import os
+import json
+import math
 import re
 import shutil
-import signal
 import statistics
-import subprocess
-import sys
+import tempfile
 import threading
 import time
 import zipfile
@@ -21,16 +20,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import filelock
-import psutil
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from ..errors import InputError, quoted, shorten
 from ..files import atomic_path, read_json, write_json
 from ..runs.checkpoints import list_checkpoints
-from ..runs.run_folder import regular_files
+from ..runs.run_folder import own_files, regular_files
 from .command_lines import (
     METHODS,
-    REPO,
     Form,
     flag_of,
     flag_words,
@@ -40,97 +37,13 @@ from .command_lines import (
     training_command,
     with_flags,
 )
-from .workspace import safe_name, saying_why
+from .processes import ask_to_stop, environment, new_mark, processes_of, spawn
+from .workspace import is_name, is_text, safe_name, saying_why
 
 
 DRAWER = "evaluate_personalization.py"
-
-
-# =====================================================================================================
-# Processes
-# =====================================================================================================
-
-START_TOLERANCE = 2.0  # seconds by which the system's time of a start may differ between two looks
-PROCESS_KEYS = {"pid", "started"}
-
-
-def spawn(command, log, token=None):
-    """Starts a command in a session of its own, which outlives the server, with its output appended to a log.
-
-    Args:
-        command: words; the first is accelerate or python, of this environment.
-        log: path.
-        token: of the Hub; it is in the environment of this process and nowhere else.
-
-    Returns:
-        Its `subprocess.Popen`, and {"pid", "started"} to find it again.
-
-    Raises:
-        InputError: the disk fails, or the system has no room for a process.
-    """
-    python = {"accelerate": [sys.executable, "-m", "accelerate.commands.accelerate_cli"], "python": [sys.executable]}
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("GRADIO_")}
-    environment |= {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
-    if token:
-        environment |= {"HF_TOKEN": token}
-    with saying_why("The process could not be started"):
-        with open(log, "ab") as output:
-            process = subprocess.Popen(
-                [*python[command[0]], *command[1:]],
-                cwd=REPO,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-    threading.Thread(target=process.wait, daemon=True).start()  # no zombie is left
-    try:
-        started = psutil.Process(process.pid).create_time()
-    except psutil.NoSuchProcess:
-        started = time.time()
-    return process, {"pid": process.pid, "started": started}
-
-
-def processes_of(record):
-    """The living processes of a session that `spawn` started.
-
-    The process with this id may be another by now: then it has another start. The id is not given away while one of
-    the session is alive, so those that are left when the first has died are of this session, too.
-
-    Args:
-        record: {"pid", "started"}, or None.
-
-    Returns:
-        list of `psutil.Process`, the first of the session first if it is alive.
-    """
-    if not record or not PROCESS_KEYS <= record.keys():
-        return []
-    members = []
-    for pid in psutil.pids():
-        with contextlib.suppress(psutil.Error, OSError):
-            if os.getsid(pid) == record["pid"] and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
-                members.append(psutil.Process(pid))
-    with contextlib.suppress(psutil.Error):
-        leader = [process for process in members if process.pid == record["pid"]]
-        if leader and abs(leader[0].create_time() - record["started"]) > START_TOLERANCE:
-            return []
-        return leader + [p for p in members if p not in leader and p.create_time() >= record["started"] - 1]
-    return []
-
-
-def ask_to_stop(record):
-    """Ends a session: its script gets Ctrl+C, which writes a checkpoint; a launcher without one yet ends at once."""
-    launcher, *others = processes_of(record) or [None]
-    if launcher is None:
-        return
-    scripts = others or [launcher]
-    for process in scripts:
-        with contextlib.suppress(psutil.Error):
-            if any(word.endswith(".py") for word in process.cmdline()):
-                process.send_signal(signal.SIGINT)
-            elif not others:
-                process.terminate()
+LONGEST_RECORD = 2**20  # bytes
+LOCK = ".lock"  # in the folder of a trial
 
 
 # =====================================================================================================
@@ -139,7 +52,45 @@ def ask_to_stop(record):
 
 RUNNING, FINISHED, STOPPED, FAILED = "running", "finished", "stopped", "broke off"
 READY = "not started"
-ERROR_LINE = r"^\S+\.py: error[^:\n]*: (.+)$"  # how the scripts end
+SCRIPTS = "|".join(re.escape(name) for name in (*(method.script for method in METHODS.values()), DRAWER))
+ERROR_LINE = rf"(?:{SCRIPTS}): error[^:\n]*: (.+)$"  # how the scripts end, perhaps right behind a progress bar
+
+
+def is_number(value):
+    """Whether a value of a record is a time or a count."""
+    return type(value) in (int, float) and 0 <= value < 2**53 and math.isfinite(value)
+
+
+def is_setting(value):
+    """Whether a value of a record is one of a form's."""
+    return value is None or isinstance(value, (bool, str)) or (type(value) in (int, float) and abs(value) < 2**53)
+
+
+def read_record(path):
+    """The content of a `run.json`, complete; it may be damaged, of an earlier version, or by another program.
+
+    Raises:
+        ValueError: it is no record of a run.
+        OSError: it cannot be read.
+    """
+    if not path.is_file() or path.stat().st_size > LONGEST_RECORD:
+        raise ValueError("it is no file, or too long")
+    content = read_json(path)
+    if not is_text(json.dumps(content, ensure_ascii=False), LONGEST_RECORD) or "\\u0000" in json.dumps(content):
+        raise ValueError("it has half characters or zero bytes in it")
+    empty = {"created": 0, "launched": 0, "stopping": False, "process": None, "log_start": 0, "before": None}
+    record = {**empty, **content}
+    form, command = record.get("form"), record.get("command")
+    good = isinstance(form, dict) and isinstance(form.get("flags", {}), dict)
+    good = good and set(form) <= set(Form.__dataclass_fields__) and form.get("method") in list(METHODS)
+    good = good and all(isinstance(value, str) for name, value in form.items() if name != "flags")
+    good = good and all(map(is_setting, form.get("flags", {}).values()))
+    good = good and isinstance(command, list) and all(isinstance(word, str) for word in command)
+    good = good and command[:1] in (["accelerate"], ["python"]) and METHODS[form["method"]].script in command
+    good = good and all(is_number(record[name]) for name in ("created", "launched", "log_start"))
+    if not good or set(form) | {"flags", "others"} != set(Form.__dataclass_fields__):
+        raise ValueError("it is no record of a run")
+    return record
 
 
 class Run:
@@ -155,10 +106,10 @@ class Run:
 
     @property
     def record(self):
-        """{"form", "command", "created", "launched", "process", "stopping"}; {} where it cannot be read."""
+        """What `read_record` returns; {} where it cannot be read."""
         try:
-            return read_json(self.folder / "run.json")
-        except (OSError, ValueError):
+            return read_record(self.folder / "run.json")
+        except (OSError, ValueError, RecursionError):
             return {}
 
     def write(self, **changed):
@@ -175,24 +126,30 @@ class Run:
 
     @property
     def steps(self):
-        """How many it is to have in all."""
-        return int(flag_of(self.record.get("command", []), "max_train_steps", 0))
+        """How many it is to have in all; 0 where the command line does not say."""
+        steps = str(flag_of(self.record.get("command", []), "max_train_steps", 0))
+        return int(steps) if re.fullmatch(r"[0-9]{1,9}", steps) else 0
 
     def is_readable(self):
-        """Whether `run.json` is whole, and of a method that is known."""
-        with contextlib.suppress(KeyError, TypeError):
-            return self.form.method in METHODS
-        return False
+        """Whether its name can be shown, and `run.json` is a record of a run."""
+        return is_name(self.name) and bool(self.record)
 
     def is_alive(self):
         return bool(processes_of(self.record.get("process")))
 
+    def written(self):
+        """What tells the files of the result from those of another launch; None as long as one is missing."""
+        found = []
+        for name in (self.method.config_name, self.method.result_name):
+            with contextlib.suppress(OSError):
+                facts = (self.output / name).stat()
+                found.append([facts.st_ino, facts.st_mtime_ns, facts.st_size])
+        return found if len(found) == 2 else None
+
     def has_result(self):
         """Whether the last launch has written its result and everything beside it."""
-        paths = self.output / self.method.config_name, self.output / self.method.result_name
-        with contextlib.suppress(OSError):
-            return all(path.stat().st_mtime >= self.record.get("launched", 0) - 1 for path in paths)
-        return False
+        written = self.written()
+        return written is not None and written != self.record["before"]
 
     def outcome(self):
         """State (one of the above), and the sentence that says why it broke off."""
@@ -203,7 +160,7 @@ class Run:
             return READY, ""
         if self.has_result():
             return FINISHED, ""
-        text = self.log_tail(60)
+        text = self.log_tail(60, start=record["log_start"])
         if errors := re.findall(ERROR_LINE, text, re.MULTILINE):
             return FAILED, errors[-1]
         if record.get("stopping"):
@@ -215,14 +172,20 @@ class Run:
     def can_resume(self):
         return bool(list_checkpoints(self.output))
 
-    def log_tail(self, lines=200):
-        """The end of the log, as a terminal would show it: of a progress bar only its last state."""
+    def log_tail(self, lines=200, start=0):
+        """The end of the log, as a terminal would show it: of a progress bar only its last state, on its own line.
+
+        Args:
+            lines: so many at most.
+            start: byte that the log begins at.
+        """
         try:
             with self.log.open("rb") as file:
-                file.seek(max(0, self.log.stat().st_size - 200_000))
+                file.seek(max(int(start), self.log.stat().st_size - 200_000))
                 text = file.read().decode("utf-8", "replace")
         except OSError:
             return ""
+        text = re.sub(rf"(?<=[^\n])(?=(?:{SCRIPTS}): error)", "\n", text)
         kept = [line.rstrip("\r").rsplit("\r", 1)[-1] for line in text.split("\n")]
         return "\n".join(kept[-lines:]).strip()
 
@@ -238,7 +201,7 @@ class Run:
             with contextlib.suppress(OSError, ValueError):
                 record = read_json(folder / "drawing.json")
                 before, after = (sorted(folder.glob(f"images/{name}/*.png")) for name in ("plain-word", "learned"))
-                if after:
+                if after and is_text(record.get("prompt")):
                     result.append((record, before, after))
         return result
 
@@ -250,15 +213,23 @@ class Run:
             config = read_json(self.output / self.method.config_name)
         except (OSError, ValueError):
             return None
-        names = [*config.get("files", {}), self.method.config_name, "README.md"]
+        recorded = config.get("files")
+        recorded = recorded if isinstance(recorded, dict) else {}
+        names = regular_files(self.output, [self.method.config_name, "README.md"])
         path = self.folder / f"{self.name}.zip"
         newest = (self.output / self.method.config_name).stat().st_mtime
         if not path.is_file() or path.stat().st_mtime < newest:
             with saying_why("The download could not be packed"), atomic_path(path) as temporary:
                 with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
-                    for name in regular_files(self.output, names):
+                    names += own_files(self.output, filter(is_below, recorded), recorded)
+                    for name in sorted(set(names)):
                         archive.write(self.output / name, f"{self.name}/{name}")
         return path
+
+
+def is_below(name):
+    """Whether a name that a file gives is of something in the folder of that file."""
+    return bool(name) and not Path(name).is_absolute() and ".." not in Path(name).parts and "\0" not in name
 
 
 class RunBook:
@@ -267,20 +238,19 @@ class RunBook:
     Args:
         workspace: `workspace.Workspace`.
         at_once: how many may train at the same time.
-        own_login: whether a visitor without a token may push with the login of this computer.
+        own_login: whether visitors are the owner of this computer, whose login and models of the Hub are theirs.
     """
 
     def __init__(self, workspace, at_once=1, own_login=True):
         self.workspace, self.at_once, self.own_login = workspace, at_once, own_login
         self.folder, self._histories = workspace.root / "runs", Histories()
         self._starting = filelock.FileLock(workspace.root / ".starting", timeout=30)  # servers may share a workspace
-        self._drawing = workspace.root / ".drawing.json"
 
     def names(self):
         """Of all runs whose record can be read, the newest first."""
         runs = [Run(path.parent) for path in self.folder.glob("*/run.json")]
-        runs = [run for run in runs if run.is_readable()]
-        return [run.name for run in sorted(runs, key=lambda run: run.record.get("created", 0), reverse=True)]
+        created = {run.name: run.record["created"] for run in runs if run.is_readable()}
+        return sorted(created, key=created.get, reverse=True)
 
     def open(self, name):
         """The `Run` of a name.
@@ -288,10 +258,9 @@ class RunBook:
         Raises:
             InputError: there is none.
         """
-        folder = self.folder / safe_name(name or "")
-        if not name or not Run(folder).is_readable():
+        if not is_name(name) or not Run(self.folder / name).is_readable():
             raise InputError(f"There is no run {quoted(name)}: choose another.")
-        return Run(folder)
+        return Run(self.folder / name)
 
     def history(self, run):
         return self._histories.read(run.output)
@@ -300,7 +269,7 @@ class RunBook:
         """The command line of a form, for a run of this name (None: the next one)."""
         form = checked(form, self.workspace)
         name = name or self._next_name(form.concept)
-        pictures = self.workspace.root / "concepts" / safe_name(form.concept or "my-concept")
+        pictures = self.workspace.root / "concepts" / (form.concept or "my-concept")
         return training_command(form, pictures, Run(self.folder / name).output, self.workspace.root / "cache")
 
     def start(self, form, token=None):
@@ -340,16 +309,44 @@ class RunBook:
                 ask_to_stop(run.record["process"])
 
     def _launch(self, run, token):
-        run.write(launched=time.time(), stopping=False)
-        _, process = spawn(run.record["command"], run.log, token)
+        mark, start = new_mark(), run.log.stat().st_size if run.log.is_file() else 0
+        run.write(launched=time.time(), stopping=False, log_start=start, before=run.written(), process={"mark": mark})
+        _, process = self._spawn(run.record["command"], run.log, mark, token)
         run.write(process=process)
+
+    def _spawn(self, command, log, mark, token=None):
+        return spawn(command, log, mark, environment(token, None if self.own_login else self.workspace.hub))
+
+    def _spawn_alone(self, kind, command, log):
+        """Starts a process of which there is one at a time, whoever asks; `self._starting` is held.
+
+        Args:
+            kind: what it makes, as a noun.
+            command, log: as for `spawn`.
+
+        Raises:
+            InputError: another is on the way.
+        """
+        path, mark = self.workspace.root / f".{kind}.json", new_mark()
+        try:
+            last = read_json(path)
+        except (OSError, ValueError):  # there was none, or nobody can say
+            last = None
+        if processes_of(last):
+            raise InputError(f"A {kind} is on the way: one at a time, so that memory is enough. Try again soon.")
+        with saying_why(f"The {kind} could not be recorded"):
+            write_json(path, {"mark": mark})
+            process, record = self._spawn(command, log, mark)
+            write_json(path, record)
+        return process
 
     def _check_free(self):
         alive = [path.parent.name for path in self.folder.glob("*/run.json") if Run(path.parent).is_alive()]
         if len(alive) >= self.at_once:
+            name = alive[0] if is_name(alive[0]) else "A trial"
             raise InputError(
-                f"{alive[0]} is training, and this server trains {self.at_once} at a time: wait until it ends, or stop"
-                " it; it can go on later."
+                f"{name} is training, and this server trains {self.at_once} at a time: wait until it ends, or stop it;"
+                " it can go on later."
             )
 
     def _next_name(self, concept):
@@ -367,14 +364,12 @@ class RunBook:
         if "estimate_memory" not in METHODS[form.method].flags:
             return None
         command = ["python", *self.command(form)[len(launcher()) :], "--estimate_memory"]
-        folder = self._scratch()
-        try:
-            process, _ = spawn(command, folder / "memory.txt")
+        with self._scratch() as folder:
+            with self._starting:
+                process = self._spawn_alone("prediction", command, folder / "memory.txt")
             if process.wait():
                 raise InputError(refusal(folder / "memory.txt"))
-            return (folder / "memory.txt").read_text(encoding="utf-8").partition("Predicted")[2]
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            return (folder / "memory.txt").read_text(encoding="utf-8", errors="replace").partition("Predicted")[2]
 
     def time_steps(self, form):
         """Trains a few steps with the very settings, and measures them.
@@ -385,33 +380,41 @@ class RunBook:
         Raises:
             InputError: there is no room for it now, or the script refuses; the sentence is its own.
         """
-        folder = self._scratch()
-        run = Run(folder)
-        command = with_flags(self.command(form), **TRIAL, output_dir=run.output, resume_from_checkpoint=None)
-        with self._starting:
-            self._check_free()
-            started = time.time()
-            process, record = spawn(command, run.log)
-            run.write(form=asdict(form), command=command, process=record, launched=started)
-        try:
+        with self._scratch() as folder:
+            run, mark, started = Run(folder), new_mark(), time.time()
+            command = with_flags(self.command(form), **TRIAL, output_dir=run.output, resume_from_checkpoint=None)
+            with self._starting:
+                self._check_free()
+                facts = {"form": asdict(form), "command": command, "launched": started}
+                run.write(**facts, process={"mark": mark})
+                process, _ = self._spawn(command, run.log, mark)
             if process.wait():
                 raise InputError(refusal(run.log))
             config = read_json(run.output / METHODS[form.method].config_name)
             return timed_steps(Histories().read(run.output), started, config["figures"]["peak_memory"])
+
+    @contextlib.contextmanager
+    def _scratch(self):
+        """A folder for a trial; a lock of the operating system says that its server is alive."""
+        with saying_why("The trial could not be made"):
+            with self._starting:
+                folder = Path(tempfile.mkdtemp(prefix=".trial-", dir=self.folder))
+                lock = filelock.FileLock(folder / LOCK)
+                lock.acquire()
+        try:
+            yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-
-    def _scratch(self):
-        folder = self.folder / f".trial-{os.getpid()}-{threading.get_ident()}-{time.monotonic_ns()}"
-        with saying_why("The trial could not be made"):
-            folder.mkdir(parents=True)
-        return folder
+            lock.release()
 
     def remove_trials(self):
         """Deletes what trials of servers that were killed left behind."""
-        for folder in self.folder.glob(".trial-*"):
-            if not Run(folder).is_alive():
-                shutil.rmtree(folder, ignore_errors=True)
+        with self._starting:
+            for folder in self.folder.glob(".trial-*"):
+                with contextlib.suppress(filelock.Timeout, OSError):
+                    with filelock.FileLock(folder / LOCK, timeout=0):
+                        if not Run(folder).is_alive():
+                            shutil.rmtree(folder, ignore_errors=True)
 
     # After the end ------------------------------------------------------------------------------------
 
@@ -435,26 +438,24 @@ class RunBook:
             raise InputError(f"Put {{}} or {form.subject} into the prompt, where the concept goes.")
         if not (run.output / run.method.result_name).is_file():
             raise InputError("There is nothing to draw with yet: the run has written no result.")
-        with self._starting:
-            with contextlib.suppress(OSError, ValueError):
-                if processes_of(read_json(self._drawing)):
-                    raise InputError(
-                        "A drawing is on the way: one at a time, so that memory is enough. Try again soon."
-                    )
-            with saying_why("The drawing could not be started"):
-                numbers = [int(path.name) for path in run.folder.glob("drawings/[0-9]*")]
-                folder = run.folder / "drawings" / f"{max(numbers, default=0) + 1:04d}"
-                folder.mkdir(parents=True)
-                (folder / "prompts.txt").write_text(f"{prompt}\n", encoding="utf-8")
-                write_json(folder / "drawing.json", {"prompt": prompt, "seed": seed, "subject": form.subject})
-            flags = {"pretrained_model_name_or_path": form.base, "class_word": form.class_word, "draw_only": True}
-            flags |= {"results": f"learned={run.output}", "prompts": folder / "prompts.txt", "output_dir": folder}
-            flags |= {"num_images_per_prompt": int(count), "num_inference_steps": int(steps)}
-            flags |= {"guidance_scale": float(guidance), "batch_size": 1 if not is_demo(form.base) else 4}
-            command = ["python", DRAWER, *flag_words(flags), "--seed", str(int(seed))]
-            process, record = spawn(command, folder / "log.txt")
-            with saying_why("The drawing could not be recorded"):
-                write_json(self._drawing, record)
+        flags = {"pretrained_model_name_or_path": form.base, "class_word": form.class_word, "draw_only": True}
+        flags |= {name: flag_of(run.record["command"], name) for name in ("revision", "variant")}
+        flags |= {"results": f"learned={run.output}", "num_images_per_prompt": int(count)}
+        flags |= {"num_inference_steps": int(steps), "guidance_scale": float(guidance)}
+        flags |= {"batch_size": 1 if not is_demo(form.base) else 4}
+        with self._starting, saying_why("The drawing could not be started"):
+            numbers = [int(path.name) for path in run.folder.glob("drawings/[0-9]*") if path.name.isdecimal()]
+            folder = run.folder / "drawings" / f"{max(numbers, default=0) + 1:04d}"
+            folder.mkdir(parents=True)
+            (folder / "prompts.txt").write_text(f"{prompt}\n", encoding="utf-8")
+            write_json(folder / "drawing.json", {"prompt": prompt, "seed": seed, "subject": form.subject})
+            command = ["python", DRAWER, *flag_words(flags), "--prompts", str(folder / "prompts.txt")]
+            command += ["--output_dir", str(folder), "--seed", str(int(seed))]
+            try:
+                process = self._spawn_alone("drawing", command, folder / "log.txt")
+            except InputError:
+                shutil.rmtree(folder)
+                raise
         while process.poll() is None:
             yield Run(folder).log_tail(1)
             time.sleep(0.5)
@@ -472,13 +473,13 @@ class RunBook:
         if not self.own_login and not str(token or "").strip():
             raise InputError("Give a token of your own: this server does not push with its own login for visitors.")
         command = push_command(run, repo_id, private)
-        log = run.folder / "push.txt"
-        log.unlink(missing_ok=True)
-        process, _ = spawn(command, log, str(token or "").strip() or None)
-        if process.wait():
-            raise InputError(refusal(log))
-        found = re.search(r"^Pushed to (\S+)", log.read_text(encoding="utf-8"), re.MULTILINE)
-        return found[1] if found else repo_id
+        with self._scratch() as folder:
+            log = folder / "push.txt"
+            process, _ = self._spawn(command, log, new_mark(), str(token or "").strip() or None)
+            if process.wait():
+                raise InputError(refusal(log))
+            found = re.search(r"^Pushed to (\S+)", log.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
+            return found[1] if found else repo_id
 
 
 def push_command(run, repo_id, private):
@@ -487,10 +488,11 @@ def push_command(run, repo_id, private):
 
 
 def checked(form, workspace):
-    """The form with its base as the scripts take it; a `Form` again."""
+    """The form with its concept and its base as they are on the disk; a `Form` again."""
     if form.method not in offered_methods():
         raise InputError(f"{quoted(form.method)} is no method that is here: choose another.")
-    return Form(**{**asdict(form), "base": workspace.base_model(form.base)})
+    changed = {"base": workspace.base_model(form.base), "concept": workspace.concept_name(form.concept)}
+    return Form(**{**asdict(form), **changed})
 
 
 def refusal(log):

@@ -154,7 +154,7 @@ def pair(titles, columns):
 def card_text(run):
     """The model card of a run as it is shown before a push: without its metadata and what only the Hub can show."""
     try:
-        text = (run.output / "README.md").read_text(encoding="utf-8")
+        text = (run.output / "README.md").read_text(encoding="utf-8", errors="replace")[:200_000]
     except OSError:
         return "*The card is written when the run is finished.*"
     text = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL).replace("<Gallery />", "")

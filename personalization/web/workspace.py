@@ -3,7 +3,7 @@
     WORKSPACE/concepts/NAME/    pictures of a concept, and their captions in metadata.jsonl
     WORKSPACE/runs/NAME/        a run: how it was started, its log, what its script writes, what was drawn with it
     WORKSPACE/models/           base models in folders, if there are any
-    WORKSPACE/cache/, uploads/  quantized weights; what a browser sends and is shown
+    WORKSPACE/cache/, uploads/  quantized weights, models of the Hub for strangers; what a browser sends and is shown
 
 A visitor reads and writes below the workspace. What else may be read (never written) is for whoever starts the server
 to say.
@@ -11,11 +11,14 @@ to say.
 
 import contextlib
 import errno
+import functools
 import json
 import os
 import re
 import shutil
 import threading
+import unicodedata
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,16 +31,39 @@ from ..errors import InputError, first_cause, plain, quoted
 from ..files import atomic_path, sha256
 
 
-THUMBNAIL_SIDE = 256
+THUMBNAIL_SIDE, KEPT_THUMBNAILS = 256, 300
+MOST_PIXELS = 64 * 10**6  # of a picture: what is decoded costs up to 12 bytes for each
+# What a visitor may bring: suffixes of pictures that are no programs, and of those that a visitor is told to convert.
+PICTURES = set(".png .jpg .jpeg .jpe .jfif .webp .gif .bmp .tif .tiff .avif".split())
+FOREIGN = images.FOREIGN_FORMATS - {".svg"}
+FORMATS = "PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"  # that PIL decodes itself
 FEW_PICTURES, MOST_NAME = 3, 48
 SAME_PICTURE = 3.0  # mean difference of miniatures, of 255 levels, below which pictures are the same for the eye
 
 
 def safe_name(text, otherwise="unnamed"):
-    """A file or folder name from whatever a visitor typed or a browser sent: no separators, no leading dot."""
-    name = re.sub(r"[^\w.-]+", "-", Path(str(text).replace("\\", "/")).name).strip("-.")
-    stem, suffix = os.path.splitext(name)
-    return (stem[:MOST_NAME] + suffix[:8]).strip("-.") or otherwise
+    """A name of a folder from whatever a visitor typed: no separators, no leading dot. Its own safe name is itself."""
+    name = unicodedata.normalize("NFC", str(text)).replace("\\", "/").rstrip("/").rpartition("/")[2]
+    return re.sub(r"[^\w.-]+", "-", name).strip("-.")[:MOST_NAME].strip("-.") or otherwise
+
+
+def safe_file_name(text, otherwise="unnamed"):
+    """The same for a file that a browser sent, which keeps its suffix."""
+    stem, suffix = os.path.splitext(str(text))
+    suffix = re.sub(r"[^\w.]+", "", suffix)[:8]
+    return safe_name(stem, otherwise) + suffix if safe_name(stem, "") else safe_name(suffix, otherwise)
+
+
+def is_name(value):
+    """Whether a value is the name of a folder that the page can show, and that leads nowhere else."""
+    return isinstance(value, str) and value.isprintable() and re.fullmatch(r"[^./][^/]{0,254}", value) is not None
+
+
+def is_text(value, most=10_000):
+    """Whether a value is text that can be written down and sent: no half characters, no zero bytes, not endless."""
+    if not isinstance(value, str) or len(value) > most or "\0" in value:
+        return False
+    return value == value.encode(errors="ignore").decode()
 
 
 @contextlib.contextmanager
@@ -117,16 +143,33 @@ class Workspace:
             )
         return str(folder)
 
+    @property
+    def hub(self):
+        """Where models of the Hub lie that visitors name who are not the owner of this computer."""
+        return self.root / "cache" / "hub"
+
     def models(self):
         """Folders of base models in the workspace."""
-        return sorted(str(path.parent) for path in (self.root / "models").glob("*/model_index.json"))
+        found = (path.parent for path in (self.root / "models").glob("*/model_index.json"))
+        return sorted(str(folder) for folder in found if is_name(folder.name))
 
     # Concepts -----------------------------------------------------------------------------------------
 
     def concepts(self):
         """Their names, the newest first."""
-        folders = [path for path in (self.root / "concepts").iterdir() if path.is_dir() and path.name[0] != "."]
-        return [path.name for path in sorted(folders, key=lambda path: path.stat().st_mtime, reverse=True)]
+        changed = {}
+        for path in (self.root / "concepts").iterdir():
+            with contextlib.suppress(OSError):  # deleted in between
+                if path.is_dir() and is_name(path.name):
+                    changed[path.name] = path.stat().st_mtime
+        return sorted(changed, key=changed.get, reverse=True)
+
+    def concept_name(self, name):
+        """The name that a concept has on the disk: that of a folder there, or the safe one; "" for none."""
+        name = str(name or "").strip()
+        if is_name(name) and (self.root / "concepts" / name).is_dir():
+            return name
+        return safe_name(name) if name else ""
 
     def concept_folder(self, name):
         """Where the pictures of a concept lie; made if it is not there.
@@ -136,7 +179,7 @@ class Workspace:
         """
         if not str(name or "").strip():
             raise InputError("Give the concept a name first, such as my-dog.")
-        folder = self.root / "concepts" / safe_name(name)
+        folder = self.root / "concepts" / self.concept_name(name)
         with saying_why(f"The concept {quoted(name)} cannot be made"):
             folder.mkdir(exist_ok=True)
         return folder
@@ -152,10 +195,10 @@ class Workspace:
             How many pictures are new; one that is there already, to the byte, is not copied again.
 
         Raises:
-            InputError: the disk fails, or a metadata file cannot be read. What was copied before stays.
+            InputError: a picture has too many pixels, the disk fails, or a metadata file cannot be read. What was
+                copied before stays.
         """
         folder, paths = self.concept_folder(concept), [self.readable_path(path) for path in paths]
-        known = set(Image.registered_extensions())
         captions, copied = {}, 0
         for path in paths:
             if path.name in METADATA_NAMES:
@@ -164,11 +207,12 @@ class Workspace:
             there = {sha256(folder / name): name for name in images.list_folder(folder).pictures}
             renamed = {}
             for path in paths:
-                if path.suffix.lower() not in known | images.FOREIGN_FORMATS:
+                if path.suffix.lower() not in PICTURES | FOREIGN:
                     continue
+                check_size(path)
                 content = sha256(path)
                 if content not in there:
-                    name = there[content] = _free_name(folder, safe_name(path.name, "picture.png"))
+                    name = there[content] = _free_name(folder, safe_file_name(path.name, "picture"))
                     with atomic_path(folder / name) as temporary:
                         shutil.copyfile(path, temporary)
                     copied += 1
@@ -228,16 +272,19 @@ class Workspace:
         Returns:
             list of `PictureFacts`, and sentences about the whole.
         """
-        folder = self.root / "concepts" / safe_name(concept or "")
-        if not concept or not folder.is_dir():
+        folder = self.root / "concepts" / self.concept_name(concept)
+        if not self.concept_name(concept) or not folder.is_dir():
             return [], []
         notes, rows, seen = [], [], {}
         entries = images.list_folder(folder)
+        names = sorted(entries.pictures + entries.foreign)
+        if strange := [name for name in names if not is_name(name)]:
+            notes.append(f"{images.some(strange)} cannot be shown: give such files a name in plain letters.")
         try:
             captions = self._captions(folder)
         except InputError as error:
-            captions, notes = {}, [str(error)]
-        for name in sorted(entries.pictures + entries.foreign):
+            captions, notes = {}, [*notes, str(error)]
+        for name in filter(is_name, names):
             thumbnail, problems = look_at(folder / name, resolution)
             if thumbnail is not None:
                 mini = miniature(thumbnail)
@@ -271,23 +318,77 @@ def _free_name(folder, name):
     return name if name.lower() not in taken else next(n for n in numbered if n.lower() not in taken)
 
 
+def is_taken(path):
+    """Whether a file that a visitor brings is kept, by its name: a picture, or the captions of some."""
+    return Path(path).suffix.lower() in PICTURES | FOREIGN or Path(path).name in METADATA_NAMES
+
+
+def open_picture(path):
+    """A picture as PIL opens it, by its header: nothing is decoded, and nothing that it holds is run."""
+    Image.init()  # not all of PIL's builds have all formats
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `too_large` is stricter
+        return Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN])
+
+
+def too_large(size):
+    """Why a picture of a size (width, height) is not decoded, as half a sentence; None where it is."""
+    if size[0] * size[1] <= MOST_PIXELS:
+        return None
+    return f"has {size[0]} x {size[1]} pixels: scale it down to {MOST_PIXELS // 10**6} million at most"
+
+
+def check_size(path):
+    """Refuses a picture with too many pixels, by its header; what is none is for others to judge.
+
+    Raises:
+        InputError: it has.
+    """
+    try:
+        with open_picture(path) as image:
+            why = too_large(image.size)
+    except Image.DecompressionBombError:
+        why = f"has more than {MOST_PIXELS // 10**6} million pixels: scale it down"
+    except Exception:  # PIL raises nearly anything on a damaged file
+        why = None
+    if why:
+        raise InputError(f"{plain(path.name)} {why}.")
+
+
 def look_at(path, resolution):
     """A picture's thumbnail (None where it cannot be read) and what is wrong with it, as half sentences."""
     try:
-        with Image.open(path) as image:
+        facts = path.stat()
+    except OSError as error:  # deleted in between
+        return None, [f"cannot be read ({first_cause(error)}) and will not be used"]
+    with _decoding:  # one at a time, whoever looks
+        size, thumbnail, problems = _seen(path, facts.st_ino, facts.st_size, facts.st_mtime_ns)
+    problems = list(problems)
+    if thumbnail is not None and min(size) < resolution:
+        how_small = f"is only {size[0]} x {size[1]} pixels and the model draws {resolution} x {resolution}"
+        problems.append(f"{how_small}: it will be blurred")
+    return thumbnail, problems
+
+
+_decoding = threading.Lock()
+
+
+@functools.lru_cache(maxsize=KEPT_THUMBNAILS)
+def _seen(path, *version):
+    """A picture's size, thumbnail, and what is wrong with it at any resolution; kept while the file is the same."""
+    try:
+        with open_picture(path) as image:
             size, moving = image.size, getattr(image, "is_animated", False) and image.format != "MPO"
+            if why := too_large(size):
+                return size, None, (why,)
             image.draft("RGB", (2 * THUMBNAIL_SIDE, 2 * THUMBNAIL_SIDE))  # a JPEG is decoded small
             thumbnail = images.to_rgb(image)
     except Exception as error:  # PIL raises nearly anything on a damaged file
         if path.suffix.lower() in images.FOREIGN_FORMATS:
-            return None, ["cannot be read here: save it as JPEG or PNG"]
-        return None, [f"cannot be read ({images.why_not(error)}) and will not be used"]
+            return None, None, ("cannot be read here: save it as JPEG or PNG",)
+        return None, None, (f"cannot be read ({images.why_not(error)}) and will not be used",)
     thumbnail.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
-    problems = ["moves or has pages: only the first is used"] if moving else []
-    if min(size) < resolution:
-        how_small = f"is only {size[0]} x {size[1]} pixels and the model draws {resolution} x {resolution}"
-        problems.append(f"{how_small}: it will be blurred")
-    return thumbnail, problems
+    return size, thumbnail, ("moves or has pages: only the first is used",) if moving else ()
 
 
 def miniature(image):
