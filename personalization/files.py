@@ -8,6 +8,7 @@ import os
 import shutil
 import stat
 import tempfile
+import uuid
 from pathlib import Path
 
 import torch
@@ -33,10 +34,17 @@ def atomic_path(path):
         temporary.touch()
         mode = stat.S_IMODE(temporary.stat().st_mode)
         yield temporary
-        temporary.chmod(mode)
+        set_mode(temporary, mode)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def set_mode(path, mode):
+    """Gives a file or folder its permissions, where it has others and the file system (SMB, object stores) has any."""
+    if stat.S_IMODE(path.stat().st_mode) != mode:
+        with contextlib.suppress(OSError):
+            path.chmod(mode)
 
 
 @contextlib.contextmanager
@@ -66,7 +74,7 @@ def temporary_folder(parent):
 
 
 def check_writable(flag, folder):
-    """Creates a folder and makes sure that it can be written.
+    """Creates a folder and makes sure that files and folders can be written there and renamed, as a run does.
 
     Raises:
         InputError: it cannot; the message names the flag.
@@ -75,10 +83,12 @@ def check_writable(flag, folder):
         raise InputError(f"{flag} {folder!r} names no folder: give one.")
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):  # a name of its own: all processes of a launch pass here at once
-            pass
+        name = f".tmp-{os.getpid()}-{uuid.uuid4().hex}"  # of its own: all processes of a launch pass here at once
+        with atomic_folder(Path(folder) / name) as temporary:
+            write_json(temporary / "probe.json", {})
+        shutil.rmtree(Path(folder) / name)
     except OSError as error:
-        raise InputError(f"{flag} {folder!r} cannot be written ({error.strerror}): choose another.") from None
+        raise InputError(f"{flag} {folder!r} cannot be written ({reason(error)}): choose another.") from None
 
 
 def save_tensors(path, content):
