@@ -142,7 +142,9 @@ def bp_gradient(loss_fn, weights, scale=lambda loss: loss):
         The gradient of the scaled loss in one row `[D]`, and the loss.
     """
     loss = loss_fn()
-    return parameters_to_vector(torch.autograd.grad(scale(loss), weights)), loss.detach()
+    # Zero for the weights of a layer that the model has and does not use (GLIGEN's).
+    gradients = torch.autograd.grad(scale(loss), weights, materialize_grads=True)
+    return parameters_to_vector(gradients), loss.detach()
 
 
 def zo_gradient(loss_fn, theta, num_perturbations, perturbation_scale, generator):
@@ -557,6 +559,7 @@ def override_training_arguments(parser):
     length = f"Updates in all. Default: {DEFAULT_STEPS}, as in diffusers' example."
     override("max_train_steps", help=length)
     override("gradient_accumulation_steps", help="Batches averaged before one update.")
+    override("center_crop", help=dreambooth.CROPS)
     override("learning_rate", default=2e-3, help="Learning rate of BP-low's AdamW.")
     override("scale_lr", help="Multiply both learning rates by processes x accumulation steps x batch size.")
     override("adam_weight_decay", default=1e-4, help="Weight decay of AdamW.")

@@ -407,6 +407,7 @@ def override_training_arguments(parser):
     override("seed", help="Seed of data, noise and class images.")
     override("max_train_steps", help=f"Updates in all. Default: {OFFICIAL_STEPS}, as in the official code.")
     override("gradient_accumulation_steps", help="Batches averaged before one update.")
+    override("center_crop", help=dreambooth.CROPS)
     rate = "Learning rate of AdamW, relative to the scales (an absolute η is η / scale)."
     override("learning_rate", default=1e-2, help=rate)
     decay = "Weight decay of AdamW, towards the base model's own scales."

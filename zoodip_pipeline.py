@@ -26,7 +26,6 @@ The images are those of `load_textual_inversion`; what this class adds is that a
 model is refused in plain words, or warned about, before it silently does nothing.
 """
 
-import itertools
 import json
 import re
 from pathlib import Path
@@ -163,12 +162,12 @@ class ZOODiPPipeline(StableDiffusionPipeline):
                 self._warn_about_other_base(token)
 
     def _maybe_convert_prompt(self, prompt, tokenizer):
-        """A prompt with all vectors of the words in it, which are compared as the tokenizer reads them: CLIP's knows no
+        """A prompt with all vectors of its words, which are compared as the tokenizer reads them: CLIP knows no
         capitals."""
         added, words = tokenizer.added_tokens_encoder, {}
         for name in sorted((name for name in added if f"{name}_1" in added), key=len, reverse=True):
-            others = itertools.takewhile(added.__contains__, (f"{name}_{i}" for i in itertools.count(1)))
-            words[name.lower()] = " ".join([name, *others])
+            count = next(i for i in range(1, len(added) + 1) if f"{name}_{i}" not in added)
+            words[name.lower()] = " ".join([name, *(f"{name}_{i}" for i in range(1, count))])
         if not words:
             return prompt
         names = "|".join(map(re.escape, words))

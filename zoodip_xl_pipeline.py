@@ -22,7 +22,6 @@ does not fit the base model is refused in plain words. A file (diffusers looks f
 family of models: `zoodip_pipeline.py` is for Stable Diffusion 1.x and 2.x.
 """
 
-import itertools
 import json
 import re
 from pathlib import Path
@@ -170,12 +169,12 @@ class ZOODiPXLPipeline(StableDiffusionXLPipeline):
         self._pool_as_trained()
 
     def _maybe_convert_prompt(self, prompt, tokenizer):
-        """A prompt with all vectors of the words in it, which are compared as the tokenizer reads them: CLIP's knows no
+        """A prompt with all vectors of its words, which are compared as the tokenizer reads them: CLIP knows no
         capitals."""
         added, words = tokenizer.added_tokens_encoder, {}
         for name in sorted((name for name in added if f"{name}_1" in added), key=len, reverse=True):
-            others = itertools.takewhile(added.__contains__, (f"{name}_{i}" for i in itertools.count(1)))
-            words[name.lower()] = " ".join([name, *others])
+            count = next(i for i in range(1, len(added) + 1) if f"{name}_{i}" not in added)
+            words[name.lower()] = " ".join([name, *(f"{name}_{i}" for i in range(1, count))])
         if not words:
             return prompt
         names = "|".join(map(re.escape, words))

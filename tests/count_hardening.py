@@ -50,6 +50,10 @@ KINDS = {
         r"not_complete|sentences|made)",
         "paths outside, full disks, two visitors, killed trainers, closed tabs, process ids given anew",
     ),
+    "scales, caches, signals, cards": (
+        r"test_faults\.py",
+        "scales that lie, caches under other names, signals in every phase, names in cards, cases of other projects",
+    ),
     "embeddings": (r"test_pipeline\.py::.*(not_fit|refused|cannot|another|something)", "what the pipeline loads"),
 }
 

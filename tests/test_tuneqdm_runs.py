@@ -705,7 +705,7 @@ PRIOR = {"with_prior_preservation": True, "class_prompt": "a star"}
         ({"subject_name": None}, "the caption of a.png, 'a {} on the beach', says {} where the subject goes"),
         ({"instance_data_dir": None}, "give either --instance_data_dir, a folder of images, or --dataset_name"),
         ({"instance_data_dir": "/nowhere"}, "--instance_data_dir '/nowhere' is not a folder"),
-        ({"output_dir": "PICTURES"}, "is the folder of the training images"),
+        ({"output_dir": "PICTURES"}, "is --instance_data_dir"),
         ({"resolution": 20}, "--resolution 20 must be divisible by 8"),
         ({"learning_rate": "inf"}, "--learning_rate inf must be a finite number"),
         ({"mixed_precision": "fp16"}, "--mixed_precision fp16 is unusably slow on a CPU"),

@@ -253,8 +253,8 @@ def as_cell(value):
 
 
 def as_python(value):
-    """Text as a literal of Python."""
-    return json.dumps(value, ensure_ascii=False)
+    """Text as a literal of Python, which ends no block of code."""
+    return json.dumps(value, ensure_ascii=False).replace("`", "\\u0060")
 
 
 def write_model_card(output_dir, config, publication, repo_id=None):
