@@ -398,6 +398,7 @@ def resolve_settings(args, device):
             f" {timesteps}."
         )
     args.resolution = base_model.check_resolution(base, args.resolution)
+    args.center_crop = True
     args.low_resolution = base_model.check_low_resolution(
         args.low_resolution, args.resolution, base.resolution_multiple
     )
@@ -559,7 +560,7 @@ def override_training_arguments(parser):
     length = f"Updates in all. Default: {DEFAULT_STEPS}, as in diffusers' example."
     override("max_train_steps", help=length)
     override("gradient_accumulation_steps", help="Batches averaged before one update.")
-    override("center_crop", help=dreambooth.CROPS)
+    override("center_crop", decides=flags.NOTHING, help=dreambooth.CROPS)
     override("learning_rate", default=2e-3, help="Learning rate of BP-low's AdamW.")
     override("scale_lr", help="Multiply both learning rates by processes x accumulation steps x batch size.")
     override("adam_weight_decay", default=1e-4, help="Weight decay of AdamW.")

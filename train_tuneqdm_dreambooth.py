@@ -317,6 +317,7 @@ def resolve_settings(args, device):
         if value > timesteps:
             raise InputError(f"--{name} {value} is more than this model has timesteps: give at most {timesteps}.")
     args.resolution = base_model.check_resolution(base, args.resolution)
+    args.center_crop = True
     return base, compute, tuneqdm.set_of_timestep(timesteps, args.scale_sets, intervals)
 
 
@@ -407,7 +408,7 @@ def override_training_arguments(parser):
     override("seed", help="Seed of data, noise and class images.")
     override("max_train_steps", help=f"Updates in all. Default: {OFFICIAL_STEPS}, as in the official code.")
     override("gradient_accumulation_steps", help="Batches averaged before one update.")
-    override("center_crop", help=dreambooth.CROPS)
+    override("center_crop", decides=flags.NOTHING, help=dreambooth.CROPS)
     rate = "Learning rate of AdamW, relative to the scales (an absolute η is η / scale)."
     override("learning_rate", default=1e-2, help=rate)
     decay = "Weight decay of AdamW, towards the base model's own scales."
@@ -542,13 +543,15 @@ def train(run):
 
 
 def check_finite(run, loss, last_good):
-    """Ends the run with the last good scales saved once its loss or they are no longer finite."""
-    if math.isfinite(loss) and all(bool(change.isfinite().all()) for change in run.learner.changes.values()):
+    """Ends the run with the last good scales saved once its loss is no longer finite, or they are out of bounds."""
+    good = math.isfinite(loss)
+    if good and all((change.abs() <= tuneqdm.LARGEST_CHANGE).all() for change in run.learner.changes.values()):
         return
+    what = f"the changes of the scales went beyond {tuneqdm.LARGEST_CHANGE:g}" if good else f"the loss became {loss}"
     if run.accelerator.is_main_process:
         save_scales(run.results, last_good, describe_scales(run), run.args.save_half)
     raise DivergedError(
-        f"the loss became {loss} at step {run.progress.step}: training stopped and the last good scales are in"
+        f"{what} at step {run.progress.step}: training stopped and the last good scales are in"
         f" {run.args.output_dir}/{PUBLICATION.result_name}; try a smaller --learning_rate than"
         f" {run.args.learning_rate}."
     )

@@ -569,22 +569,26 @@ def are_intervals(value):
     return ends[0] >= 0 and ends == sorted(ends) and all(first < end for first, end in value)
 
 
-def check_config(content):
-    """The `ScaleConfig` in a JSON object.
+def check_config(text):
+    """The `ScaleConfig` in JSON.
 
     Raises:
-        ValueError: half a sentence; it is none.
+        ValueError: the end of a sentence about metadata; it is none.
     """
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"cannot be read: {error}"[:200]) from None
     if type(content) is not dict or content.keys() != SCHEMA.keys():
-        raise ValueError(f"has not the entries {', '.join(SCHEMA)}")
+        raise ValueError(f"cannot be read: they have not the entries {', '.join(SCHEMA)}")
     for name, is_good in SCHEMA.items():
         if not is_good(content[name]):
-            raise ValueError(f"says {name} {str(content[name])[:60]!r}")
+            raise ValueError(f"make no sense: they say {name} {str(content[name])[:60]!r}")
     config = ScaleConfig(**content)
     if config.scale_intervals and config.scale_sets > 1:
-        raise ValueError("has both intervals and several sets")
+        raise ValueError("make no sense: they say both intervals and several sets")
     if max(config.scale_sets, *(end for _, end in config.scale_intervals or [[0, 0]])) > config.num_train_timesteps:
-        raise ValueError("goes beyond its timesteps")
+        raise ValueError("make no sense: they go beyond their timesteps")
     return config
 
 
@@ -603,9 +607,9 @@ def read_scales(path):
     if about is None:
         raise ValueError(f"its metadata have no {ABOUT!r}, which says what the scales belong to")
     try:
-        config = check_config(json.loads(about))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"its metadata {ABOUT!r} make no sense: it {error}"[:300]) from None
+        config = check_config(about)
+    except ValueError as error:
+        raise ValueError(f"its metadata {ABOUT!r} {error}") from None
     for name, change in changes.items():
         if not change.is_floating_point():
             raise ValueError(f"it holds {str(change.dtype).removeprefix('torch.')} under {name!r} and no scales")
@@ -720,7 +724,7 @@ class TuneQDMPipeline(StableDiffusionPipeline):
             )
         if not all((change.abs() <= LARGEST_CHANGE).all() for change in changes.values()):
             raise ValueError(
-                f"{source} holds NaN, infinity or changes beyond {LARGEST_CHANGE:g}, the sign of a training that"
+                f"{source} holds NaN or infinity, or changes beyond {LARGEST_CHANGE:g}, the sign of a training that"
                 " diverged: train it again."
             )
         timesteps = self.scheduler.config.num_train_timesteps

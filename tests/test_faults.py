@@ -239,7 +239,7 @@ def test_all_weights_of_a_base_are_judged(train, tiny, tmp_path, kind, place):
     save_file(tensors, path, metadata={"format": "pt"})
     for flags in [{}, {"quantization": "none"}, {"quantization": "nf4"}][: 1 if kind == "scales" else 3]:
         sentence = refusal(train, kind, pretrained_model_name_or_path=base, quantized_cache_dir="none", **flags)
-        assert f"{path} holds NaN, infinity or numbers beyond" in sentence and ending in sentence
+        assert f"{path}: the weights hold NaN or infinity in" in sentence and ending in sentence
     assert not (tmp_path / "out" / RESULTS[kind]).exists()
 
 
@@ -310,7 +310,7 @@ LIES = [
 def test_scales_that_lie_about_themselves(learned_scales, lie, tmp_path):
     _, about, changes = learned_scales
     save_file(changes, tmp_path / "scales.safetensors", metadata={tuneqdm.ABOUT: json.dumps(about | lie)})
-    with pytest.raises(ValueError, match="make no sense") as caught:
+    with pytest.raises(ValueError, match="make no sense|cannot be read") as caught:
         tuneqdm.read_scales(tmp_path / "scales.safetensors")
     assert len(str(caught.value)) < 400
 
@@ -327,13 +327,13 @@ ANY = st.recursive(
 def test_any_metadata_of_scales(learned_scales, lie):
     content = learned_scales[1] | lie if isinstance(lie, dict) else lie
     with contextlib.suppress(ValueError):
-        assert isinstance(tuneqdm.check_config(content), tuneqdm.ScaleConfig)
+        assert isinstance(tuneqdm.check_config(json.dumps(content)), tuneqdm.ScaleConfig)
 
 
 @pytest.mark.parametrize("about", ["", "{}", "[]", "null", '"x"', "[" * 10**5, "1" * 5000])
 def test_metadata_of_scales_that_are_no_record(learned_scales, about, tmp_path):
     save_file(learned_scales[2], tmp_path / "scales.safetensors", metadata={tuneqdm.ABOUT: about})
-    with pytest.raises(ValueError, match="make no sense"):
+    with pytest.raises(ValueError, match="cannot be read"):
         tuneqdm.read_scales(tmp_path / "scales.safetensors")
 
 
@@ -353,7 +353,7 @@ def test_scales_that_are_no_scales(tiny, learned_scales, change, tmp_path):
     changes = {name: change(value) for name, value in changes.items()}
     save_file(changes, tmp_path / tuneqdm.SCALES_FILE, metadata={tuneqdm.ABOUT: json.dumps(about)})
     pipeline = tuneqdm_pipeline_of(tiny)
-    with pytest.raises(ValueError, match="is damaged|holds NaN, infinity or changes beyond 1000"):
+    with pytest.raises(ValueError, match="is damaged|holds NaN or infinity, or changes beyond 1000"):
         pipeline.load_scales(tmp_path)
     assert pipeline._quantized is None
 
@@ -441,9 +441,8 @@ def test_names_stay_names_in_a_model_card(finished, tmp_path, kind, name):
             literals = [node.value for node in ast_strings(program)]
             assert f"path/to/{name}" in literals if local else name in literals
         assert "\n# heading" not in body and "\nlicense: mit" not in body
-        assert (
-            "](http://evil" not in re.sub(r"(`+) .*? \1|`[^`]*`", "", body) and "<script" not in body.split("```")[0]
-        )
+        plain = re.sub(r"(`+) .*? \1|`[^`]*`", "", "".join(body.split("```")[::2]))  # without blocks and code spans
+        assert "](http://evil" not in plain and "<script" not in plain.replace(r"\<", "")
         rows = [line.replace(r"\|", "") for line in body.split("\n") if line.startswith("|")]
         assert {row.count("|") for row in rows} == {3}
 

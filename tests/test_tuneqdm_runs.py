@@ -30,7 +30,7 @@ from tiny_base import build_pictures, build_tiny_base
 import train_tuneqdm_dreambooth as script
 import tuneqdm_pipeline as tuneqdm
 from personalization import flags
-from personalization.data import examples
+from personalization.data import examples, images
 from personalization.errors import DivergedError, InputError, PushError
 from personalization.files import write_json
 from personalization.models import base_model
@@ -318,9 +318,7 @@ def test_class_images_are_examples_of_their_own_prompt(basics, tmp_path, monkeyp
 
 
 def test_captions_and_prompts():
-    pictures = [
-        script.images.Picture(name, None, text) for name, text in (("a", "my {}"), ("b", None), ("c", "a dog"))
-    ]
+    pictures = [images.Picture(name, None, text) for name, text in (("a", "my {}"), ("b", None), ("c", "a dog"))]
     assert script.instance_texts(pictures, "sks {}", "dog") == ["my dog", "sks dog", "a dog"]
     assert script.instance_texts(pictures, None, "dog") == ["my dog", "a photo of a dog", "a dog"]
     with pytest.raises(InputError, match="the caption of a, 'my {}', says {} .* give --subject_name"):

@@ -33,7 +33,7 @@ logger = get_logger(__name__)
 
 PRIOR_DEFAULTS = {"num_class_images": 100, "prior_loss_weight": 1.0}  # where the prior is preserved
 
-CROPS = "Nothing here: images are always cropped to their centre square."  # help of --center_crop
+CROPS = "Crop the centre square: here always, as diffusers' scripts crop."  # help of --center_crop
 
 REFUSED_FLAGS = {
     "--train_text_encoder": "the text encoder is frozen, and leaves once the prompts are encoded: drop it.",

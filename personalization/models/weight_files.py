@@ -173,6 +173,6 @@ def check_values(path, name, tensor):
     low, high = (tensor.float() if tensor.element_size() == 1 else tensor).aminmax()  # NaN, if there is one
     if not (low >= -LARGEST_WEIGHT and high <= LARGEST_WEIGHT):
         raise InputError(
-            f"{path} holds NaN, infinity or numbers beyond {LARGEST_WEIGHT:g} in {name[:100]!r}, so it is damaged or"
-            " the end of a training that diverged: get the model again, or choose another one."
+            f"{path}: the weights hold NaN or infinity in {name[:100]!r}, or numbers beyond {LARGEST_WEIGHT:g}, as"
+            " damage or a training that diverged leave them: get the model again, or choose another one."
         )

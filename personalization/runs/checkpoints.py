@@ -118,11 +118,13 @@ def check_hashes(path, names):
             raise DamagedError(f"{name} is not what was written")
 
 
+ONCE_COMPARED = ("max_train_steps", "center_crop")  # by earlier versions, where they do not count
+
+
 def changed_settings(before, now):
     """The settings that differ, in words."""
     now = json.loads(json.dumps(now))
-    if "max_train_steps" not in now:  # an earlier version noted it where it does not count, too
-        before = {name: value for name, value in before.items() if name != "max_train_steps"}
+    before = {name: value for name, value in before.items() if name in now or name not in ONCE_COMPARED}
     changed = [name for name in {**now, **before} if before.get(name) != now.get(name)]
     return ", ".join(f"{name} ({before.get(name)!r}, now {now.get(name)!r})" for name in changed)
 

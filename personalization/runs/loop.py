@@ -80,9 +80,9 @@ class Run:
 
     def save_checkpoint(self):
         """Writes a checkpoint, and deletes the oldest ones above `--checkpoints_total_limit`."""
-        step, generators = self.progress.step, self.learner.generators()
+        args, step, generators = self.args, self.progress.step, self.learner.generators()
         state = checkpoints.CheckpointState(step, self.state_dict(), generators, self.settings, self.id)
-        checkpoints.save_checkpoint(self.accelerator, self.output_dir, state, self.args.checkpoints_total_limit)
+        checkpoints.save_checkpoint(self.accelerator, self.output_dir, state, args.checkpoints_total_limit)
 
     def stopped(self):
         """The `Stopped` that says what is safe."""
