@@ -1575,6 +1575,7 @@ def learn_concept(args, accelerator, base, placeholder, compute):
     if args.validation_prompt and not placeholder.is_in(placeholder.fill(args.validation_prompt)):
         logger.warning(f"--validation_prompt {args.validation_prompt!r} does not contain {placeholder.token}.")
     pictures = read_pictures(args)
+    images.warn_about_squeezed(pictures)
     captions = prompts.build_prompts(pictures, placeholder, base, args.learnable_property)
     steps = optimizer.num_steps(args, base.family)
     launch.settle(args, len(pictures) * args.repeats, accelerator.num_processes, steps)

@@ -81,9 +81,12 @@ OUTSIDE_ERRORS = (OSError, MemoryError, torch.OutOfMemoryError, SafetensorError,
 OUTSIDE_ERRORS += HTTP_ERRORS + DISTRIBUTED_ERRORS
 # What PyTorch reports as a plain RuntimeError although it is the machine's.
 OUTSIDE_MESSAGES = ("can't allocate memory", "out of memory", "PytorchStreamWriter", "inline_container", "by peer")
-OUTSIDE_MESSAGES += ("Timed out waiting", "Timed out after")  # for a process of the same launch
-OUT_OF_MEMORY = ("could not create a primitive", "could not create a memory")  # in the words of oneDNN
-OUTSIDE_MESSAGES += OUT_OF_MEMORY
+MEANINGS = {  # of sentences that say something else
+    "could not create a primitive": "out of memory",  # oneDNN
+    "could not create a memory": "out of memory",
+    "Timed out waiting": "another process of this launch was silent for too long",  # Gloo
+}
+OUTSIDE_MESSAGES += tuple(MEANINGS)
 
 
 def is_outside(error):
@@ -100,7 +103,8 @@ def reason(error, limit=300):
     else:
         text = str(error)
     text = " ".join(text.split()) or type(error).__name__
-    text = f"out of memory: {text}" if any(part in text for part in OUT_OF_MEMORY) else text
+    meanings = [meaning for part, meaning in MEANINGS.items() if part in text]
+    text = ": ".join([*meanings, text])
     return text if len(text) <= limit else text[:limit] + " ..."
 
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -38,7 +39,7 @@ from personalization.data import images, prompts
 from personalization.errors import DivergedError, InputError, Stopped
 from personalization.methods import dreambooth
 from personalization.models import base_model, weight_cache
-from personalization.runs import hub, launch
+from personalization.runs import hub, launch, loop
 
 
 SCRIPTS = {"word": zoodip, "scales": scales_script, "lora": lora}
@@ -86,6 +87,15 @@ def train(words, tmp_path):
         return Path(changes.get("output_dir", tmp_path / "out"))
 
     return run
+
+
+@pytest.fixture(autouse=True)
+def no_signal_is_ignored():
+    """As it would be in what a shell has started in the background."""
+    before = {number: signal.signal(number, signal.default_int_handler) for number in errors.SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def refusal(function, *args, **options):
@@ -177,6 +187,17 @@ def test_a_second_signal_ends_a_run_at_once_and_says_the_truth(train, monkeypatc
     monkeypatch.setattr(zoodip, "train_step", lambda *_: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(Stopped, match="^Stopped at step 0; there is no checkpoint yet.$"):
         train("word")
+
+
+def test_several_processes_agree_when_they_read_out():
+    """Whichever of them was asked: all of them stop after the same step."""
+    for other, here, agreed in ((0.0, False, False), (1.0, False, True), (0.0, True, True)):
+        group = SimpleNamespace(num_processes=2, device="cpu", reduce=lambda asked, other=other: asked + other)
+        run = SimpleNamespace(accelerator=group, stopped=lambda: Stopped("at once"))
+        with contextlib.suppress(KeyboardInterrupt), loop.stop_requests(run) as stop_requested:
+            if here:
+                os.kill(os.getpid(), signal.SIGTERM)
+            assert stop_requested(False) is False and stop_requested(True) is agreed
 
 
 def test_signals_while_the_libraries_are_imported(words):
@@ -442,7 +463,7 @@ def test_names_stay_names_in_a_model_card(finished, tmp_path, kind, name):
             assert f"path/to/{name}" in literals if local else name in literals
         assert "\n# heading" not in body and "\nlicense: mit" not in body
         plain = re.sub(r"(`+) .*? \1|`[^`]*`", "", "".join(body.split("```")[::2]))  # without blocks and code spans
-        assert "](http://evil" not in plain and "<script" not in plain.replace(r"\<", "")
+        assert not re.search(r"(?<!\\)\]\(http://evil", plain) and "<script" not in plain.replace(r"\<", "")
         rows = [line.replace(r"\|", "") for line in body.split("\n") if line.startswith("|")]
         assert {row.count("|") for row in rows} == {3}
 
@@ -629,8 +650,9 @@ def test_portraits_are_cropped_by_dreambooth_and_warned_about_by_the_flagship(tm
         (picture,) = dreambooth.read_instances(args)
         lit = picture.pixels[0] > 127
         assert abs(int(lit.any(0).sum()) - int(lit.any(1).sum())) <= 1
-    assert "squeezed" not in caplog.text
-    images.read_folder(folder, 64, False)
+    for crops in (True, False):
+        assert "squeezed" not in caplog.text
+        images.warn_about_squeezed(images.read_folder(folder, 64, crops))
     assert "squeezed" in caplog.text and "a.png; --center_crop" in caplog.text
 
 

@@ -216,7 +216,7 @@ def decode_pictures(listed, resolution, center_crop, whose=""):
             f"{len(listed)} pictures are many (3 to 20 are usual): all are kept in memory ({size:.1f} GB) and encoded"
             " before training starts."
         )
-    pictures, skipped, animated, tiny, squeezed = [], [], [], [], []
+    pictures, skipped, animated, tiny = [], [], [], []
     for name, open_image in listed:
         try:
             with warnings.catch_warnings():
@@ -236,20 +236,23 @@ def decode_pictures(listed, resolution, center_crop, whose=""):
             animated.append(name)
         if side < resolution / 8:
             tiny.append(name)
-        if not center_crop and max(size) >= SQUEEZED * min(size):
-            squeezed.append(name)
     if len(skipped) > MANY_WARNINGS:
         logger.warning(f"Skipped {len(skipped)} of {len(listed)} files{whose} in all.")
     if animated:
         logger.warning(f"Of pictures that move or have pages, only the first is used: {some(animated)}.")
-    if squeezed:
+    if tiny:
+        logger.warning(f"Pictures far smaller than the resolution of {resolution} will be a blur: {some(tiny)}.")
+    return pictures
+
+
+def warn_about_squeezed(pictures):
+    """Says which of `Picture`s were so far from square that it shows in what is learned."""
+    shapes = {p.name: p.framing.original for p in pictures if p.framing.scaled[0] == p.framing.scaled[1]}
+    if squeezed := [name for name, shape in shapes.items() if max(shape) >= SQUEEZED * min(shape)]:
         logger.warning(
             f"Pictures that are far from square are squeezed, and learned like that: {some(squeezed)}; --center_crop"
             " takes their middle instead."
         )
-    if tiny:
-        logger.warning(f"Pictures far smaller than the resolution of {resolution} will be a blur: {some(tiny)}.")
-    return pictures
 
 
 def why_not(error):
