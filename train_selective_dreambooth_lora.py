@@ -142,7 +142,9 @@ def bp_gradient(loss_fn, weights, scale=lambda loss: loss):
         The gradient of the scaled loss in one row `[D]`, and the loss.
     """
     loss = loss_fn()
-    return parameters_to_vector(torch.autograd.grad(scale(loss), weights)), loss.detach()
+    # Zero for the weights of a layer that the model has and does not use (GLIGEN's).
+    gradients = torch.autograd.grad(scale(loss), weights, materialize_grads=True)
+    return parameters_to_vector(gradients), loss.detach()
 
 
 def zo_gradient(loss_fn, theta, num_perturbations, perturbation_scale, generator):
@@ -383,8 +385,10 @@ def resolve_settings(args, device):
     """
     compute, precision = choose_compute(device, args.mixed_precision)
     args.activations = str(compute.dtype).removeprefix("torch.")
-    if args.perturbation_scale is None:
-        args.perturbation_scale = PERTURBATION_SCALES[precision]
+    default, least = PERTURBATION_SCALES[precision]
+    args.perturbation_scale = default if args.perturbation_scale is None else args.perturbation_scale
+    if args.perturbation_scale < least:
+        raise zoodip.too_small_to_measure(args.perturbation_scale, precision, default, least)
     source = base_model.ModelSource(args.pretrained_model_name_or_path, args.revision, args.variant)
     base = base_model.open_base(source, args.tokenizer_name)
     timesteps = base.scheduler.config.num_train_timesteps
@@ -394,6 +398,7 @@ def resolve_settings(args, device):
             f" {timesteps}."
         )
     args.resolution = base_model.check_resolution(base, args.resolution)
+    args.center_crop = True
     args.low_resolution = base_model.check_low_resolution(
         args.low_resolution, args.resolution, base.resolution_multiple
     )
@@ -404,8 +409,8 @@ def resolve_settings(args, device):
     return base, compute
 
 
-# μ by precision: differences of losses must stand out from the rounding of activations.
-PERTURBATION_SCALES = {"no": 1e-3, "fp16": 1e-3, "bf16": 1e-2}
+# μ by precision, the default and the least: differences of losses must stand out from the rounding of activations.
+PERTURBATION_SCALES = {"no": (1e-3, 1e-5), "fp16": (1e-3, 1e-3), "bf16": (1e-2, 1e-2)}
 
 
 def check_layers(names, unet):
@@ -553,8 +558,9 @@ def override_training_arguments(parser):
     override("output_dir", default="selective-lora-model")
     override("seed", help="Seed of adapters, data, noise, kinds of steps, directions and class images.")
     length = f"Updates in all. Default: {DEFAULT_STEPS}, as in diffusers' example."
-    override("max_train_steps", decides=flags.RUN, help=length)  # p_BP depends on the share of it that is done
+    override("max_train_steps", help=length)
     override("gradient_accumulation_steps", help="Batches averaged before one update.")
+    override("center_crop", decides=flags.NOTHING, help=dreambooth.CROPS)
     override("learning_rate", default=2e-3, help="Learning rate of BP-low's AdamW.")
     override("scale_lr", help="Multiply both learning rates by processes x accumulation steps x batch size.")
     override("adam_weight_decay", default=1e-4, help="Weight decay of AdamW.")
@@ -704,7 +710,7 @@ def train(run):
     examples_per_step = args.train_batch_size * (1 + has_prior) * args.gradient_accumulation_steps
     passes = {BP_LOW: 2 if args.bp_view == "window" else 1, ZO_HIGH: args.num_perturbations + 1}
     bar = loop.progress_bar(accelerator, progress.step, args.max_train_steps)
-    with loop.stop_requests(accelerator) as stop_requested, bar:
+    with loop.stop_requests(run) as stop_requested, bar:
         while not run.is_over:
             done = progress.step / args.max_train_steps
             kind, loss = train_step(learner, run.model, run.subjects, run.sampling, done, run.average)
@@ -713,10 +719,12 @@ def train(run):
             interval.loss[kind] += loss
             interval.updates[kind] += 1
             bar.update()
-            last, stop = step == args.max_train_steps, stop_requested()
+            last = step == args.max_train_steps
 
             # The one read-out of the device, before anything is saved: no NaN ever replaces a good checkpoint.
-            if last or stop or any(step % every == 0 for every in (args.logging_steps, args.checkpointing_steps)):
+            due = last or any(step % every == 0 for every in (args.logging_steps, args.checkpointing_steps))
+            stop = stop_requested(due)
+            if due or stop:
                 losses = interval.mean_losses(run.average)
                 check_finite(run, losses, last_good)
                 last_good.copy_(learner.theta)
@@ -763,23 +771,30 @@ def check_finite(run, losses, last_good):
 
 
 def adapter_tensors(unet):
-    """The adapters as diffusers names them (`unet.….lora_A.weight`), float32 on the host."""
-    tensors = get_peft_model_state_dict(unet)
-    return {f"unet.{name}": tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+    """The adapters as diffusers names them (`unet.….lora_A.weight`), float32 on the host.
+
+    What alpha/rank says they count is in their second factors, for programs that read tensors alone.
+    """
+    config, tensors = unet.peft_config["default"], get_peft_model_state_dict(unet)
+    strength = {"lora_B": config.lora_alpha / config.r}
+    return {
+        f"unet.{name}": tensor.detach().cpu() * strength.get(name.split(".")[-2], 1.0)
+        for name, tensor in tensors.items()
+    }
 
 
 def adapter_content(unet):
-    """The content of a file as `save_lora_weights` of diffusers writes it, with alpha in its metadata."""
+    """The content of a file as `save_lora_weights` of diffusers writes it, where alpha is the rank."""
     config = unet.peft_config["default"].to_dict()
+    config["lora_alpha"] = config["r"]
     described = {f"unet.{name}": sorted(v) if isinstance(v, set) else v for name, v in config.items()}
-    metadata = {"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps(described, indent=2, sort_keys=True)}
-    return save(adapter_tensors(unet), metadata=metadata)
+    # One entry only: safetensors writes several in an order that changes from process to process.
+    return save(adapter_tensors(unet), metadata={LORA_ADAPTER_METADATA_KEY: json.dumps(described, sort_keys=True)})
 
 
-def kohya_tensors(unet, alpha):
-    """The adapters as kohya names them; diffusers' conversion takes alpha for the rank, so it is put right."""
-    tensors = convert_state_dict_to_kohya(adapter_tensors(unet))
-    return {name: torch.tensor(float(alpha)) if name.endswith(".alpha") else t for name, t in tensors.items()}
+def kohya_tensors(unet):
+    """The adapters as kohya names them, with an alpha that is the rank."""
+    return convert_state_dict_to_kohya(adapter_tensors(unet))
 
 
 def finish(run, pictures, components, repo_id):
@@ -797,12 +812,11 @@ def finish(run, pictures, components, repo_id):
     args, compute, unet = run.args, run.model.compute, run.model.unet
     embeddings.save_content(run.results, WEIGHTS_FILE, adapter_content(unet))
     if args.output_kohya_format:
-        content = save(kohya_tensors(unet, args.lora_alpha), metadata={"format": "pt"})
-        embeddings.save_content(run.results, KOHYA_FILE, content)
+        embeddings.save_content(run.results, KOHYA_FILE, save(kohya_tensors(unet), metadata={"format": "pt"}))
     samples = draw_validation_images(run) or []
     figures = provenance.describe_figures(run.progress, run.history, compute.device)
     figures |= {"trained_weights": run.learner.theta.numel(), "updates": run.learner.updates}
-    base_license = hub.base_license(args.pretrained_model_name_or_path)
+    base_license = hub.base_license(run.base.root)
     method = "BP-low / ZO-high (arXiv 2507.10029)"
     name = args.subject_name or args.instance_prompt or "the subject"
     config = provenance.describe_result(args, method, base_license, compute, components, figures, subject=name)
@@ -844,12 +858,12 @@ def personalize(args, accelerator, base, compute):
     # 2. Class images, if there are too few: they are part of the data, which a checkpoint must fit.
     class_pictures = None
     if args.with_prior_preservation:
-        with accelerator.main_process_first():
-            what = base, "unet", BACKENDS[args.quantization], compute, args.quantized_cache_dir
-            class_pictures = dreambooth.read_class(args, base, compute, lambda: zoodip.load_frozen(*what)[0])
+        what = base, "unet", BACKENDS[args.quantization], compute, args.quantized_cache_dir
+        class_pictures = dreambooth.read_class(args, base, compute, lambda: zoodip.load_frozen(*what)[0])
     captioned = [p._replace(caption=text) for p, text in zip(pictures, texts)]
     data = base_model.weights_digest(base), accelerator.num_processes, [*captioned, *(class_pictures or [])]
-    settings = checkpoints.trajectory_settings(args, *data)
+    ends = choose_sampling(args).selection.over_progress(torch.tensor([0.0, 1.0], dtype=torch.float64))
+    settings = checkpoints.trajectory_settings(args, *data, uses_length=bool(ends[0] != ends[1]))
     checkpoint = checkpoints.find_checkpoint(args.resume_from_checkpoint, args.output_dir, settings)
 
     # 3. VAE and text encoder come and go; then the UNet arrives, quantized.
@@ -882,13 +896,13 @@ def personalize(args, accelerator, base, compute):
     logger.info(f"{len(pictures)} images, {len(conditioning)} prompts, {count}; {sizes}")
 
     # 5. The loop, and its results.
-    train(run)
-    config = None
-    if accelerator.is_main_process:
-        config = finish(run, pictures, components, repo_id)
-    loop.end(accelerator)
-    if repo_id is not None:
-        logger.info(f"Pushed to {hub.push_to_hub(args.output_dir, config, PUBLICATION, repo_id, args.hub_token)}")
+    with loop.stoppable(run):
+        train(run)
+        if accelerator.is_main_process:
+            config = finish(run, pictures, components, repo_id)
+        loop.end(accelerator)
+        if repo_id is not None:
+            logger.info(f"Pushed to {hub.push_to_hub(args.output_dir, config, PUBLICATION, repo_id, args.hub_token)}")
 
 
 if __name__ == "__main__":

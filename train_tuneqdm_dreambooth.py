@@ -144,10 +144,7 @@ class Integers(zoodip.Unquantized):
         for name, value in stored:
             layer, _, leaf = name.rpartition(".")
             if leaf == "weight" and layer in layers:
-                try:
-                    encoded = tuneqdm.encode(value, self.bits, self.calibration)
-                except ValueError as error:
-                    raise InputError(f"the weights hold {error} in {name!r}: get the model again.") from None
+                encoded = tuneqdm.encode(value, self.bits, self.calibration)
                 yield from zip((f"{layer}.integers", f"{layer}.scale", f"{layer}.zero"), encoded)
             else:
                 yield name, value.to(dtype)
@@ -320,6 +317,7 @@ def resolve_settings(args, device):
         if value > timesteps:
             raise InputError(f"--{name} {value} is more than this model has timesteps: give at most {timesteps}.")
     args.resolution = base_model.check_resolution(base, args.resolution)
+    args.center_crop = True
     return base, compute, tuneqdm.set_of_timestep(timesteps, args.scale_sets, intervals)
 
 
@@ -410,6 +408,7 @@ def override_training_arguments(parser):
     override("seed", help="Seed of data, noise and class images.")
     override("max_train_steps", help=f"Updates in all. Default: {OFFICIAL_STEPS}, as in the official code.")
     override("gradient_accumulation_steps", help="Batches averaged before one update.")
+    override("center_crop", decides=flags.NOTHING, help=dreambooth.CROPS)
     rate = "Learning rate of AdamW, relative to the scales (an absolute η is η / scale)."
     override("learning_rate", default=1e-2, help=rate)
     decay = "Weight decay of AdamW, towards the base model's own scales."
@@ -509,17 +508,19 @@ def train(run):
     per_batch = args.train_batch_size * (2 if run.subject.prior else 1)
     passes = per_batch * args.gradient_accumulation_steps * accelerator.num_processes
     bar = loop.progress_bar(accelerator, progress.step, args.max_train_steps)
-    with loop.stop_requests(accelerator) as stop_requested, bar:
+    with loop.stop_requests(run) as stop_requested, bar:
         while not run.is_over:
             progress.forward_passes += passes
             interval_loss += train_step(learner, run.model, run.subject, run.sampling, run.average)
             progress.step = step = progress.step + 1
             interval += 1
             bar.update()
-            last, stop = step == args.max_train_steps, stop_requested()
+            last = step == args.max_train_steps
 
             # The one read-out of the device, before anything is saved: no NaN ever replaces a good checkpoint.
-            if last or stop or any(step % every == 0 for every in (args.logging_steps, args.checkpointing_steps)):
+            due = last or any(step % every == 0 for every in (args.logging_steps, args.checkpointing_steps))
+            stop = stop_requested(due)
+            if due or stop:
                 mean_loss = run.average(interval_loss / interval).item()
                 check_finite(run, mean_loss, last_good)
                 last_good = {name: change.detach().clone() for name, change in learner.changes.items()}
@@ -542,13 +543,15 @@ def train(run):
 
 
 def check_finite(run, loss, last_good):
-    """Ends the run with the last good scales saved once its loss or they are no longer finite."""
-    if math.isfinite(loss) and all(bool(change.isfinite().all()) for change in run.learner.changes.values()):
+    """Ends the run with the last good scales saved once its loss is no longer finite, or they are out of bounds."""
+    good = math.isfinite(loss)
+    if good and all((change.abs() <= tuneqdm.LARGEST_CHANGE).all() for change in run.learner.changes.values()):
         return
+    what = f"the changes of the scales went beyond {tuneqdm.LARGEST_CHANGE:g}" if good else f"the loss became {loss}"
     if run.accelerator.is_main_process:
         save_scales(run.results, last_good, describe_scales(run), run.args.save_half)
     raise DivergedError(
-        f"the loss became {loss} at step {run.progress.step}: training stopped and the last good scales are in"
+        f"{what} at step {run.progress.step}: training stopped and the last good scales are in"
         f" {run.args.output_dir}/{PUBLICATION.result_name}; try a smaller --learning_rate than"
         f" {run.args.learning_rate}."
     )
@@ -589,7 +592,7 @@ def finish(run, pictures, components, repo_id):
     samples = draw_validation_images(run) or []
     figures = provenance.describe_figures(run.progress, run.history, compute.device)
     figures["trained_scales"] = sum(change.numel() for change in run.learner.changes.values())
-    base_license = hub.base_license(args.pretrained_model_name_or_path)
+    base_license = hub.base_license(run.base.root)
     method, name = "TuneQDM (arXiv 2401.04339)", args.subject_name or args.instance_prompt or "the subject"
     config = provenance.describe_result(args, method, base_license, compute, components, figures, subject=name)
     config |= {"run": run.id, "scales": scales._asdict()}
@@ -646,8 +649,7 @@ def personalize(args, accelerator, base, compute, table):
     # 2. Class images, if there are too few: they are part of the data, which a checkpoint must fit.
     class_pictures = None
     if args.with_prior_preservation:
-        with accelerator.main_process_first():
-            class_pictures = dreambooth.read_class(args, base, compute, lambda: load_unet(args, base, compute)[0])
+        class_pictures = dreambooth.read_class(args, base, compute, lambda: load_unet(args, base, compute)[0])
     captioned = [p._replace(caption=text) for p, text in zip(pictures, texts)]
     data = base_model.weights_digest(base), accelerator.num_processes, [*captioned, *(class_pictures or [])]
     settings = checkpoints.trajectory_settings(args, *data)
@@ -682,15 +684,15 @@ def personalize(args, accelerator, base, compute, table):
     logger.info(f"{len(pictures)} images, {len(conditioning)} prompts, {count} scales in {len(changes)} tensors")
 
     # 5. The loop, and its results.
-    train(run)
-    if not any(bool(change.any()) for change in changes.values()):
-        logger.warning("Nothing was learned: the scales are those of the base to the last bit.")
-    config = None
-    if accelerator.is_main_process:
-        config = finish(run, pictures, components, repo_id)
-    loop.end(accelerator)
-    if repo_id is not None:
-        logger.info(f"Pushed to {hub.push_to_hub(args.output_dir, config, PUBLICATION, repo_id, args.hub_token)}")
+    with loop.stoppable(run):
+        train(run)
+        if not any(bool(change.any()) for change in changes.values()):
+            logger.warning("Nothing was learned: the scales are those of the base to the last bit.")
+        if accelerator.is_main_process:
+            config = finish(run, pictures, components, repo_id)
+        loop.end(accelerator)
+        if repo_id is not None:
+            logger.info(f"Pushed to {hub.push_to_hub(args.output_dir, config, PUBLICATION, repo_id, args.hub_token)}")
 
 
 if __name__ == "__main__":

@@ -186,6 +186,8 @@ class SubspaceGradient:
     def _noise_directions(self, trajectory):
         # The SVD is tiny, so it is done in float64 on the host, where it is exact and the same on every device.
         on_host = trajectory.cpu().double()
+        if not on_host.isfinite().all():  # the loop will say so
+            return None
         centred = on_host - on_host.mean(dim=0)
         spread = centred.std(dim=0, correction=0)
         standardised = centred / torch.where(spread > 0, spread, 1.0)  # a column that never moved stays zero
@@ -372,8 +374,6 @@ class Int8(Unquantized):
             layer, _, leaf = name.rpartition(".")
             if leaf == "weight" and isinstance(model.get_submodule(layer), Int8Layer):
                 weight, scale = quantize_per_channel(value)
-                if not scale.isfinite().all():  # which INT8 would hide
-                    raise InputError(f"the weights hold NaN or infinity in {name!r}: get the model again.")
                 yield name, weight
                 yield f"{layer}.scale", scale
             else:
@@ -883,14 +883,19 @@ def complete_for_precision(args, precision):
         return
     default, least = OPTIMIZERS[args.optimizer].perturbation_scales[precision]
     args.perturbation_scale = default if args.perturbation_scale is None else args.perturbation_scale
+    if args.perturbation_scale < least and not args.allow_noisy_estimates:
+        others = "; --allow_noisy_estimates trains all the same"
+        raise too_small_to_measure(args.perturbation_scale, precision, default, least, others)
+
+
+def too_small_to_measure(scale, precision, default, least, others=""):
+    """The `InputError` for a step of the finite difference that drowns in the rounding of this precision."""
     fix = ", or --openvino_precision float" if precision == "int8" else ", or --mixed_precision no"
     name, other = ("float32", "") if precision == "no" else (precision, fix)
-    if args.perturbation_scale < least and not args.allow_noisy_estimates:
-        raise InputError(
-            f"--perturbation_scale {args.perturbation_scale} is too small for {name} activations, whose rounding"
-            f" drowns the differences: give at least {least}, best {default}{other}; --allow_noisy_estimates trains"
-            " all the same."
-        )
+    return InputError(
+        f"--perturbation_scale {scale} is too small for {name} activations, whose rounding drowns the differences:"
+        f" give at least {least}, best {default}{other}{others}."
+    )
 
 
 def candidates_per_step(args):
@@ -976,6 +981,7 @@ def resolve_settings(args, device):
     complete_for_base(args, base)
     if not on_torch:
         openvino_unet.check_openvino(args.openvino_device, candidates_per_pass(args) * args.train_batch_size, in_int8)
+    args.placeholder_token = prompts.as_tokenized(base.tokenizer, args.placeholder_token)
     word = args.placeholder_token, args.num_vectors, args.initializer_token
     return base, prompts.add_placeholder(base.tokenizer, *word, base.tokenizers[1:]), compute
 
@@ -1410,19 +1416,21 @@ def train(run):
     examples_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     passes = OPTIMIZERS[args.optimizer].num_forwards(args) * examples_per_step
     bar = loop.progress_bar(accelerator, progress.step, args.max_train_steps)
-    with loop.stop_requests(accelerator) as stop_requested, bar:
+    with loop.stop_requests(run) as stop_requested, bar:
         while not run.is_over:
             progress.forward_passes += passes
             interval_loss += train_step(learner, run.model, run.concept, run.sampling, average)
             progress.step = step = progress.step + 1
             interval += 1
             bar.update()
-            last, stop = step == args.max_train_steps, stop_requested()
+            last = step == args.max_train_steps
 
             # The one read-out of the device: everything above runs without waiting for it. It also comes before
             # anything is judged or saved, so that no NaN ever replaces a good checkpoint or ends in the result.
             due = (args.logging_steps, args.validation_steps, args.save_steps, args.checkpointing_steps)
-            if last or stop or any(step % every == 0 for every in due):
+            due = last or any(step % every == 0 for every in due)
+            stop = stop_requested(due)
+            if due or stop:
                 mean_loss = average(interval_loss / interval).item()
                 check_finite(run, mean_loss, last_good)
                 last_good.copy_(learner.result)
@@ -1521,7 +1529,7 @@ def finish(run, pictures, components, repo_id):
     samples = draw_validation_images(run) or []
     figures = provenance.describe_figures(run.progress, run.history, compute.device) | run.learner.rule.figures()
     method = OPTIMIZERS[args.optimizer].method
-    base_license = hub.base_license(args.pretrained_model_name_or_path)
+    base_license = hub.base_license(run.base.root)
     config = provenance.describe_result(args, method, base_license, compute, components, figures)
     config["run"], run.model = run.id, None  # the full pipeline takes its place in memory
     family, parts = run.base.family, run.base.word_parts
@@ -1561,9 +1569,10 @@ def learn_concept(args, accelerator, base, placeholder, compute):
     # 1. Everything that can be wrong is checked before anything slow starts.
     optimizer = OPTIMIZERS[args.optimizer]
     memory.warn_if_too_large(args, SMALLER, lambda settings: estimate_memory(settings, base, compute), compute.device)
-    if args.validation_prompt and placeholder.token not in placeholder.fill(args.validation_prompt):
+    if args.validation_prompt and not placeholder.is_in(placeholder.fill(args.validation_prompt)):
         logger.warning(f"--validation_prompt {args.validation_prompt!r} does not contain {placeholder.token}.")
     pictures = read_pictures(args)
+    images.warn_about_squeezed(pictures)
     captions = prompts.build_prompts(pictures, placeholder, base, args.learnable_property)
     steps = optimizer.num_steps(args, base.family)
     launch.settle(args, len(pictures) * args.repeats, accelerator.num_processes, steps)
@@ -1604,14 +1613,16 @@ def learn_concept(args, accelerator, base, placeholder, compute):
     logger.info(f"{counts}, {candidates_per_step(args)} candidates a step ({candidates_per_pass(args)} a pass)")
 
     # 4. The loop, and its results.
-    train(run)
-    if learner.result.cpu().equal(task.initial.cpu().expand(learner.theta.shape)):
-        logger.warning(f"Nothing was learned: {placeholder.token} is {args.initializer_token!r} to the last bit.")
-    if accelerator.is_main_process:
-        config = finish(run, pictures, task.components, repo_id)
-    loop.end(accelerator)
-    if repo_id is not None:
-        logger.info(f"Pushed to {hub.push_to_hub(args.output_dir, config, PUBLICATION, repo_id, args.hub_token)}")
+    with loop.stoppable(run):
+        train(run)
+        if learner.result.cpu().equal(task.initial.cpu().expand(learner.theta.shape)):
+            logger.warning(f"Nothing was learned: {placeholder.token} is {args.initializer_token!r} to the last bit.")
+        if accelerator.is_main_process:
+            config = finish(run, pictures, task.components, repo_id)
+        loop.end(accelerator)
+        if repo_id is not None:
+            commit = hub.push_to_hub(args.output_dir, config, PUBLICATION, repo_id, args.hub_token)
+            logger.info(f"Pushed to {commit}")
 
 
 if __name__ == "__main__":

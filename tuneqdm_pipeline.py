@@ -21,15 +21,28 @@ The UNet is quantized here exactly as it was for training: the trainer uses the 
 At every timestep each layer takes the set of scales that was trained there.
 """
 
+import functools
 import hashlib
 import json
 import math
+import re
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.pipelines.auto_pipeline import (
+    AUTO_IMAGE2IMAGE_PIPELINES_MAPPING,
+    AUTO_INPAINT_PIPELINES_MAPPING,
+    AUTO_TEXT2IMAGE_PIPELINES_MAPPING,
+)
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from huggingface_hub import hf_hub_download
@@ -357,18 +370,37 @@ class QuantizedConv2d(QuantizedLayer):
         return torch.nn.grad.conv2d_input(input_shape, weight, gradient, *self.options)
 
 
+def new_layers(unet, bits):
+    """Quantized layers, still without content, for every Linear and Conv2d of a UNet, which stays as it is.
+
+    On meta, too.
+
+    Returns:
+        Name -> `QuantizedLayer`, and their `Selection`.
+    """
+    selection, layers = Selection(), {}
+    for name, layer in unet.named_modules():
+        if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)):
+            kind = QuantizedLinear if isinstance(layer, torch.nn.Linear) else QuantizedConv2d
+            layers[name] = kind(layer, bits, selection)
+    return layers, selection
+
+
+def put_in_place(unet, layers, selection):
+    """Gives a UNet its quantized layers; it tells their `Selection` its timesteps from now on."""
+    for name, layer in layers.items():
+        unet.set_submodule(name, layer)
+    unet.register_forward_pre_hook(selection.before_forward, with_kwargs=True)
+
+
 def replace_layers(unet, bits):
     """Puts quantized layers, still without content, in the place of every Linear and Conv2d; on meta, too.
 
     Returns:
-        Their `Selection`, which the UNet tells its timesteps from now on.
+        Their `Selection`.
     """
-    selection = Selection()
-    for name, layer in list(unet.named_modules()):
-        if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)):
-            kind = QuantizedLinear if isinstance(layer, torch.nn.Linear) else QuantizedConv2d
-            unet.set_submodule(name, kind(layer, bits, selection))
-    unet.register_forward_pre_hook(selection.before_forward, with_kwargs=True)
+    layers, selection = new_layers(unet, bits)
+    put_in_place(unet, layers, selection)
     return selection
 
 
@@ -377,51 +409,78 @@ def quantized_layers(unet):
     return {name: layer for name, layer in unet.named_modules() if hasattr(layer, "integers")}
 
 
-def quantize_unet(unet, bits, calibration):
-    """Quantizes a UNet in place, which afterwards says so (`Quantized`) and cannot be saved; returns its `Selection`.
+def quantize_beside(unet, bits, calibration):
+    """What `new_layers` returns, with content; the UNet stays as it is.
 
     Raises:
         ValueError: half a sentence; a weight holds NaN or infinity.
     """
-    weights = {
-        name: layer.weight
-        for name, layer in unet.named_modules()
-        if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d))
-    }
-    selection = replace_layers(unet, bits)
-    for name, layer in quantized_layers(unet).items():
-        layer.integers, layer.scale, layer.zero = encode(weights.pop(name).detach(), bits, calibration)
-    unet.tuneqdm, unet.save_pretrained = Quantized(selection, bits, calibration), refuse_to_save
+    layers, selection = new_layers(unet, bits)
+    for name, layer in layers.items():
+        weight = unet.get_submodule(name).weight.detach()
+        layer.integers, layer.scale, layer.zero = encode(weight, bits, calibration)
+    return layers, selection
+
+
+def quantize_unet(unet, bits, calibration, beside=None):
+    """Quantizes a UNet in place, which afterwards says so (`Quantized`) and can do less; returns its `Selection`.
+
+    Args:
+        unet, bits, calibration: as for `quantize_beside`.
+        beside: what that returned, if it has been called.
+
+    Raises:
+        ValueError: half a sentence; a weight holds NaN or infinity.
+    """
+    layers, selection = beside or quantize_beside(unet, bits, calibration)
+    put_in_place(unet, layers, selection)
+    unet.tuneqdm = Quantized(selection, bits, calibration)
+    for name, why in REFUSED.items():
+        setattr(unet, name, functools.partial(refuse, why))
     return selection
 
 
-def refuse_to_save(*_, **__):
-    """In the place of a quantized UNet's `save_pretrained`: diffusers could not load it again.
+# What a quantized UNet cannot do: methods, and why.
+REFUSED = {
+    "save_pretrained": "cannot be saved as a model: share the file of scales instead.",
+    "load_lora_adapter": "takes no LoRA, whose layers are not integers: draw with one or with the other.",
+    "add_adapter": "takes no LoRA, whose layers are not integers: draw with one or with the other.",
+    "fuse_qkv_projections": "has no weights that could be fused: leave that out.",
+}
+
+
+def refuse(why, *_, **__):
+    """In the place of a quantized UNet's methods.
 
     Raises:
         ValueError: always.
     """
-    raise ValueError("a UNet with tuned scales cannot be saved as a model: share the file of scales instead.")
+    raise ValueError(f"a UNet with tuned scales {why}")
 
 
-def fingerprint(unet):
-    """What tells quantized bases apart: SHA-256 of all integers, scales and zero points."""
+def fingerprint(unet, layers=None):
+    """What tells quantized bases apart: SHA-256 of all integers, scales and zero points.
+
+    Args:
+        unet: quantized.
+        layers: its quantized layers, where they are not in place yet.
+    """
     digest = hashlib.sha256()
-    for name, layer in sorted(quantized_layers(unet).items()):
+    for name, layer in sorted((layers or quantized_layers(unet)).items()):
         digest.update(name.encode())
         for tensor in (layer.integers, layer.scale, layer.zero):
             digest.update(tensor.detach().cpu().contiguous().numpy())
     return digest.hexdigest()
 
 
-def sketch(unet):
+def sketch(unet, layers=None):
     """A number for each quantized layer, by which near bases are known that no hash tells from far ones.
 
     One Fourier coefficient of the layer's weights W (the first 65,536), √2 Σ W_j cos(2.4 j) / ‖W‖: the root mean
-    square of two bases' differences is about ‖ΔW‖ / ‖W‖.
+    square of two bases' differences is about ‖ΔW‖ / ‖W‖. Arguments as for `fingerprint`.
     """
     values = []
-    for _, layer in sorted(quantized_layers(unet).items()):
+    for _, layer in sorted((layers or quantized_layers(unet)).items()):
         weights = layer.dequantize(torch.float32).flatten()[: 2**16].double()
         wave = torch.cos(2.4 * torch.arange(len(weights), dtype=torch.float64, device=weights.device))
         values.append((2**0.5 * (weights @ wave) / weights.norm().clamp(min=1e-30)).item())
@@ -485,6 +544,54 @@ def write_scales(changes, config):
     return save(changes, metadata={ABOUT: json.dumps(config._asdict())})
 
 
+# What each entry of a `ScaleConfig` can be.
+SCHEMA = {
+    "bits": lambda value: type(value) is int and value in (4, 8),
+    "calibration": lambda value: value in ("minmax", "mse"),
+    "scale_sets": lambda value: type(value) is int and 1 <= value <= 1000,
+    "scale_intervals": lambda value: value is None or are_intervals(value),
+    "train_input_scales": lambda value: type(value) is bool,
+    "num_train_timesteps": lambda value: type(value) is int and 1 <= value <= 10**6,
+    "base_model": lambda value: type(value) is str and len(value) <= 1000,
+    "base_sha256": lambda value: type(value) is str and re.fullmatch("[0-9a-f]{64}", value),
+    "base_sketch": lambda value: type(value) is list and all(type(x) in (int, float) and abs(x) < 1e6 for x in value),
+}
+LARGEST_CHANGE = 1000.0  # of a scale, relative to its start; trained ones stay far below 1
+
+
+def are_intervals(value):
+    """Whether a value is a list of pairs [first, end) in rising order that do not overlap."""
+    if type(value) is not list or not 1 <= len(value) <= 1000:
+        return False
+    if not all(type(pair) is list and len(pair) == 2 and {*map(type, pair)} == {int} for pair in value):
+        return False
+    ends = [end for pair in value for end in pair]
+    return ends[0] >= 0 and ends == sorted(ends) and all(first < end for first, end in value)
+
+
+def check_config(text):
+    """The `ScaleConfig` in JSON.
+
+    Raises:
+        ValueError: the end of a sentence about metadata; it is none.
+    """
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"cannot be read: {error}"[:200]) from None
+    if type(content) is not dict or content.keys() != SCHEMA.keys():
+        raise ValueError(f"cannot be read: they have not the entries {', '.join(SCHEMA)}")
+    for name, is_good in SCHEMA.items():
+        if not is_good(content[name]):
+            raise ValueError(f"make no sense: they say {name} {str(content[name])[:60]!r}")
+    config = ScaleConfig(**content)
+    if config.scale_intervals and config.scale_sets > 1:
+        raise ValueError("make no sense: they say both intervals and several sets")
+    if max(config.scale_sets, *(end for _, end in config.scale_intervals or [[0, 0]])) > config.num_train_timesteps:
+        raise ValueError("make no sense: they go beyond their timesteps")
+    return config
+
+
 def read_scales(path):
     """The `ScaleConfig` and the changes, in float32, of a file of scales.
 
@@ -494,26 +601,19 @@ def read_scales(path):
     try:
         with safe_open(path, framework="pt") as file:
             about = (file.metadata() or {}).get(ABOUT)
-            changes = {name: file.get_tensor(name).float() for name in file.keys()}
+            changes = {name: file.get_tensor(name) for name in file.keys()}
     except Exception as error:  # safetensors and OS errors alike
         raise ValueError(f"it cannot be read: {error}") from None
     if about is None:
         raise ValueError(f"its metadata have no {ABOUT!r}, which says what the scales belong to")
     try:
-        config = ScaleConfig(**json.loads(about))
-        counts = [config.bits, config.scale_sets, config.num_train_timesteps]
-        good = all(type(count) is int and 0 < count <= 10**6 for count in counts) and config.bits in (4, 8)
-        good = good and config.calibration in ("minmax", "mse")
-        good = good and isinstance(config.base_model, str) and isinstance(config.base_sha256, str)
-        good = good and all(math.isfinite(value) for value in config.base_sketch)
-        good = good and type(config.train_input_scales) is bool
-        for first, end in config.scale_intervals or []:
-            good = good and type(first) is type(end) is int and 0 <= first < end <= config.num_train_timesteps
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"its metadata {ABOUT!r} cannot be read: {error!r}"[:200]) from None
-    if not good or config.scale_intervals == []:
-        raise ValueError(f"its metadata {ABOUT!r} make no sense")
-    return config, changes
+        config = check_config(about)
+    except ValueError as error:
+        raise ValueError(f"its metadata {ABOUT!r} {error}") from None
+    for name, change in changes.items():
+        if not change.is_floating_point():
+            raise ValueError(f"it holds {str(change.dtype).removeprefix('torch.')} under {name!r} and no scales")
+    return config, {name: change.float() for name, change in changes.items()}
 
 
 class TuneQDMPipeline(StableDiffusionPipeline):
@@ -569,17 +669,20 @@ class TuneQDMPipeline(StableDiffusionPipeline):
         except ValueError as error:
             raise ValueError(f"{source}: {Path(path).name} is damaged ({error}): get it again.") from None
         self._check(source, config, changes)
-        if self._quantized is None:
+        layers = beside = None
+        if self._quantized is None:  # it stays so until the scales are known to fit
             try:
-                quantize_unet(self.unet, config.bits, config.calibration)
+                layers, _ = beside = quantize_beside(self.unet, config.bits, config.calibration)
             except ValueError as error:
                 raise ValueError(f"{source}: the UNet holds {error}: get this base model again.") from None
-        exact = fingerprint(self.unet) == config.base_sha256  # as it is when loaded in the same precision
-        if not exact and not same_base(sketch(self.unet), config.base_sketch, config.bits):
+        exact = fingerprint(self.unet, layers) == config.base_sha256  # as it is when loaded in the same precision
+        if not exact and not same_base(sketch(self.unet, layers), config.base_sketch, config.bits):
             raise ValueError(
                 f"{source} was trained on another base ({config.base_model!r}) than this one, quantized to"
                 f" {config.bits} bits: load that base."
             )
+        if beside is not None:
+            quantize_unet(self.unet, config.bits, config.calibration, beside)
         attach(self.unet, {name: change.to(self.unet.device) for name, change in changes.items()})
         intervals = config.scale_intervals
         self._quantized.selection.use(set_of_timestep(config.num_train_timesteps, config.scale_sets, intervals))
@@ -596,9 +699,9 @@ class TuneQDMPipeline(StableDiffusionPipeline):
         self._quantized.selection.enabled = bool(enabled)
 
     def save_pretrained(self, *arguments, **options):
-        """Refuses once the UNet is quantized, before anything is written (`refuse_to_save`)."""
+        """Refuses once the UNet is quantized, before anything is written."""
         if self._quantized is not None:
-            refuse_to_save()
+            refuse(REFUSED["save_pretrained"])
         return super().save_pretrained(*arguments, **options)
 
     @property
@@ -608,6 +711,8 @@ class TuneQDMPipeline(StableDiffusionPipeline):
 
     def _check(self, source, config, changes):
         """What can be judged before the UNet is quantized."""
+        if getattr(self.unet, "peft_config", None):
+            raise ValueError(f"{source} cannot be loaded into a UNet with a LoRA: unload that (unload_lora_weights).")
         home = f"load the base it was trained on ({config.base_model!r})"
         wanted = change_shapes(self.unet, config.scale_sets, config.train_input_scales)
         found = {name: tuple(change.shape) for name, change in changes.items()}
@@ -617,8 +722,11 @@ class TuneQDMPipeline(StableDiffusionPipeline):
                 f"{source} does not fit this base model: it has {found.get(first, 'nothing')} for {first!r}, where"
                 f" {wanted.get(first, 'nothing')} belongs; {home}."
             )
-        if not all(change.isfinite().all() for change in changes.values()):
-            raise ValueError(f"{source} holds NaN or infinity, the sign of a training that diverged: train it again.")
+        if not all((change.abs() <= LARGEST_CHANGE).all() for change in changes.values()):
+            raise ValueError(
+                f"{source} holds NaN or infinity, or changes beyond {LARGEST_CHANGE:g}, the sign of a training that"
+                " diverged: train it again."
+            )
         timesteps = self.scheduler.config.num_train_timesteps
         if timesteps != config.num_train_timesteps:
             raise ValueError(
@@ -631,6 +739,12 @@ class TuneQDMPipeline(StableDiffusionPipeline):
                 f"{source} belongs to {config.bits} bits ({config.calibration}) and this UNet is quantized to {bits}"
                 f" ({calibration}): load the base model anew with these scales."
             )
+
+
+# So that `AutoPipelineForImage2Image.from_pipe` and the like know what belongs to this class.
+AUTO_TEXT2IMAGE_PIPELINES_MAPPING["tuneqdm"] = TuneQDMPipeline
+AUTO_IMAGE2IMAGE_PIPELINES_MAPPING["tuneqdm"] = StableDiffusionImg2ImgPipeline
+AUTO_INPAINT_PIPELINES_MAPPING["tuneqdm"] = StableDiffusionInpaintPipeline
 
 
 def _find(source, shown):

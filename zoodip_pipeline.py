@@ -31,8 +31,19 @@ import re
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.loaders.textual_inversion import load_textual_inversion_state_dicts
+from diffusers.pipelines.auto_pipeline import (
+    AUTO_IMAGE2IMAGE_PIPELINES_MAPPING,
+    AUTO_INPAINT_PIPELINES_MAPPING,
+    AUTO_TEXT2IMAGE_PIPELINES_MAPPING,
+)
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils import logging
@@ -43,6 +54,9 @@ from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPV
 logger = logging.get_logger(__name__)
 
 SDXL_KEYS = {"clip_l", "clip_g"}  # halves of one word
+
+
+FORMATS = "emb_params", "clip_l", "*"  # keys that say how a file is written, and not what its word is
 
 
 class ZOODiPPipeline(StableDiffusionPipeline):
@@ -98,7 +112,7 @@ class ZOODiPPipeline(StableDiffusionPipeline):
     def load_learned_embeds(self, learned_embeds):
         """Adds one concept or a list of them to tokenizer and text encoder.
 
-        An Automatic1111 file without a name gives its concept the name of the file, as that program does.
+        A file that does not say the name of its word gives it the name of the file, as other programs do.
 
         Raises:
             OSError: no embedding is found there.
@@ -116,8 +130,8 @@ class ZOODiPPipeline(StableDiffusionPipeline):
             except Exception as error:  # Hub, safetensors, pickle and OS errors alike
                 if _is_old_pickle(error):
                     raise ValueError(
-                        f"learned_embeds {str(source)!r} is a pickle of an older program, which may run code when it is"
-                        " opened: save it again as safetensors."
+                        f"learned_embeds {str(source)!r} is a pickle of an older program, which may run code when it"
+                        " is opened: save it again as safetensors."
                     ) from error
                 raise OSError(
                     f"learned_embeds {str(source)!r} is neither an embedding file, nor a folder or a repository on the"
@@ -134,6 +148,7 @@ class ZOODiPPipeline(StableDiffusionPipeline):
                     self.text_encoder.resize_token_embeddings(rows, mean_resizing=False)
                 self.load_textual_inversion({token: embedding})
                 self.concepts[token] = configs[token]
+                logger.warning(f"Loaded {token!r}, {len(embedding)} vector(s), from {str(source)!r}.")
                 self._warn_about_other_base(token)
 
     def unload_textual_inversion(self, tokens=None, tokenizer=None, text_encoder=None):
@@ -154,6 +169,18 @@ class ZOODiPPipeline(StableDiffusionPipeline):
         if "_name_or_path" in kwargs:  # the last thing `from_pretrained` does: only now is the base's name known
             for token in self.concepts:
                 self._warn_about_other_base(token)
+
+    def _maybe_convert_prompt(self, prompt, tokenizer):
+        """A prompt with all vectors of its words, which are compared as the tokenizer reads them: CLIP knows no
+        capitals."""
+        added, words = tokenizer.added_tokens_encoder, {}
+        for name in sorted((name for name in added if f"{name}_1" in added), key=len, reverse=True):
+            count = next(i for i in range(1, len(added) + 1) if f"{name}_{i}" not in added)
+            words[name.lower()] = " ".join([name, *(f"{name}_{i}" for i in range(1, count))])
+        if not words:
+            return prompt
+        names = "|".join(map(re.escape, words))
+        return re.sub(rf"({names})(?!_\d)", lambda found: words.get(found[0].lower(), found[0]), prompt, flags=re.I)
 
     def to_json_string(self):
         # A saved pipeline holds its concepts in tokenizer and text encoder, so it is an ordinary Stable Diffusion.
@@ -176,8 +203,9 @@ class ZOODiPPipeline(StableDiffusionPipeline):
                 " text encoder: load the pipeline with dtype=torch.float32."
             )
         vocabulary = self.tokenizer.get_vocab()
+        vocabulary |= {name.lower(): None for name in self.tokenizer.added_tokens_encoder}
         for name in [token, *(f"{token}_{i}" for i in range(1, shape[0]))]:
-            if name in vocabulary or f"{name.lower()}</w>" in vocabulary:
+            if {name, name.lower(), f"{name.lower()}</w>"} & vocabulary.keys():
                 raise ValueError(
                     f"learned_embeds {str(source)!r} cannot be added: this tokenizer already knows the name {name!r};"
                     " unload that concept first, or give this one another name with"
@@ -198,6 +226,12 @@ class ZOODiPPipeline(StableDiffusionPipeline):
                 f"{token} was learned on {trained_on!r} and this base model is {str(here)!r}: the concept may look"
                 " different or not appear at all."
             )
+
+
+# So that `AutoPipelineForImage2Image.from_pipe` and the like know what belongs to this class.
+AUTO_TEXT2IMAGE_PIPELINES_MAPPING["zoodip"] = ZOODiPPipeline
+AUTO_IMAGE2IMAGE_PIPELINES_MAPPING["zoodip"] = StableDiffusionImg2ImgPipeline
+AUTO_INPAINT_PIPELINES_MAPPING["zoodip"] = StableDiffusionInpaintPipeline
 
 
 def _quoted(value):
@@ -240,6 +274,7 @@ def _token_and_embedding(source, content):
         embedding = vectors["*"]
     elif isinstance(content, dict) and len(content) == 1:
         ((token, embedding),) = content.items()
+        token = Path(source).stem if token in FORMATS else token
     else:
         held = sorted(map(str, content))[:10] if isinstance(content, dict) else f"a {type(content).__name__}"
         raise ValueError(

@@ -27,11 +27,23 @@ import re
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.loaders.textual_inversion import load_textual_inversion_state_dicts
+from diffusers.pipelines.auto_pipeline import (
+    AUTO_IMAGE2IMAGE_PIPELINES_MAPPING,
+    AUTO_INPAINT_PIPELINES_MAPPING,
+    AUTO_TEXT2IMAGE_PIPELINES_MAPPING,
+)
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils import logging
 from huggingface_hub import hf_hub_download
+from safetensors import safe_open
 from transformers import (
     CLIPImageProcessor,
     CLIPTextModel,
@@ -101,7 +113,8 @@ class ZOODiPXLPipeline(StableDiffusionXLPipeline):
     def load_learned_embeds(self, learned_embeds):
         """Adds one concept or a list of them to both tokenizers and text encoders.
 
-        A file that does not say the name of its word gives it the name of the file, as ComfyUI does.
+        The name of the word is what the file's metadata say, or the config beside it, or else the name of the file, as
+        ComfyUI has it.
 
         Raises:
             OSError: no embedding is found there.
@@ -122,7 +135,7 @@ class ZOODiPXLPipeline(StableDiffusionXLPipeline):
                     f" Hub with a learned_embeds.safetensors ({' '.join(str(error).split())[:300]})."
                 ) from error
             config = _read_config(source)
-            token = config.get("placeholder_token") or Path(source).stem
+            token = _said_name(source) or config.get("placeholder_token") or Path(source).stem
             halves = _halves(source, content)
             self._check_fit(source, token, halves, config)
             for half, (text_encoder, tokenizer) in zip(halves, self._encoders()):
@@ -132,6 +145,9 @@ class ZOODiPXLPipeline(StableDiffusionXLPipeline):
                     text_encoder.resize_token_embeddings(rows, mean_resizing=False)
                 self.load_textual_inversion({token: half}, text_encoder=text_encoder, tokenizer=tokenizer)
             self.concepts[token] = config
+            logger.warning(
+                f"Loaded {token!r}, {len(halves[0])} vector(s) for each text encoder, from {str(source)!r}."
+            )
             self._pool_as_trained()
 
     def unload_learned_embeds(self, tokens=None):
@@ -151,6 +167,18 @@ class ZOODiPXLPipeline(StableDiffusionXLPipeline):
             self.unload_textual_inversion(names, tokenizer=tokenizer, text_encoder=text_encoder)
         self.concepts = {token: config for token, config in self.concepts.items() if token not in wanted}
         self._pool_as_trained()
+
+    def _maybe_convert_prompt(self, prompt, tokenizer):
+        """A prompt with all vectors of its words, which are compared as the tokenizer reads them: CLIP knows no
+        capitals."""
+        added, words = tokenizer.added_tokens_encoder, {}
+        for name in sorted((name for name in added if f"{name}_1" in added), key=len, reverse=True):
+            count = next(i for i in range(1, len(added) + 1) if f"{name}_{i}" not in added)
+            words[name.lower()] = " ".join([name, *(f"{name}_{i}" for i in range(1, count))])
+        if not words:
+            return prompt
+        names = "|".join(map(re.escape, words))
+        return re.sub(rf"({names})(?!_\d)", lambda found: words.get(found[0].lower(), found[0]), prompt, flags=re.I)
 
     def to_json_string(self):
         # A saved pipeline holds its concepts in tokenizers and text encoders, so it is an ordinary SDXL. Under this
@@ -192,12 +220,19 @@ class ZOODiPXLPipeline(StableDiffusionXLPipeline):
                     " pipeline with dtype=torch.float32."
                 )
         vocabulary = self.tokenizer.get_vocab() | self.tokenizer_2.get_vocab()
+        vocabulary |= {name.lower(): None for name in self.tokenizer.added_tokens_encoder}
         for word in [token, *(f"{token}_{i}" for i in range(1, len(halves[0])))]:
-            if word in vocabulary or f"{word.lower()}</w>" in vocabulary:
+            if {word, word.lower(), f"{word.lower()}</w>"} & vocabulary.keys():
                 raise ValueError(
                     f"{name} cannot be added: this tokenizer already knows the name {word!r}; unload that concept"
                     " first, or rename the file."
                 )
+
+
+# So that `AutoPipelineForImage2Image.from_pipe` and the like know what belongs to this class.
+AUTO_TEXT2IMAGE_PIPELINES_MAPPING["zoodip-xl"] = ZOODiPXLPipeline
+AUTO_IMAGE2IMAGE_PIPELINES_MAPPING["zoodip-xl"] = StableDiffusionXLImg2ImgPipeline
+AUTO_INPAINT_PIPELINES_MAPPING["zoodip-xl"] = StableDiffusionXLInpaintPipeline
 
 
 def _halves(source, content):
@@ -226,6 +261,18 @@ def _halves(source, content):
             f"{name} has {len(halves[0])} vectors in clip_l and {len(halves[1])} in clip_g: save it again."
         )
     return halves
+
+
+def _said_name(source):
+    """The name of the word in the metadata of an embedding file or folder of files; None where there is none."""
+    path = Path(source)
+    try:
+        if not path.exists():
+            path = Path(hf_hub_download(str(source), "learned_embeds.safetensors"))
+        with safe_open(path / "learned_embeds.safetensors" if path.is_dir() else path, framework="pt") as file:
+            return (file.metadata() or {}).get("placeholder_token")
+    except Exception:  # Hub, safetensors and OS errors alike: another kind of file, or another name
+        return None
 
 
 def _read_config(source):

@@ -6,12 +6,14 @@
 | 1 | a run broke off or a result could not be written, for a reason outside the program (`RunError`) |
 | 2 | the input cannot work (`InputError`); nothing was trained |
 | 3 | the run is finished and safe, but not on the Hub (`PushError`) |
-| 130 | Ctrl+C, or SIGTERM while training |
+| 130 | Ctrl+C, SIGTERM or a closed terminal (`SIGNALS`) |
 
 Anything else is a fault of the program, and shows its traceback.
 """
 
+import contextlib
 import os
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -69,12 +71,22 @@ class DivergedError(RunError):
     """The loss is no longer finite; the last good embedding is saved."""
 
 
+class Stopped(KeyboardInterrupt):
+    """A signal asked a run to stop; the message is one sentence that says what is safe."""
+
+
 HTTP_ERRORS = tuple(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")  # of the Hub's client
 DISTRIBUTED_ERRORS = (torch.distributed.DistError,) if torch.distributed.is_available() else ()
 OUTSIDE_ERRORS = (OSError, MemoryError, torch.OutOfMemoryError, SafetensorError, DatasetsError)
 OUTSIDE_ERRORS += HTTP_ERRORS + DISTRIBUTED_ERRORS
 # What PyTorch reports as a plain RuntimeError although it is the machine's.
 OUTSIDE_MESSAGES = ("can't allocate memory", "out of memory", "PytorchStreamWriter", "inline_container", "by peer")
+MEANINGS = {  # of sentences that say something else
+    "could not create a primitive": "out of memory",  # oneDNN
+    "could not create a memory": "out of memory",
+    "Timed out waiting": "another process of this launch was silent for too long",  # Gloo
+}
+OUTSIDE_MESSAGES += tuple(MEANINGS)
 
 
 def is_outside(error):
@@ -91,7 +103,48 @@ def reason(error, limit=300):
     else:
         text = str(error)
     text = " ".join(text.split()) or type(error).__name__
+    meanings = [meaning for part, meaning in MEANINGS.items() if part in text]
+    text = ": ".join([*meanings, text])
     return text if len(text) <= limit else text[:limit] + " ..."
+
+
+# =====================================================================================================
+# Requests to stop
+# =====================================================================================================
+
+# Ctrl+C, a system that shuts down, a terminal that was closed: all mean the same.
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+TERMINALS = [number for number in (1, 2) if os.isatty(number)]  # of standard output and standard error
+
+
+def leave_terminal(number):
+    """Lets nobody write to a terminal that was closed, which would fail; `number` is that of the signal."""
+    if number == getattr(signal, "SIGHUP", None):
+        for terminal in TERMINALS:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), terminal)
+
+
+def interrupt(number, frame):
+    leave_terminal(number)
+    raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def handled(handler):
+    """Gives `SIGNALS` a handler for a while, in the main thread; one that is ignored (nohup) stays so.
+
+    Yields:
+        Number -> the handler before.
+    """
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        numbers = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield before
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 def run_script(main, script):
@@ -102,12 +155,20 @@ def run_script(main, script):
         script: path of the script, whose name stands before the sentence.
     """
     threading.excepthook = _quiet_thread
+    with handled(interrupt) as before:
+        _run(main, script, before)
+
+
+def _run(main, script, handlers):
     try:
         main()
     except (InputError, RunError) as error:
         _say(script, error, error.exit_code, shared=isinstance(error, (InputError, DivergedError)))
-    except KeyboardInterrupt:
-        print("Stopped; --resume_from_checkpoint latest goes on from the last checkpoint.", file=sys.stderr)
+    except KeyboardInterrupt as stopped:
+        for number in handlers:  # it ends, and says so once
+            signal.signal(number, signal.SIG_IGN)
+        if os.environ.get("RANK", "0") == "0":
+            print(stopped if isinstance(stopped, Stopped) else "Stopped.", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         if not is_outside(error):

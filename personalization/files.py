@@ -9,6 +9,7 @@ import shutil
 import stat
 import tempfile
 import threading
+import uuid
 from pathlib import Path
 
 import torch
@@ -34,7 +35,7 @@ def atomic_path(path):
         temporary.touch()
         mode = stat.S_IMODE(temporary.stat().st_mode)
         yield temporary
-        temporary.chmod(mode)
+        set_mode(temporary, mode)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -43,6 +44,13 @@ def atomic_path(path):
 def temporary_name(path):
     """A path beside `path` of this thread alone: two runs may fill the same cache, two visitors pack the same run."""
     return path.with_name(f".tmp-{os.getpid()}-{threading.get_native_id()}-{path.name}")
+
+
+def set_mode(path, mode):
+    """Gives a file or folder its permissions, where it has others and the file system (SMB, object stores) has any."""
+    if stat.S_IMODE(path.stat().st_mode) != mode:
+        with contextlib.suppress(OSError):
+            path.chmod(mode)
 
 
 @contextlib.contextmanager
@@ -72,7 +80,7 @@ def temporary_folder(parent):
 
 
 def check_writable(flag, folder):
-    """Creates a folder and makes sure that it can be written.
+    """Creates a folder and makes sure that files and folders can be written there and renamed, as a run does.
 
     Raises:
         InputError: it cannot; the message names the flag.
@@ -81,10 +89,12 @@ def check_writable(flag, folder):
         raise InputError(f"{flag} {folder!r} names no folder: give one.")
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):  # a name of its own: all processes of a launch pass here at once
-            pass
+        name = f".tmp-{os.getpid()}-{uuid.uuid4().hex}"  # of its own: all processes of a launch pass here at once
+        with atomic_folder(Path(folder) / name) as temporary:
+            write_json(temporary / "probe.json", {})
+        shutil.rmtree(Path(folder) / name)
     except OSError as error:
-        raise InputError(f"{flag} {folder!r} cannot be written ({error.strerror}): choose another.") from None
+        raise InputError(f"{flag} {folder!r} cannot be written ({reason(error)}): choose another.") from None
 
 
 def save_tensors(path, content):

@@ -60,6 +60,7 @@ SCHEDULE = ("schedule",)  # the same, but only where the learning rate follows a
 NOTHING = ()  # harmless: where things lie, how much is said and saved, how fast the same is computed
 
 OR_NAME = "or name"  # of a path: it may be a name on the Hub as well
+WRITTEN = "written"  # of a path: the run writes there. All others are read, and `--output_dir` is kept apart from them
 
 
 class Flag(NamedTuple):
@@ -70,7 +71,8 @@ class Flag(NamedTuple):
         decides: which of `KINDS`.
         optimizer: the value of `--optimizer` that it belongs to, or several of them; None for all.
         page: whether a visitor of the web page may set it.
-        path: whether it names files, of which only the last part is published; `OR_NAME` if it may be a name instead.
+        path: whether it names files, of which only the last part is published; `OR_NAME` if it may be a name instead,
+            `WRITTEN` if they are the run's own.
         secret: whether it is never published: a token, or what says nothing of a result.
     """
 
@@ -190,7 +192,7 @@ def published(flag, value):
     text = str(value)
     of_a_name = flag.path == OR_NAME and os.path.exists(text)
     by_itself = not flag.path and os.sep in text and (os.path.isabs(text) or os.path.exists(text))
-    if flag.path is True or isinstance(value, Path) or of_a_name or by_itself:
+    if flag.path in (True, WRITTEN) or isinstance(value, Path) or of_a_name or by_itself:
         return Path(text).resolve().name
     return text
 
@@ -280,11 +282,23 @@ def parse(parser, words, refused=None):
     found = actions(parser)
     given = frozenset(name for name, action in found.items() if said & set(action.option_strings))
     args = parser.parse_args(words, Settings({name: action.facts for name, action in found.items()}, given))
-    for name, action in found.items():
-        value = getattr(args, name)
-        if isinstance(value, str) and not action.facts.path and value != value.encode(errors="ignore").decode():
-            parser.error(f"--{name} has half of a character in it (text that is not UTF-8): write it again.")
+    check_text(parser, args)
     return args
+
+
+def check_text(parser, args):
+    """Ends with exit code 2 where a value is none: `--name=--`, or text with half of a character in it."""
+    for name in args.given:
+        value = getattr(args, name)
+        if value == []:  # what argparse makes of it
+            parser.error(f"--{name} -- gives no value: give one.")
+        try:
+            str(value).encode("utf-8")
+        except UnicodeEncodeError as error:
+            parser.error(
+                f"--{name} has {ascii(value[error.start])} in it, which is half of a character (text that is not"
+                " UTF-8): write it again."
+            )
 
 
 def apply_recipe(args, recipe):
@@ -386,7 +400,7 @@ def add_model_arguments(parser, models="Stable Diffusion 1.x or 2.x", predicts_m
         "--quantized_cache_dir",
         type=none_or_path,
         default=DEFAULT_CACHE,
-        path=True,
+        path=WRITTEN,
         decides=NOTHING,
         help="Folder of INT8 weights, quantized once and memory-mapped by every later run (0.9 GB for SD 1.5);"
         ' "none" keeps none.',
@@ -454,7 +468,7 @@ def add_training_arguments(parser, optimizer=None):
     add(
         "--output_dir",
         default="text-inversion-model",
-        path=True,
+        path=WRITTEN,
         decides=NOTHING,
         help="Folder that everything is written to.",
     )
@@ -578,7 +592,7 @@ def add_validation_arguments(parser):
         page=True,
         help="Updates between read-outs of the loss.",
     )
-    add("--logging_dir", default="logs", path=True, decides=NOTHING, help="Folder of trackers inside --output_dir.")
+    add("--logging_dir", default="logs", path=WRITTEN, decides=NOTHING, help="Folder of trackers inside --output_dir.")
     add(
         "--report_to",
         default="tensorboard",
@@ -588,23 +602,26 @@ def add_validation_arguments(parser):
     return add
 
 
+CHECKPOINTING_STEPS = 500  # at most, where nothing is said
+
+
 def add_saving_arguments(parser):
     """Adds the group "saving and resuming"; returns `add` for it."""
     add = group(parser, "saving and resuming")
     add(
         "--checkpointing_steps",
         type=int,
-        default=500,
         limits=EVERY,
         page=True,
         decides=NOTHING,
-        help="Updates between checkpoints.",
+        help=f"Updates between checkpoints. Default: {CHECKPOINTING_STEPS}, or a quarter of a run that is shorter than"
+        " four times that.",
     )
     kept = "Checkpoints of this run that are kept, the newest. Default: all."
     add("--checkpoints_total_limit", type=int, limits=COUNT, page=True, decides=NOTHING, help=kept)
     add(
         "--resume_from_checkpoint",
-        path=True,
+        path=WRITTEN,
         decides=NOTHING,
         help='Checkpoint to go on from: a checkpoint-N folder, or "latest" (which starts afresh if there is none).',
     )

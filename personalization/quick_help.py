@@ -1,9 +1,12 @@
-"""Answers `--help` of a script at once, from the generated description of its flags; imported for this effect alone.
+"""Answers `--help` of a script, and requests to stop it, at once; imported for this effect alone.
 
 The libraries of a trainer take seconds to import, and its parser stands below them. `flags.json` says the same, which
 tests/test_flags.py sees to.
 """
 
+import contextlib
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -13,10 +16,20 @@ from . import flags
 def answer(main, words):
     """Prints the help and ends the process where that is what a script of this repository was started for."""
     path = Path(getattr(main, "__file__", None) or "").resolve()
-    if path.parent == Path(__file__).resolve().parents[1] and {"-h", "--help"} & {*words}:
-        if path.name in flags.descriptions():
-            flags.described_parser(path.name).print_help()
-            sys.exit()
+    if path.parent != Path(__file__).resolve().parents[1] or path.name not in flags.descriptions():
+        return
+    if {"-h", "--help"} & {*words}:
+        flags.described_parser(path.name).print_help()
+        sys.exit()
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # until `errors.run_script` takes them
+        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
+            signal.signal(getattr(signal, name), stop)
+
+
+def stop(number, frame):
+    with contextlib.suppress(OSError):  # of a terminal that was closed
+        print("Stopped.", file=sys.stderr, flush=True)
+    os._exit(130)
 
 
 answer(sys.modules["__main__"], sys.argv[1:])

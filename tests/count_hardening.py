@@ -65,6 +65,10 @@ KINDS = {
         r"test_evaluate\.py::.*(refused|is_said|bad_input|stay|cut|whole|nan|nothing)",
         "labels, results, encoders and bases that cannot be judged, and files of a user",
     ),
+    "scales, caches, signals, cards": (
+        r"test_faults\.py",
+        "scales that lie, caches under other names, signals in every phase, names in cards, cases of other projects",
+    ),
     "embeddings": (r"test_pipeline\.py::.*(not_fit|refused|cannot|another|something)", "what the pipeline loads"),
 }
 

@@ -186,9 +186,19 @@ class World:
         return theta
 
     def restore(self):
-        """Everything as it was, to the nanosecond."""
-        shutil.rmtree(self.live)
-        shutil.copytree(self.kept, self.live)
+        """Everything as it was, to the nanosecond; what was not touched keeps the times that only the system sets."""
+        for path in [*self.live.rglob("*")]:
+            kept = self.kept / path.relative_to(self.live)
+            if path.is_symlink() or path.is_dir() != kept.is_dir():
+                path.unlink() if path.is_symlink() or not path.is_dir() else shutil.rmtree(path)
+            elif path.is_file() and not (kept.is_file() and same_file(path, kept)):
+                path.unlink()
+        for kept in self.kept.rglob("*"):
+            path = self.live / kept.relative_to(self.kept)
+            if kept.is_dir():
+                path.mkdir(exist_ok=True)
+            elif not path.exists():
+                shutil.copy2(kept, path)
 
     def files(self, group):
         """Paths of the files that belong to "base", "data", "cache", "checkpoint" or "result", in a fixed order."""
@@ -200,6 +210,11 @@ class World:
             names = [name for name in names if name.as_posix() not in USER_FILES]
         # A cache's folders end in a hash of path and time: their order must not hang on it.
         return [folder / name for name in sorted(names, key=lambda name: (name.parent.name[:8], name.name, str(name)))]
+
+
+def same_file(one, other):
+    """Whether content and time of two files are the same."""
+    return one.stat().st_mtime_ns == other.stat().st_mtime_ns and one.read_bytes() == other.read_bytes()
 
 
 # =====================================================================================================

@@ -17,6 +17,7 @@ from personalization.data import images, prompts
 from personalization.data.captions import read_captions
 from personalization.errors import InputError, first_cause, quoted, shorten
 from personalization.models import base_model
+from personalization.runs import launch
 
 
 @pytest.fixture(autouse=True)
@@ -433,16 +434,13 @@ def test_names_of_any_kind(folder, log):
 
 def test_the_output_folder_is_not_the_data_folder(folder, tmp_path):
     (tmp_path / "link").symlink_to(folder)
+    flag = "--train_data_dir"
     for output in (folder, f"{folder}/", f"{folder}/../images", tmp_path / "link"):
-        assert "is the folder of the training images: give another" in sentence(images.check_apart, folder, output)
-    assert "is the folder of the training images" in sentence(images.check_apart, tmp_path / "link", folder)
-    for name in images.WRITTEN_FOLDERS:
-        message = sentence(images.check_apart, tmp_path / name, tmp_path)
-        assert "is a folder that this run writes its own images into" in message
-    for paths in ((folder, "/out\udcff"), ("/data\udcff", folder)):
-        assert "in it, which is half of a character" in sentence(images.check_apart, *paths)
-    for output in (tmp_path, folder / "out", tmp_path / "images-2"):
-        images.check_apart(folder, output)
+        assert f" is {flag} " in sentence(launch.check_apart, flag, folder, output)
+    assert f" is {flag} " in sentence(launch.check_apart, flag, tmp_path / "link", folder)
+    assert f" lies in {flag} " in sentence(launch.check_apart, flag, folder, folder / "out" / "new")
+    assert f" holds {flag} " in sentence(launch.check_apart, flag, folder, tmp_path)
+    launch.check_apart(flag, folder, tmp_path / "images-2")
 
 
 @pytest.mark.parametrize(
@@ -450,7 +448,7 @@ def test_the_output_folder_is_not_the_data_folder(folder, tmp_path):
     [
         ({"train_data_dir": ""}, "--train_data_dir '' is empty"),
         ({"train_data_dir": None, "dataset_name": ""}, "--dataset_name '' is empty"),
-        ({"output_dir": ...}, "is the folder of the training images"),
+        ({"output_dir": ...}, "is --train_data_dir"),
         ({"placeholder_token": " <toy>"}, "--placeholder_token ' <toy>' must be one word"),
         ({"num_vectors": 75}, "--num_vectors 75 does not fit into a prompt"),
     ],

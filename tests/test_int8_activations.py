@@ -93,9 +93,11 @@ def test_another_source_is_another_calibration(train, subject, cache, few_passes
     assert kept[0] == kept[1] != kept[2]
 
 
-def test_the_calibration_is_what_training_asks(basics, few_passes):
-    """Every pass is θ and candidates a step h away, on an example and a timestep of its own."""
-    args = zoodip.parse_args(as_arguments(basics | {f"--{name}": value for name, value in SHORT.items()}))
+@pytest.mark.parametrize("directions", [8, 3, 1])
+def test_the_calibration_is_what_training_asks(basics, few_passes, directions):
+    """Every pass is θ and candidates a step h away, on an example and a timestep of its own; never more than fit."""
+    flags = SHORT | {"gn_subspace_dimension": directions}
+    args = zoodip.parse_args(as_arguments(basics | {f"--{name}": value for name, value in flags.items()}))
     base, placeholder, compute = zoodip.resolve_settings(args, torch.device("cpu"))
     pictures = zoodip.read_pictures(args)
     captions = prompts.build_prompts(pictures, placeholder, base)
@@ -116,9 +118,7 @@ def test_the_calibration_is_what_training_asks(basics, few_passes):
     inputs = calibration.draw()
     assert len(inputs) == len(candidates) == 3 and len({int(timesteps[0]) for _, timesteps, _ in inputs}) == 3
     for (sample, timesteps, conditioning), rows in zip(inputs, candidates):
-        assert (
-            len(sample) == len(timesteps) == len(conditioning) == zoodip.OPTIMIZERS["gauss_newton"].candidates_per_pass
-        )
+        assert len(sample) == len(timesteps) == len(conditioning) == zoodip.candidates_per_pass(args) <= 9
         assert sample.dtype == conditioning.dtype == torch.float32
         assert timesteps.unique().numel() == 1 and 500 <= timesteps[0] < 900
         assert torch.equal(rows[0, 0], start)

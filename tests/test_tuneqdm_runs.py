@@ -30,7 +30,7 @@ from tiny_base import build_pictures, build_tiny_base
 import train_tuneqdm_dreambooth as script
 import tuneqdm_pipeline as tuneqdm
 from personalization import flags
-from personalization.data import examples
+from personalization.data import examples, images
 from personalization.errors import DivergedError, InputError, PushError
 from personalization.files import write_json
 from personalization.models import base_model
@@ -318,9 +318,7 @@ def test_class_images_are_examples_of_their_own_prompt(basics, tmp_path, monkeyp
 
 
 def test_captions_and_prompts():
-    pictures = [
-        script.images.Picture(name, None, text) for name, text in (("a", "my {}"), ("b", None), ("c", "a dog"))
-    ]
+    pictures = [images.Picture(name, None, text) for name, text in (("a", "my {}"), ("b", None), ("c", "a dog"))]
     assert script.instance_texts(pictures, "sks {}", "dog") == ["my dog", "sks dog", "a dog"]
     assert script.instance_texts(pictures, None, "dog") == ["my dog", "a photo of a dog", "a dog"]
     with pytest.raises(InputError, match="the caption of a, 'my {}', says {} .* give --subject_name"):
@@ -705,7 +703,7 @@ PRIOR = {"with_prior_preservation": True, "class_prompt": "a star"}
         ({"subject_name": None}, "the caption of a.png, 'a {} on the beach', says {} where the subject goes"),
         ({"instance_data_dir": None}, "give either --instance_data_dir, a folder of images, or --dataset_name"),
         ({"instance_data_dir": "/nowhere"}, "--instance_data_dir '/nowhere' is not a folder"),
-        ({"output_dir": "PICTURES"}, "is the folder of the training images"),
+        ({"output_dir": "PICTURES"}, "is --instance_data_dir"),
         ({"resolution": 20}, "--resolution 20 must be divisible by 8"),
         ({"learning_rate": "inf"}, "--learning_rate inf must be a finite number"),
         ({"mixed_precision": "fp16"}, "--mixed_precision fp16 is unusably slow on a CPU"),

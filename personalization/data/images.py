@@ -1,6 +1,7 @@
 """Training pictures: read from a folder or a data set, each judged where it enters."""
 
 import hashlib
+import io
 import os
 import stat
 import warnings
@@ -10,18 +11,18 @@ from typing import NamedTuple
 import datasets
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from ..errors import InputError, first_cause, plain, quoted, shorten
 from ..logs import get_logger
-from .captions import METADATA_NAMES, check_text, check_unicode, file_key, read_captions
+from .captions import METADATA_NAMES, check_text, file_key, read_captions
 
 
 logger = get_logger(__name__)
 
 MANY_PICTURES, MANY_WARNINGS = 1000, 10
+SQUEEZED = 5 / 4  # of the sides, from which on it shows
 FOREIGN_FORMATS = set(".heic .heif .hif .jxl .dng .cr2 .cr3 .nef .arw .raf .orf .rw2 .svg".split())
-WRITTEN_FOLDERS = "samples", "validation", "reference_images"  # in --output_dir
 DEFAULT_CAPTION_COLUMN = "text"
 TEXT_TYPES = "string", "large_string", "string_view"
 
@@ -50,14 +51,31 @@ class Picture(NamedTuple):
 
 
 def to_rgb(image):
-    """Any PIL image as upright RGB: EXIF orientation applied, transparency over white, 16-bit grey scaled to 8."""
-    image = ImageOps.exif_transpose(image)
+    """Any PIL image as upright sRGB: EXIF orientation and colour profile applied, transparency over white, 16-bit grey
+    scaled to 8."""
+    image = in_srgb(ImageOps.exif_transpose(image))
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image, dtype=np.float64) / 257).clip(0, 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def in_srgb(image):
+    """A PIL image whose colours are those that a viewer shows by its embedded profile, if it has one."""
+    if not image.info.get("icc_profile") or image.mode.startswith(("I", "F")):
+        return image
+    if image.mode in ("P", "PA"):
+        image = image.convert("RGBA" if image.mode == "PA" or "transparency" in image.info else "RGB")
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
+        if "sRGB" in ImageCms.getProfileDescription(profile):  # rounding would be all that changes
+            return image
+        mode = "RGBA" if image.mode == "RGBA" else "RGB"
+        return ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode=mode)
+    except (ImageCms.PyCMSError, OSError, ValueError):  # a damaged profile, or of other colours than the image has
+        return image
 
 
 def upright_size(image):
@@ -91,34 +109,6 @@ def digest(pictures):
     for picture in pictures:
         found.update(picture.pixels.numpy().tobytes() + repr(picture.caption).encode())
     return found.hexdigest()[:16]
-
-
-def check_apart(data_dir, output_dir, flag="--train_data_dir"):
-    """Refuses a run that would write its images (loss curve, samples ...) among the pictures it learns from.
-
-    Args:
-        data_dir: of the pictures, the value of `flag`.
-        output_dir: of the run.
-
-    Raises:
-        InputError: the output folder is the data folder, or the data folder is one that a run writes; or the name of
-            one of them is not UTF-8, so that the results could not name it.
-    """
-    for name, path in ((flag, data_dir), ("--output_dir", output_dir)):
-        check_unicode(str(path), f"{name} {quoted(path, 300)}")
-    if not str(data_dir).strip():  # `read_folder` has the words for it
-        return
-    data, output = os.path.realpath(data_dir), os.path.realpath(output_dir)
-    if data == output or (os.path.isdir(output) and os.path.isdir(data) and os.path.samefile(data, output)):
-        raise InputError(
-            f"--output_dir {quoted(output_dir, 300)} is the folder of the training images: give another folder, or the"
-            " next run would learn from the loss curve of this one."
-        )
-    if os.path.dirname(data) == output and os.path.basename(data) in WRITTEN_FOLDERS:
-        raise InputError(
-            f"{flag} {quoted(data_dir, 300)} is a folder that this run writes its own images into: copy the"
-            " pictures to another folder, or give another --output_dir."
-        )
 
 
 class Entries(NamedTuple):
@@ -180,7 +170,7 @@ def read_folder(folder, resolution, center_crop, flag="--train_data_dir"):
         InputError: there is no such folder, no image in it, or its captions cannot be read.
     """
     entries = list_folder(folder, flag)
-    shown, folder = quoted(folder, 300), Path(folder)
+    shown, folder, of_class = quoted(folder, 300), Path(folder), flag == "--class_data_dir"
     captions = read_captions(folder, flag)
     foreign = f"{some(entries.foreign)} cannot be read here: save such images as JPEG or PNG"
     if entries.ignored:
@@ -194,14 +184,14 @@ def read_folder(folder, resolution, center_crop, flag="--train_data_dir"):
     listed = [(name, lambda path=folder / name: Image.open(path)) for name in entries.pictures]
     pictures = [
         picture._replace(caption=captions.get(file_key(picture.name)))
-        for picture in decode_pictures(listed, resolution, center_crop)
+        for picture in decode_pictures(listed, resolution, center_crop, " of the class" if of_class else "")
     ]
     others = sorted(captions.keys() - {file_key(picture.name) for picture in pictures})
     if others and pictures:
         logger.warning(f"The metadata lists files that are not among the images: {some(others)}.")
     if not pictures:
         looked_at = len(entries.pictures) + len(entries.ignored) + len(entries.strange)
-        advice = "put 3 to 20 pictures of your concept there"
+        advice = "empty it, and images are drawn" if of_class else "put 3 to 20 pictures of your concept there"
         if entries.foreign:
             advice = foreign
         elif entries.folders:
@@ -210,11 +200,12 @@ def read_folder(folder, resolution, center_crop, flag="--train_data_dir"):
     return pictures
 
 
-def decode_pictures(listed, resolution, center_crop):
+def decode_pictures(listed, resolution, center_crop, whose=""):
     """Decodes pictures one by one; one that cannot be decoded is skipped with a warning.
 
     Args:
         listed: (name, function that opens it as a PIL image) pairs.
+        whose: they are, for warnings.
 
     Returns:
         The `Picture`s, without captions.
@@ -238,19 +229,30 @@ def decode_pictures(listed, resolution, center_crop):
         except Exception as error:  # PIL raises nearly anything on a damaged file
             skipped.append(name)
             if len(skipped) <= MANY_WARNINGS:
-                logger.warning(f"Skipped {plain(name)}, which cannot be read as an image ({why_not(error)}).")
+                why = why_not(error)
+                logger.warning(f"Skipped {plain(name)}{whose}, which cannot be read as an image ({why}).")
             continue
         if moving:
             animated.append(name)
         if side < resolution / 8:
             tiny.append(name)
     if len(skipped) > MANY_WARNINGS:
-        logger.warning(f"Skipped {len(skipped)} of {len(listed)} files in all.")
+        logger.warning(f"Skipped {len(skipped)} of {len(listed)} files{whose} in all.")
     if animated:
         logger.warning(f"Of pictures that move or have pages, only the first is used: {some(animated)}.")
     if tiny:
         logger.warning(f"Pictures far smaller than the resolution of {resolution} will be a blur: {some(tiny)}.")
     return pictures
+
+
+def warn_about_squeezed(pictures):
+    """Says which of `Picture`s were so far from square that it shows in what is learned."""
+    shapes = {p.name: p.framing.original for p in pictures if p.framing.scaled[0] == p.framing.scaled[1]}
+    if squeezed := [name for name, shape in shapes.items() if max(shape) >= SQUEEZED * min(shape)]:
+        logger.warning(
+            f"Pictures that are far from square are squeezed, and learned like that: {some(squeezed)}; --center_crop"
+            " takes their middle instead."
+        )
 
 
 def why_not(error):
@@ -274,7 +276,7 @@ def read_dataset(name, config_name, image_column, caption_column, resolution, ce
     if not name.strip():
         raise InputError("--dataset_name '' is empty: give the id of a dataset on the Hub, or --train_data_dir.")
     try:
-        dataset = datasets.load_dataset(name, config_name, split="train")
+        dataset = saved_dataset(name) or datasets.load_dataset(name, config_name, split="train")
     except Exception as error:  # datasets raises its own, huggingface_hub's, pyarrow's and OS errors here
         raise InputError(
             f"--dataset_name {shown} cannot be loaded ({first_cause(error)}): check the name, --dataset_config_name,"
@@ -306,6 +308,14 @@ def read_dataset(name, config_name, image_column, caption_column, resolution, ce
             " or another --image_column."
         )
     return pictures
+
+
+def saved_dataset(name):
+    """The dataset, or its train split, in a folder that `save_to_disk` wrote; None for any other."""
+    if not any(os.path.isfile(os.path.join(name, file)) for file in ("state.json", "dataset_dict.json")):
+        return None
+    dataset = datasets.load_from_disk(name)
+    return dataset["train"] if isinstance(dataset, datasets.DatasetDict) else dataset
 
 
 def check_columns(dataset, shown, image_column, caption_column):

@@ -1,5 +1,6 @@
 """The new word and its prompts: captions or templates as token ids."""
 
+import re
 from typing import NamedTuple
 
 import torch
@@ -48,14 +49,44 @@ class Placeholder(NamedTuple):
         """`text` with the placeholder where it says {}."""
         return text.replace("{}", self.token)
 
+    def is_in(self, text):
+        """Whether `text` names it, as the tokenizer reads it."""
+        return re.search(re.escape(self.token), text, re.IGNORECASE) is not None
+
     def expand(self, text):
         """`text` with all vectors of the placeholder where it says {} or names it."""
-        return self.fill(text).replace(self.token, " ".join(self.names))
+        names = " ".join(self.names)
+        return re.sub(re.escape(self.token), lambda _: names, self.fill(text), flags=re.IGNORECASE)
 
 
 def placeholder_names(token, num_vectors):
     """The names diffusers gives the vectors of a multi-vector token: tok, tok_1, tok_2, ..."""
     return [token] + [f"{token}_{i}" for i in range(1, num_vectors)]
+
+
+def as_tokenized(tokenizer, token):
+    """A word as the tokenizer reads it, which is the name that is trained and saved: CLIP's knows no capitals.
+
+    Programs that compare names as they were typed would not find it otherwise, or all vectors but the first.
+    """
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    name = token if normalizer is None else normalizer.normalize_str(token)
+    if name != token:
+        logger.warning(f"--placeholder_token {token!r} is {name!r} to the tokenizer: it is learned under that name.")
+    return name
+
+
+QUOTES = "'\"`´‘’‚‛“”„‟«»‹›"
+
+
+def check_quotes(text, flag):
+    """Refuses a word that still has its quotes around it, which were meant for the shell.
+
+    Raises:
+        InputError: it has; the sentence names the word that was meant.
+    """
+    if len(text) > 2 and text[0] in QUOTES and text[-1] in QUOTES and (meant := text.strip(QUOTES)):
+        raise InputError(f"{flag} {quoted(text)} has quotes around it, which became part of it: give {quoted(meant)}.")
 
 
 def add_placeholder(tokenizer, token, num_vectors, initializer_token, partners=()):
@@ -74,6 +105,8 @@ def add_placeholder(tokenizer, token, num_vectors, initializer_token, partners=(
             ' "<my-dog>".'
         )
     check_unicode(initializer_token, "--initializer_token")
+    for text, flag in ((token, "--placeholder_token"), (initializer_token, "--initializer_token")):
+        check_quotes(text, flag)
     room = words_in_prompt(tokenizer)
     if num_vectors > room:
         raise InputError(
@@ -130,7 +163,7 @@ def build_prompts(pictures, placeholder, base, learnable_property="object"):
     rows_of_text, prompts_of_image, of_templates = {}, [], {placeholder.expand(text) for text in templates}
     for picture in pictures:
         caption = picture.caption
-        if caption is not None and "{}" not in caption and placeholder.token not in caption:
+        if caption is not None and "{}" not in caption and not placeholder.is_in(caption):
             raise InputError(
                 f"the caption of {plain(picture.name)}, {quoted(caption)}, does not say where the concept goes: put"
                 f" {{}} or {plain(placeholder.token)} there."

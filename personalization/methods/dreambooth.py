@@ -1,10 +1,14 @@
 """What DreamBooth trainers share: subject and class, their pictures and prompts, the loss with prior preservation."""
 
+import contextlib
+import hashlib
 import itertools
 import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import filelock
 import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
@@ -28,6 +32,8 @@ logger = get_logger(__name__)
 # =====================================================================================================
 
 PRIOR_DEFAULTS = {"num_class_images": 100, "prior_loss_weight": 1.0}  # where the prior is preserved
+
+CROPS = "Crop the centre square: here always, as diffusers' scripts crop."  # help of --center_crop
 
 REFUSED_FLAGS = {
     "--train_text_encoder": "the text encoder is frozen, and leaves once the prompts are encoded: drop it.",
@@ -98,6 +104,10 @@ def check_subject_arguments(parser, args):
         value = getattr(args, name)
         if value is not None and not value.strip():
             parser.error(f"--{name} is empty: drop it or say something.")
+        try:
+            prompts.check_quotes(value or "", f"--{name}")
+        except InputError as error:
+            parser.error(str(error))
     if args.subject_name is not None and "{}" in args.subject_name:
         parser.error("--subject_name is what {} stands for: give words without {}.")
     if "{}" in (args.class_prompt or ""):
@@ -105,14 +115,20 @@ def check_subject_arguments(parser, args):
 
 
 def check_class_folder(args):
-    """Makes sure that class images can be written, and are not mixed with the subject's.
+    """Makes sure that missing class images can be written, and are not mixed with the subject's.
 
     Raises:
         InputError: they cannot, or would be.
     """
-    check_writable("--class_data_dir", args.class_data_dir)
+    if not os.path.isdir(args.class_data_dir) or missing_class_images(args) > 0:
+        check_writable("--class_data_dir", args.class_data_dir)
     if args.instance_data_dir is not None and os.path.samefile(args.class_data_dir, args.instance_data_dir):
         raise InputError("--class_data_dir is --instance_data_dir: give a folder of its own for class images.")
+
+
+def missing_class_images(args):
+    """How many class images are to be drawn."""
+    return args.num_class_images - len(images.list_folder(args.class_data_dir, "--class_data_dir").pictures)
 
 
 # =====================================================================================================
@@ -216,8 +232,8 @@ class Subject:
 
 
 def read_instances(args, resolution=None):
-    """The `Picture`s of the subject, in `--resolution` or another."""
-    options = resolution or args.resolution, args.center_crop
+    """The `Picture`s of the subject, in `--resolution` or another: centre squares, as diffusers' scripts crop them."""
+    options = resolution or args.resolution, True
     if args.instance_data_dir is not None:
         return images.read_folder(args.instance_data_dir, *options, "--instance_data_dir")
     names = args.dataset_name, args.dataset_config_name, args.image_column, args.caption_column
@@ -227,6 +243,8 @@ def read_instances(args, resolution=None):
 def read_class(args, base, compute, load_unet):
     """The `Picture`s of the class; those that are missing are drawn first, by the quantized base.
 
+    Processes that share the folder, of one launch or of several, fill it one after the other.
+
     Args:
         args: resolved settings.
         base: `Base`.
@@ -234,28 +252,56 @@ def read_class(args, base, compute, load_unet):
         load_unet: loads the frozen UNet; called only where images are missing.
     """
     folder = Path(args.class_data_dir)
-    missing = args.num_class_images - len(images.list_folder(folder, "--class_data_dir").pictures)
-    if missing > 0:
-        logger.info(f"Drawing {missing} class images of {args.class_prompt!r} into {folder}")
-        unet = load_unet()
-        text_encoder = base_model.load_text_encoder(base, compute.dtype).to(compute.device)
-        pipeline = validation.open_pipeline(base, text_encoder, unet, compute)
-        paths = ((number, folder / f"class-{number:06d}.png") for number in itertools.count())
-        free = itertools.islice(((number, path) for number, path in paths if not path.exists()), missing)
-        for number, path in tqdm(free, desc="Class images", total=missing):
-            seed = args.seed + CLASS_SEEDS + number
-            with torch.inference_mode():
-                image = validation.draw_image(pipeline, args.class_prompt, seed, **drawing_options(args))
-            with atomic_path(path) as temporary:
-                image.save(temporary)
-        del unet, text_encoder, pipeline
-        memory.release_freed_memory()
+    with lone_process(folder) if missing_class_images(args) > 0 else contextlib.nullcontext():
+        missing = missing_class_images(args)
+        if missing > 0:
+            draw_class(args, folder, missing, base, compute, load_unet)
     return read_class_folder(args, args.resolution)
 
 
+@contextlib.contextmanager
+def lone_process(folder):
+    """Waits until no other process of this machine fills a folder; the lock is no file in it."""
+    name = hashlib.sha256(os.path.realpath(folder).encode()).hexdigest()[:20]
+    lock = filelock.FileLock(Path(tempfile.gettempdir()) / f"zoodip-class-images-{name}.lock")
+    with contextlib.suppress(OSError, NotImplementedError):  # of another user: then several may draw the same
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def draw_class(args, folder, missing, base, compute, load_unet):
+    """Draws class images; arguments as `read_class`."""
+    logger.info(f"Drawing {missing} class images of {args.class_prompt!r} into {folder}")
+    unet = load_unet()
+    text_encoder = base_model.load_text_encoder(base, compute.dtype).to(compute.device)
+    pipeline = validation.open_pipeline(base, text_encoder, unet, compute)
+    paths = ((number, folder / f"class-{number:06d}.png") for number in itertools.count())
+    free = itertools.islice(((number, path) for number, path in paths if not path.exists()), missing)
+    for number, path in tqdm(free, desc="Class images", total=missing):
+        seed = args.seed + CLASS_SEEDS + number
+        with torch.inference_mode():
+            image = validation.draw_image(pipeline, args.class_prompt, seed, **drawing_options(args))
+        with atomic_path(path) as temporary:
+            image.save(temporary)
+    del unet, text_encoder, pipeline
+    memory.release_freed_memory()
+
+
 def read_class_folder(args, resolution):
-    """The `Picture`s of the class that are there, in a resolution."""
-    pictures = images.read_folder(args.class_data_dir, resolution, args.center_crop, "--class_data_dir")
+    """The `Picture`s of the class that are there, in a resolution.
+
+    Raises:
+        InputError: there are too few that can be read.
+    """
+    pictures = images.read_folder(args.class_data_dir, resolution, True, "--class_data_dir")
+    if len(pictures) < args.num_class_images:
+        raise InputError(
+            f"--class_data_dir {args.class_data_dir!r} has {len(pictures)} images that can be read, and"
+            f" --num_class_images are {args.num_class_images}: delete the others, which are drawn again."
+        )
     return pictures[: args.num_class_images]
 
 

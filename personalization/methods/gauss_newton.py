@@ -108,7 +108,7 @@ class GaussNewton:
         self.information.mul_(kept[:, None]).mul_(kept)
         self.information[block] += matrix
         damped = self.information[block] + self.prior * torch.eye(len(matrix), dtype=torch.float64)
-        along = -torch.linalg.solve(damped, gradient).to(self.directions)
+        along = -torch.linalg.solve_ex(damped, gradient)[0].to(self.directions)  # numbers that are none do not raise
         step = torch.tensordot(along, self.directions[looked], dims=1)
         return step * (self.max_step / step.norm().clamp(min=self.max_step))
 

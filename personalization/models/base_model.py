@@ -4,6 +4,7 @@ A base is judged as a whole before anything slow: `open_base` reads its small fi
 they fit each other, `check_weights` compares the headers of all weight files with them.
 """
 
+import contextlib
 import fnmatch
 import hashlib
 import json
@@ -122,8 +123,8 @@ class Base:
 
 
 def small_files():
-    """Patterns of the files that tell what a base is, without its weights."""
-    patterns = ["model_index.json", "scheduler/*.json"]
+    """Patterns of the files that tell what a base is, and under which terms, without its weights."""
+    patterns = ["README.md", "model_index.json", "scheduler/*.json"]
     for family in families.FAMILIES.values():
         patterns += [f"{name}/*" for name in family.tokenizers]
         patterns += [f"{name}/config.json" for name in family.components]
@@ -506,9 +507,13 @@ def find_weight_files(base, component):
     of_text = issubclass(base.family.classes[component], PreTrainedModel)
     stem = "model" if of_text else "diffusion_pytorch_model"
     folder = base.root / component
+    files = None
     if base.root != Path(source.name):
-        download_weights(base, component, stem)
-    files = weight_files.find_files(folder, stem, source.variant, label)
+        with contextlib.suppress(InputError):  # whole files of this commit are not asked for again
+            files = weight_files.find_files(folder, stem, source.variant, label)
+        if files is None:
+            download_weights(base, component, stem)
+    files = files or weight_files.find_files(folder, stem, source.variant, label)
     known = {name: tuple(tensor.shape) for name, tensor in empty_model(base, component).state_dict().items()}
     missing = set(known)
     for path in files:
@@ -586,13 +591,15 @@ def stored_tensors(files, kind=None):
     """(name, tensor) of the safetensors files of a model of a class, one memory-mapped tensor at a time.
 
     Raises:
-        InputError: a file cannot be read.
+        InputError: a file cannot be read, or holds what are no weights (`weight_files.check_values`).
     """
     for path in files:
         try:
             with safe_open(path, framework="pt") as tensors:
                 names = list(tensors.keys())
             for name in names:
+                with safe_open(path, framework="pt") as tensors:
+                    weight_files.check_values(path, name, tensors.get_tensor(name))
                 with safe_open(path, framework="pt") as tensors:  # opened anew, so that pages read before leave
                     value = tensors.get_tensor(name)
                 yield current_name(name, kind), value

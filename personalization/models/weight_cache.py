@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..errors import InputError
-from ..files import check_writable, replace_folder
+from ..files import check_writable, replace_folder, set_mode
 
 
 logger = logging.getLogger(__name__)
@@ -141,7 +141,8 @@ def remove(path):
 def source_key(files, *settings):
     """A name for what is derived from weight files under `settings` (anything with a faithful `repr`).
 
-    Files of the Hub's cache are named by the hash of their content; others are told apart by path, size and time.
+    Files of the Hub's cache are named by the hash of their content; others are told apart by path, size and times, of
+    which the system sets the last one itself whenever the content changes.
 
     Returns:
         20 hexadecimal digits.
@@ -151,7 +152,8 @@ def source_key(files, *settings):
         if re.fullmatch(r"[0-9a-f]{64}", path.name):
             identities.append(path.name)
         else:
-            identities.append((str(path), path.stat().st_size, path.stat().st_mtime_ns))
+            facts = path.stat()
+            identities.append((str(path), facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns))
     return hashlib.sha256(repr((identities, settings)).encode()).hexdigest()[:20]
 
 
@@ -175,17 +177,22 @@ def checksum(path):
     return value
 
 
-def write_manifest(folder):
-    """Says of every file in a folder how large it is and what its checksum is."""
+def write_manifest(folder, name=None):
+    """Says of every file in a folder how large it is and what its checksum is; and the entry's name, if it differs.
+
+    The name has the key of what the entry was made from: under another one it is another's.
+    """
     files = {p.name: {"size": p.stat().st_size, "crc32": checksum(p)} for p in sorted(Path(folder).iterdir())}
-    (Path(folder) / MANIFEST).write_text(json.dumps({"files": files}, indent=2) + "\n", encoding="utf-8")
+    content = {"entry": name or Path(folder).name, "files": files}
+    (Path(folder) / MANIFEST).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def find_damage(folder, expected=None):
+def find_damage(folder, expected=None, name=None):
     """Compares an entry with its manifest.
 
     Args:
         folder: of the entry.
+        name: of the entry, if it is not the folder's.
         expected: name -> (shape, dtype) of the tensors that its safetensors files must hold; None: they hold none.
 
     Returns:
@@ -193,7 +200,10 @@ def find_damage(folder, expected=None):
     """
     folder = Path(folder)
     try:
-        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        files = manifest["files"]
+        if manifest.get("entry") != (name or folder.name):
+            return "it is another's"
         there = {path.name for path in folder.iterdir()} - {MANIFEST}
         if there != files.keys() or not files:
             return "files are missing or do not belong there"
@@ -236,9 +246,9 @@ def provide(folder, write, expected=None):
         with temporary_entry(folder) as temporary:
             write(temporary)
             for path in temporary.iterdir():  # safetensors writes for its owner alone
-                path.chmod(0o666 & ~current_umask())
-            write_manifest(temporary)
-            damage = find_damage(temporary, expected)
+                set_mode(path, 0o666 & ~current_umask())
+            write_manifest(temporary, folder.name)
+            damage = find_damage(temporary, expected, folder.name)
             if damage is not None:
                 raise OSError(damage)
             if find_damage(folder, expected) is not None:  # no other process was faster, whose files may be in use
@@ -264,7 +274,7 @@ def temporary_entry(folder):
     prefix = f".tmp-{os.getpid()}@{host_name()}@-{folder.name}-"
     temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
     try:
-        temporary.chmod(0o777 & ~current_umask())  # mkdtemp's is for its owner alone
+        set_mode(temporary, 0o777 & ~current_umask())  # mkdtemp's is for its owner alone
         yield temporary
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -157,3 +157,22 @@ def what_is_wrong(path, error):
         return "is a git-lfs pointer and not the weights themselves: run git lfs pull in the model's folder."
     reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
     return f"is cut or damaged, {size} bytes ({reason}): get it again."
+
+
+LARGEST_WEIGHT = 1e30  # sums of larger ones overflow
+
+
+def check_values(path, name, tensor):
+    """Judges a tensor of a file: weights are finite numbers that can be computed with.
+
+    Raises:
+        InputError: they are not.
+    """
+    if not tensor.is_floating_point() or not tensor.numel():
+        return
+    low, high = (tensor.float() if tensor.element_size() == 1 else tensor).aminmax()  # NaN, if there is one
+    if not (low >= -LARGEST_WEIGHT and high <= LARGEST_WEIGHT):
+        raise InputError(
+            f"{path}: the weights hold NaN or infinity in {name[:100]!r}, or numbers beyond {LARGEST_WEIGHT:g}, as"
+            " damage or a training that diverged leave them: get the model again, or choose another one."
+        )

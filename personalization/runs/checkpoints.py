@@ -23,7 +23,7 @@ MANIFEST = "manifest.json"  # {"run": id, "step": N, "files": {name: {"size", "s
 PROCESSES = "number of processes"
 
 
-def trajectory_settings(args, weights, num_processes, pictures):
+def trajectory_settings(args, weights, num_processes, pictures, uses_length=False):
     """Everything that decides a run's trajectory: a checkpoint only resumes under the same.
 
     Args:
@@ -31,11 +31,12 @@ def trajectory_settings(args, weights, num_processes, pictures):
         weights: `base_model.weights_digest`.
         num_processes: processes of the launch.
         pictures: `images.Picture`s, which are told apart by pixels and caption.
+        uses_length: whether the course depends on the length of the run, even at a constant learning rate.
 
     Returns:
         dict, JSON-ready.
     """
-    scheduled = () if args.lr_scheduler.startswith("constant") else ("schedule",)
+    scheduled = () if args.lr_scheduler.startswith("constant") and not uses_length else ("schedule",)
     settings = args.deciding("run", *scheduled)
     found = {PROCESSES: num_processes, "weights of the model": weights, "training data": digest(pictures)}
     return settings | found
@@ -117,9 +118,13 @@ def check_hashes(path, names):
             raise DamagedError(f"{name} is not what was written")
 
 
+ONCE_COMPARED = ("max_train_steps", "center_crop")  # by earlier versions, where they do not count
+
+
 def changed_settings(before, now):
     """The settings that differ, in words."""
     now = json.loads(json.dumps(now))
+    before = {name: value for name, value in before.items() if name in now or name not in ONCE_COMPARED}
     changed = [name for name in {**now, **before} if before.get(name) != now.get(name)]
     return ", ".join(f"{name} ({before.get(name)!r}, now {now.get(name)!r})" for name in changed)
 

@@ -5,11 +5,13 @@ import glob
 import json
 import logging
 import os
+import re
 import shlex
 import shutil
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import quote
 
 import jinja2
 from huggingface_hub import (
@@ -25,7 +27,7 @@ from huggingface_hub.utils import HfHubHTTPError, HFValidationError, validate_re
 from huggingface_hub.utils._http import default_client_factory
 from safetensors import safe_open
 
-from ..errors import InputError, PushError, reason
+from ..errors import InputError, PushError, Stopped, reason
 from ..files import atomic_path, check_writable, read_json, sha256, write_json
 from ..models.families import FAMILIES, SD1
 from . import run_folder
@@ -222,6 +224,39 @@ def write_config(results, config, publication, repo_id=None):
     write_model_card(results.folder, config, publication, repo_id)
 
 
+def one_line(value):
+    """A value as a card shows it, and what is in it: text on one line, without what cannot be seen."""
+    if isinstance(value, dict):
+        return {one_line(key): one_line(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [one_line(each) for each in value]
+    if not isinstance(value, str):
+        return value
+    return " ".join("".join(c if c.isprintable() else " " for c in value).split())
+
+
+def as_text(value):
+    """Anything as Markdown that shows it and means nothing else, in a table, too."""
+    return re.sub(r"([\\`*_\[\]<>#|~!&])", r"\\\1", one_line(str(value)))
+
+
+def as_code(value):
+    """Anything as a code span of Markdown."""
+    text = one_line(str(value)) or " "
+    fence = "`" * (max(map(len, re.findall("`+", text)), default=0) + 1)
+    return f"{fence} {text} {fence}" if "`" in text else f"`{text}`"
+
+
+def as_cell(value):
+    """`as_code` in a table."""
+    return as_code(value).replace("|", "\\|")
+
+
+def as_python(value):
+    """Text as a literal of Python, which ends no block of code."""
+    return json.dumps(value, ensure_ascii=False).replace("`", "\\u0060")
+
+
 def write_model_card(output_dir, config, publication, repo_id=None):
     """Fills the template into `README.md`, from the config and the files that the run recorded there as its own.
 
@@ -250,15 +285,18 @@ def write_model_card(output_dir, config, publication, repo_id=None):
         library_name="diffusers",
         pipeline_tag="text-to-image",
         tags=list(dict.fromkeys([*config.get("tags", ()), *publication.tags, family.tag])),
-        instance_prompt=token,
-        widget=[{"text": prompt, "output": {"url": url}} for url in samples] or None,
+        instance_prompt=one_line(token),
+        widget=[{"text": one_line(prompt), "output": {"url": url}} for url in samples] or None,
         **config["base_license"],
     )
     name = repo_id.split("/")[-1] if repo_id else output_dir.resolve().name
+    linked = not local and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base)
     pipeline = publication.pipeline_file(config)
     values = {
-        **{key: config[key] for key in "method placeholder_token settings components figures hardware".split()},
-        "scales": config.get("scales"),
+        **{"text": as_text, "code": as_code, "cell": as_cell, "python": as_python},  # how cards show what users wrote
+        **one_line({key: config[key] for key in "method settings components figures hardware".split()}),
+        "placeholder_token": token,
+        "scales": one_line(config.get("scales")),
         "paired": len(family.text_encoders) > 1,
         "pipeline_class": family.pipeline.__name__,
         "denoiser": family.denoiser,
@@ -268,11 +306,11 @@ def write_model_card(output_dir, config, publication, repo_id=None):
         "concept": repo_id or f"./{name}",
         "pipeline_source": repo_id or (pipeline and f"./{pipeline.name}"),
         "base_model": f"path/to/{base}" if local else base,
-        "base_link": f"the local model `{base}`" if local else f"[{base}](https://huggingface.co/{base})",
+        "base_link": f"[{base}](https://huggingface.co/{base})" if linked else f"the local model {as_cell(base)}",
         "base_is_local": local,
-        "prompt": json.dumps(prompt, ensure_ascii=False),
+        "prompt": as_python(prompt),
         "samples": samples,
-        "reference_images": references,
+        "reference_images": list(map(quote, references)),
         "has_best": publication.best_name in own,
         "has_loss_curve": "loss_curve.png" in own,
         "scores": config.get("scores", {}),
@@ -315,11 +353,13 @@ def push_to_hub(output_dir, config, publication, repo_id, token):
         if settings.get("save_as_full_pipeline") and names:
             names = [name.removeprefix(f"{run_folder.PIPELINE}/") for name in names]
             commit = _upload(output_dir / run_folder.PIPELINE, names, **to)
-    except Exception as error:  # huggingface_hub, httpx and OS errors alike: nothing is lost, and the user is told how
-        raise PushError(
-            f"the run in {output_dir} is finished and safe, but not on the Hub"
-            f" ({hub_reason(error, token or get_token())}); push it later with: python {publication.script.name}"
-            f" --push_only --output_dir {shlex.quote(str(output_dir))} --hub_model_id {repo_id}"
+    except (Exception, KeyboardInterrupt) as error:  # huggingface_hub, httpx and OS errors alike: nothing is lost
+        stopped = isinstance(error, KeyboardInterrupt)
+        why = "it was stopped" if stopped else hub_reason(error, token or get_token())
+        raise (Stopped if stopped else PushError)(
+            f"the run in {output_dir} is finished and safe, but not on the Hub ({why}); push it later with: python"
+            f" {publication.script.name} --push_only --output_dir {shlex.quote(str(output_dir))} --hub_model_id"
+            f" {repo_id}"
         ) from None
     return commit.commit_url
 

@@ -2,33 +2,36 @@
 
 import logging
 import math
+import os
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 
-from ..data.images import check_apart
-from ..errors import InputError, reason
+from ..errors import InputError, quoted, reason
 from ..files import check_writable
-from ..flags import DEFAULT_CACHE
+from ..flags import CHECKPOINTING_STEPS, DEFAULT_CACHE, OR_NAME
+from ..logs import get_logger
 from ..models import memory, weight_cache
+from ..models.compute import DTYPES
 
 
-INPUT_FOLDERS = ("train_data_dir", "instance_data_dir", "class_data_dir")
+logger = get_logger(__name__)
 
 
 def open_folders(args):
     """Makes sure that a run can write to its folder and to the cache of quantized weights, or completes where that is.
 
-    Pictures that it learns from may not lie in the folder that it writes to.
-
     Raises:
-        InputError: it cannot, or its logs would not go into its folder; the message names the flag.
+        InputError: it cannot, its folder is not apart from what it reads, or its logs would not go into it; the
+            message names the flag.
     """
-    for name in INPUT_FOLDERS:
-        if getattr(args, name, None) is not None:
-            check_apart(getattr(args, name), args.output_dir, f"--{name}")
+    for name, flag in args.declared.items():
+        value = getattr(args, name)
+        if value and (flag.path is True or flag.path == OR_NAME and os.path.exists(value)):
+            check_apart(f"--{name}", value, args.output_dir)
     output_dir = Path(args.output_dir)
     check_writable("--output_dir", args.output_dir)
     if not (output_dir / args.logging_dir).resolve().is_relative_to(output_dir.resolve()):
@@ -40,20 +43,96 @@ def open_folders(args):
         args.quantized_cache_dir = cache
 
 
+def check_apart(flag, path, output_dir):
+    """Refuses an output folder that is in, over or under what a run reads.
+
+    A run moves what others left in its folder aside, and a later one would learn from the pictures of this one.
+
+    Args:
+        flag: that names what is read.
+        path: its value.
+        output_dir: of the run.
+
+    Raises:
+        InputError: they are not apart.
+    """
+    read, written = Path(os.path.realpath(path)), Path(os.path.realpath(output_dir))
+    same = read == written or os.path.exists(read) and os.path.exists(written) and os.path.samefile(read, written)
+    where = "is" if same else "lies in" if written.is_relative_to(read) else "holds"
+    if where != "holds" or read.is_relative_to(written):
+        raise InputError(
+            f"--output_dir {quoted(output_dir, 300)} {where} {flag} {quoted(path, 300)}: give a folder apart from what"
+            " the run reads."
+        )
+
+
 def start(args):
-    """The `Accelerator` of this process, with logging, memory and the precision of float32 products set up."""
+    """The `Accelerator` of this process, with logging, memory and the precision of float32 products set up.
+
+    Raises:
+        InputError: accelerate's launch or configuration asks for what there is not.
+    """
     memory.keep_freed_blocks(1)  # MB: what is loaded once goes back to the system
     logging_dir = Path(args.output_dir) / args.logging_dir
+    logging.basicConfig(format="%(asctime)s - %(levelname)s - %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
+    check_engines()
     accelerator = Accelerator(
         mixed_precision="no",  # weights and activations are cast once, by hand: autocast would cast them every step
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=logging_dir),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=GROUP_SECONDS))],
     )
-    logging.basicConfig(format="%(asctime)s - %(levelname)s - %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
+    check_world(accelerator)
+    take_precision(args, accelerator.device)
     for name in ("httpx", "httpx2"):  # a line for every request to the Hub
         logging.getLogger(name).setLevel(logging.WARNING)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
     return accelerator
+
+
+# Seconds that a process waits for the others of its launch, which may be drawing validation images.
+GROUP_SECONDS = float(os.environ.get("ZOODIP_GROUP_TIMEOUT", 600))
+ENGINES = {"DEEPSPEED": "DeepSpeed", "FSDP": "FSDP", "MEGATRON_LM": "Megatron-LM"}  # ACCELERATE_USE_...
+
+
+def check_engines():
+    """Refuses what accelerate's launch or configuration would wrap around a model, before it fails there.
+
+    Raises:
+        InputError: it is to be wrapped.
+    """
+    for name, engine in ENGINES.items():
+        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true", "yes"):
+            raise InputError(
+                f"accelerate is set up for {engine}, which shards models that are trained, and here next to nothing"
+                " is: start the script with python, or by accelerate launch with a configuration without it."
+            )
+
+
+def check_world(accelerator):
+    """Makes sure that the processes of a launch know each other.
+
+    Raises:
+        InputError: each is alone.
+    """
+    started = int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
+    if started != accelerator.num_processes:
+        raise InputError(
+            f"the launch started {started} processes, and each of them is alone: on {accelerator.device.type} they"
+            " cannot work together as accelerate is set up; give accelerate launch --cpu, or --num_processes 1."
+        )
+
+
+def take_precision(args, device):
+    """Takes `--mixed_precision` of accelerate's launch or configuration, where the script was given none."""
+    wanted = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if wanted == "no" or args.mixed_precision is not None:
+        return
+    if wanted in DTYPES and (wanted, device.type) != ("fp16", "cpu"):
+        args.mixed_precision = wanted
+        logger.info(f"--mixed_precision {wanted} is taken from accelerate's launch.")
+    else:
+        logger.warning(f"accelerate's mixed_precision {wanted} is not for {device.type} here and is not taken.")
 
 
 def start_trackers(accelerator, name, args):
@@ -73,7 +152,7 @@ def start_trackers(accelerator, name, args):
 
 
 def settle(args, num_examples, num_processes, default):
-    """Completes the last of the settings, the length, which is known once the pictures are, and freezes them all.
+    """Completes the last of the settings, the length and what follows from it, and freezes them all.
 
     Args:
         args: settings.
@@ -86,4 +165,6 @@ def settle(args, num_examples, num_processes, default):
         args.max_train_steps = args.num_train_epochs * math.ceil(num_examples / per_update)
     elif args.max_train_steps is None:
         args.max_train_steps = default
+    if args.checkpointing_steps is None:  # so that no run is without
+        args.checkpointing_steps = min(CHECKPOINTING_STEPS, math.ceil(args.max_train_steps / 4))
     args.freeze()

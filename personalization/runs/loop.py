@@ -1,17 +1,16 @@
 """Around the training loop of every trainer: the run and how far it is, its log, requests to stop, its end."""
 
 import contextlib
-import signal
-import threading
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from ..errors import reason
+from ..errors import Stopped, handled, leave_terminal, reason
 from ..flags import Settings
 from ..logs import get_logger
 from ..models.base_model import Base
@@ -81,9 +80,22 @@ class Run:
 
     def save_checkpoint(self):
         """Writes a checkpoint, and deletes the oldest ones above `--checkpoints_total_limit`."""
-        step, generators = self.progress.step, self.learner.generators()
+        args, step, generators = self.args, self.progress.step, self.learner.generators()
         state = checkpoints.CheckpointState(step, self.state_dict(), generators, self.settings, self.id)
-        checkpoints.save_checkpoint(self.accelerator, self.output_dir, state, self.args.checkpoints_total_limit)
+        checkpoints.save_checkpoint(self.accelerator, self.output_dir, state, args.checkpoints_total_limit)
+
+    def stopped(self):
+        """The `Stopped` that says what is safe."""
+        name = next(
+            (
+                path.name
+                for path in reversed(checkpoints.list_checkpoints(self.output_dir))
+                if checkpoints.owner_of(path) == self.id
+            ),
+            None,
+        )
+        go_on = f"--resume_from_checkpoint latest goes on from {name}" if name else "there is no checkpoint yet"
+        return Stopped(f"Stopped at step {self.progress.step}; {go_on}.")
 
     def begin(self, publication, checkpoint):
         """Takes the run up where a `Checkpoint` has it (None: at its start), opens its results and its trackers.
@@ -167,30 +179,59 @@ def progress_bar(accelerator, step, steps):
 
 
 @contextlib.contextmanager
-def stop_requests(accelerator):
-    """Lets Ctrl+C or SIGTERM end a training loop cleanly, after the step and with a checkpoint; a second one at once.
-
-    In a launch of several processes, which would stop at different steps, and outside the main thread, signals keep
-    what they do.
+def stop_requests(run):
+    """Lets `SIGNALS` end a training loop cleanly, after the step and with a checkpoint; a later second one at once.
 
     Yields:
-        Function without arguments: whether the loop is to write a checkpoint and raise `KeyboardInterrupt`.
+        Function of whether this step reads out what the device has: whether the loop is to write a checkpoint and
+        raise `KeyboardInterrupt`. Several processes, which are asked at different steps, agree when they read out.
+
+    Raises:
+        Stopped: the loop was left for such a request; the sentence says what is safe.
     """
-    requested = []
+    requested, several = [], run.accelerator.num_processes > 1
 
     def request(number, frame):
-        requested.append(number)
-        for name, before in handlers.items():
-            signal.signal(name, before)
+        leave_terminal(number)
+        requested.append(time.monotonic())
+        if requested[-1] - requested[0] > REPEATED_SECONDS:
+            raise KeyboardInterrupt
 
-    alone = accelerator.num_processes == 1 and threading.current_thread() is threading.main_thread()
-    signals = (signal.SIGINT, signal.SIGTERM) if alone else ()
-    handlers = {number: signal.signal(number, request) for number in signals}
+    def stop_requested(reads_out):
+        if not (several and reads_out):
+            return bool(requested) and not several
+        asked = torch.tensor(float(bool(requested)), device=run.accelerator.device)
+        return run.accelerator.reduce(asked).item() > 0
+
+    with handled(request):
+        try:
+            yield stop_requested
+        except KeyboardInterrupt:
+            raise run.stopped() from None
+    if requested:  # after the last step
+        raise KeyboardInterrupt
+
+
+# A launcher passes on the Ctrl+C that its processes have had already: within this time it is the same request.
+REPEATED_SECONDS = 2
+
+
+@contextlib.contextmanager
+def stoppable(run):
+    """Around training and all that follows: `SIGNALS` end it with what is learned in a checkpoint, and say so.
+
+    Raises:
+        Stopped: with that sentence.
+    """
     try:
-        yield lambda: bool(requested)
-    finally:
-        for number, before in handlers.items():
-            signal.signal(number, before)
+        yield
+    except Stopped:
+        raise
+    except KeyboardInterrupt:
+        with handled(lambda number, frame: leave_terminal(number)):
+            if run.is_over and run.accelerator.num_processes == 1:
+                run.save_checkpoint()
+            raise run.stopped() from None
 
 
 def log_components(components):

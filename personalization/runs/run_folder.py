@@ -18,7 +18,7 @@ from pathlib import Path
 import filelock
 from accelerate.utils import broadcast_object_list
 
-from ..errors import InputError, RunError, is_outside, reason
+from ..errors import InputError, RunError, Stopped, is_outside, reason
 from ..files import read_json, sha256
 from ..logs import get_logger
 from .checkpoints import list_checkpoints
@@ -89,11 +89,16 @@ def remove_leftovers(output_dir):
 
 @contextlib.contextmanager
 def saying_what_is_safe(output_dir):
-    """Turns a failure of disk, memory or network into a `RunError` that also says where to go on from."""
+    """Turns a failure of disk, memory or network into a `RunError` that also says where to go on from.
+
+    A request to stop, before there is a run that could be stopped (`loop.stoppable`), becomes a sentence as well.
+    """
     try:
         yield
-    except (InputError, RunError):
+    except (InputError, RunError, Stopped):
         raise
+    except KeyboardInterrupt:
+        raise Stopped("Stopped before a step was done: nothing is lost, the same command starts again.") from None
     except Exception as error:
         if not is_outside(error):
             raise
