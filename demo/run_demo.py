@@ -187,6 +187,7 @@ def judge(subject, trained, args):
     for word in trained:
         word.result()
     folder = args.output_dir / subject
+    (folder / "evaluation").mkdir()
     flags = {
         **DRAWING,
         "--num_inference_steps": args.num_inference_steps,
@@ -194,10 +195,10 @@ def judge(subject, trained, args):
         "--reference_images": DEMO / "subjects" / subject,
         "--class_word": world.SUBJECTS[subject].shape,
         "--results": [f"{way}={folder / way}" for way in args.columns],
-        "--output_dir": folder,
+        "--output_dir": folder / "evaluation",
     }
-    run(JUDGE, flags, folder / "evaluation.log")
-    scores = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))["scores"]
+    run(JUDGE, flags, folder / "evaluation" / "evaluation.log")
+    scores = json.loads((folder / "evaluation" / "evaluation.json").read_text(encoding="utf-8"))["scores"]
     return {way: {NAMES[m]: score["mean"] for m, score in row.items() if m in NAMES} for way, row in scores.items()}
 
 
@@ -263,7 +264,7 @@ def open_pictures(subject, columns, args):
     """The references, and of each column the first picture of each prompt: key -> PIL images."""
     pictures = {"references": sorted((DEMO / "subjects" / subject).glob("*.png"))}
     for key in columns:
-        pictures[key] = sorted((args.output_dir / subject / "images" / key).glob("*-00.png"))
+        pictures[key] = sorted((args.output_dir / subject / "evaluation" / "images" / key).glob("*-00.png"))
     return {key: [Image.open(path).convert("RGB") for path in paths] for key, paths in pictures.items()}
 
 
