@@ -1,191 +1,350 @@
-"""`make demo`: teach the demo base every subject of `demo/subjects`, offline, and judge the result.
+"""`make demo`: teach the demo base three subjects offline, by the paper's method and by ours, and judge the results.
 
-    python demo/run_demo.py                        # all subjects, a few minutes on two cores
-    python demo/run_demo.py --subjects striped_star --max_train_steps 300
+    python demo/run_demo.py                                            # three subjects, some minutes on two cores
+    python demo/run_demo.py --subjects all --columns zoodip gradient gauss_newton
+    python demo/run_demo.py --base base_eps --subjects striped_star    # a base that predicts noise, as SD 1.5 does
 
-Each subject is trained by the real script (one `accelerate launch` per core, one thread each), starting from the
-plain word for its shape. Before and after, the same prompts and the same noise are drawn and scored by `demo/scorer`,
-a model that the base has never seen. Written to `demo/output/`: `before_after.png`, `scores.json`, and the whole
-output of each training run.
+Each word is learned by the real script, starting from the plain word for the subject's shape. Each subject is drawn
+and scored by `evaluate_personalization.py`: the plain word and every learned one by the same prompts, from the same
+noise. The judge is `demo/scorer`, a model that the bases have never seen. Every process has one thread, and as many
+run at a time as there are processors. Written to `demo/output/`: `before_after.png`, `scores.json`, and for each
+subject the output of its processes, its learned words and all its pictures.
 """
 
 import argparse
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import common
 
 
 # isort: split
-import torch
 import world
 from PIL import Image, ImageDraw
 from tqdm.auto import tqdm
 
-import evaluate_personalization as evaluation
-from personalization.models import families
-from personalization.models.base_model import ModelSource, open_base
-
 
 DEMO = Path(__file__).resolve().parent
-SCRIPT = DEMO.parent / "train_zoodip_textual_inversion.py"
+TRAINER = DEMO.parent / "train_zoodip_textual_inversion.py"
+JUDGE = DEMO.parent / "evaluate_personalization.py"
+BASES = sorted(path.parent.name for path in DEMO.glob("base*/model_index.json"))
+SUBJECTS = sorted(path.parent.name for path in (DEMO / "subjects").glob("*/metadata.jsonl"))
+SHOWN = ["striped_star", "twotone_moon", "dotted_circle"]  # a pattern, two halves of a shape, and a shape that is hard
 PLACEHOLDER = "<my-toy>"
+PLAIN = "plain-word"  # `evaluate_personalization.PLAIN`, which imports torch
+NAMES = {"CLIP-I": "CLIP-I", "DINO": "identity", "CLIP-T": "CLIP-T"}  # the scorer's stand-in for DINO is its own
 
-# The fast recipe for as many forward passes as fit into a minute.
-SETTINGS = {
-    "--recipe": "fast",
-    "--max_train_steps": 150,
-    "--max_candidates_per_forward": 17,  # half of a step's: a small model has room for them
+
+@dataclass(frozen=True)
+class Way:
+    """A way to learn a word: a column of the picture.
+
+    Args:
+        title: over the column.
+        optimizer: what it is, for the output.
+        flags: of the training script.
+    """
+
+    title: str
+    optimizer: str
+    flags: dict
+
+
+# The paper's recipe for as many of its 30,000 steps as the time allows; ours until they gain little.
+WAYS = {
+    "zoodip": Way(
+        "ZOODiP: the paper's recipe",
+        "zeroth-order Adam with Subspace Gradient and PUTS (--recipe paper), forward passes alone",
+        {"--recipe": "paper", "--max_train_steps": 2000},
+    ),
+    "gradient": Way(
+        "ours: exact gradient, INT8",
+        "AdamW on the exact gradient through the INT8 model (--optimizer gradient)",
+        {
+            "--optimizer": "gradient",
+            "--learning_rate": 5e-2,  # the best of 3e-3, 1e-2, 2e-2, 5e-2 on one subject, one seed
+            "--gradient_checkpointing": "none",  # a small model has room for its activations
+            "--max_train_steps": 200,
+        },
+    ),
+    "gauss_newton": Way(
+        "ours: Gauss-Newton, INT8",
+        "Gauss-Newton from whole predictions (--optimizer gauss_newton), forward passes alone",
+        {"--optimizer": "gauss_newton", "--max_candidates_per_forward": 17, "--max_train_steps": 150},
+    ),
+}
+COLUMNS = {"torch": ["zoodip", "gradient"], "openvino": ["zoodip", "gauss_newton"]}  # by engine: which ways
+SETTINGS = {  # of every way
     "--flip_probability": 0,  # a moon mirrored is another moon: with flips that subject is hardly learned
-    "--validation_steps": 50,
     "--num_validation_samples": 32,
     "--checkpointing_steps": 1_000_000,  # a minute of training needs no checkpoints
     "--save_steps": 1_000_000,
     "--report_to": "none",
 }
-SCENES = range(4)  # the prompts of `prompts.txt`
-SEEDS = 4  # images per scene and subject
-GUIDANCE, INFERENCE_STEPS = 4.0, 25  # as in check_demo_base.py
-NAMES = {"CLIP-I": "CLIP-I", "DINO": "identity", "CLIP-T": "CLIP-T"}  # the scorer's stand-in for DINO is its own
+VALIDATIONS = 4  # of the held-out loss in a run
+DRAWING = {
+    "--prompts": DEMO / "prompts.txt",
+    "--num_images_per_prompt": 4,
+    "--batch_size": 16,
+    "--num_inference_steps": 25,
+    "--guidance_scale": 4,  # steps and guidance as in check_demo_base.py
+    "--clip_model": DEMO / "scorer",
+    "--dino_model": DEMO / "scorer" / "identity",
+    "--trust_remote_code": True,
+}
 
 
 def parse_args():
-    subjects = sorted(path.parent.name for path in (DEMO / "subjects").glob("*/metadata.jsonl"))
-    parser = argparse.ArgumentParser(description="Train and judge the demo subjects.")
-    parser.add_argument("--subjects", nargs="+", choices=subjects, default=subjects, help="Which; default: all.")
-    parser.add_argument(
-        "--max_train_steps", type=int, default=SETTINGS["--max_train_steps"], help="Steps per subject."
-    )
-    parser.add_argument("--output_dir", type=Path, default=DEMO / "output", help="Where results are written.")
-    parser.add_argument("--seed", type=int, default=0, help="Of training.")
-    parser.add_argument("--base", choices=("base", "base_xl"), default="base", help="Which base; base_xl is an SDXL.")
-    parser.add_argument(
+    parser = argparse.ArgumentParser(description="Learn and judge the demo subjects, by the paper's method and ours.")
+    add = parser.add_argument
+    add("--subjects", nargs="+", choices=["all", *SUBJECTS], default=SHOWN, help="Which; default: three that show.")
+    add("--columns", nargs="+", choices=list(WAYS), help="Ways to learn a word. Default: zoodip and ours.")
+    add("--max_train_steps", type=int, help="Steps per word. Default: each way's own.")
+    add("--num_inference_steps", type=int, default=DRAWING["--num_inference_steps"], help="Steps per picture.")
+    add("--output_dir", type=Path, default=DEMO / "output", help="Where results are written.")
+    add("--seed", type=int, default=0, help="Of training.")
+    add("--base", choices=BASES, default="base", help="Which; base_eps predicts noise, base_xl is an SDXL.")
+    add(
         "--unet_backend",
-        choices=("torch", "openvino"),
+        choices=list(COLUMNS),
         default="torch",
         help="What computes the UNet in training; the images are always drawn by diffusers on torch.",
     )
-    parser.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1), help="Subjects trained at a time.")
-    return parser.parse_args()
+    add("--jobs", type=int, default=min(4, os.cpu_count() or 1), help="Processes at a time, one thread each.")
+    args = parser.parse_args()
+    args.subjects = SUBJECTS if "all" in args.subjects else list(dict.fromkeys(args.subjects))
+    args.columns = list(dict.fromkeys(args.columns or COLUMNS[args.unet_backend]))
+    return args
 
 
-def train(subject, args):
-    """Runs the training script on one subject, its output in `train.log`; returns its zoodip_config.json."""
-    output = args.output_dir / subject
-    shutil.rmtree(output, ignore_errors=True)  # of an earlier demo
-    output.mkdir(parents=True)
+# =====================================================================================================
+# Processes
+# =====================================================================================================
+
+
+def flags_of(way, args):
+    """What a way is run with beside the names of files: flag -> value."""
+    flags = {**SETTINGS, **WAYS[way].flags}
+    if args.max_train_steps is not None:
+        flags["--max_train_steps"] = args.max_train_steps
+    return {**flags, "--validation_steps": max(1, flags["--max_train_steps"] // VALIDATIONS)}
+
+
+def run(script, flags, log):
+    """Runs a script in a process with one thread, its command and output in a file; returns its CPU seconds.
+
+    Args:
+        script: path.
+        flags: flag -> value; a list has several, True none.
+        log: path.
+    """
+    command = [sys.executable, str(script)]
+    for flag, value in flags.items():
+        values = value if isinstance(value, list) else [] if value is True else [value]
+        command += [flag, *map(str, values)]
+    # Threads that share a core with other work spend their time waiting for each other.
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    with log.open("w", encoding="utf-8") as file:
+        file.write(shlex.join(command) + "\n")
+        file.flush()
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+        _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"{script.name} failed (exit {process.returncode}): see {log}")
+    return usage.ru_utime + usage.ru_stime
+
+
+def train(subject, way, args):
+    """Learns a word; returns its zoodip_config.json, with the CPU seconds of the whole process among the figures."""
+    folder = args.output_dir / subject / way
+    folder.mkdir(parents=True)
     flags = {
-        **SETTINGS,
-        "--max_train_steps": args.max_train_steps,
+        **flags_of(way, args),
         "--seed": args.seed,
         "--unet_backend": args.unet_backend,
         "--pretrained_model_name_or_path": DEMO / args.base,
         "--train_data_dir": DEMO / "subjects" / subject,
         "--placeholder_token": PLACEHOLDER,
         "--initializer_token": world.SUBJECTS[subject].shape,
-        "--output_dir": output,
+        "--output_dir": folder,
     }
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--mixed_precision=no"]
-    command += ["--num_machines=1", "--dynamo_backend=no", "--num_cpu_threads_per_process=1", str(SCRIPT)]
-    command += [str(word) for pair in flags.items() for word in pair]
-    with (output / "train.log").open("w") as log:
-        log.write(" ".join(command) + "\n")
-        log.flush()
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-    if done.returncode:
-        raise SystemExit(f"training {subject} failed (exit {done.returncode}): see {output / 'train.log'}")
-    return json.loads((output / "zoodip_config.json").read_text())
+    seconds = run(TRAINER, flags, folder / "train.log")
+    config = json.loads((folder / "zoodip_config.json").read_text(encoding="utf-8"))
+    return {**config, "figures": {**config["figures"], "cpu_seconds": round(seconds, 1)}}
 
 
-def evaluate(subject, folder, pipeline, encoders, base):
-    """Draws and judges one subject by `evaluate_personalization`: the plain word before, the learned token after.
+def judge(subject, trained, args):
+    """Draws and scores a subject once its words are learned; returns metric -> mean of each column."""
+    for word in trained:
+        word.result()
+    folder = args.output_dir / subject
+    (folder / "evaluation").mkdir()
+    flags = {
+        **DRAWING,
+        "--num_inference_steps": args.num_inference_steps,
+        "--pretrained_model_name_or_path": DEMO / args.base,
+        "--reference_images": DEMO / "subjects" / subject,
+        "--class_word": world.SUBJECTS[subject].shape,
+        "--results": [f"{way}={folder / way}" for way in args.columns],
+        "--output_dir": folder / "evaluation",
+    }
+    run(JUDGE, flags, folder / "evaluation" / "evaluation.log")
+    scores = json.loads((folder / "evaluation" / "evaluation.json").read_text(encoding="utf-8"))["scores"]
+    return {way: {NAMES[m]: score["mean"] for m, score in row.items() if m in NAMES} for way, row in scores.items()}
+
+
+def work(args):
+    """All processes, the longest first, as many at a time as `--jobs`; returns configs and scores.
 
     Returns:
-        References and, before and after, the first image of each scene (PIL), and metric -> mean before and after.
+        subject -> way -> zoodip_config.json, and subject -> column -> metric -> mean.
     """
-    shape, pictures = world.SUBJECTS[subject].shape, DEMO / "subjects" / subject
-    references = [Image.open(path).convert("RGB") for path in sorted(pictures.glob("*.png"))]
-    columns = evaluation.read_columns([f"learned={folder}"], shape, base)
-    prompts = evaluation.read_prompts(DEMO / "prompts.txt")
-    drawing = evaluation.Drawing("demo", prompts, SEEDS, 0, base.resolution, INFERENCE_STEPS, GUIDANCE)
-    evaluation.draw_missing(folder / "evaluation", columns, drawing, pipeline, SEEDS)
-    row, scores, texts = {"references": references}, {}, [prompt.replace("{}", shape) for prompt in prompts]
-    for name, column in zip(("before", "after"), columns):
-        paths = [[evaluation.image_path(folder / "evaluation", column, p, i) for i in range(SEEDS)] for p in SCENES]
-        images = [[Image.open(path).convert("RGB") for path in scene] for scene in paths]
-        scored = evaluation.score_column(images, references, texts, encoders)
-        scores[name] = {NAMES[metric]: value.mean for metric, value in scored.items() if metric in NAMES}
-        row[name] = [scene[0] for scene in images]
-    return row, scores
+    total = len(args.subjects) * (len(args.columns) + 1)
+    with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=total, desc="Words learned, subjects drawn") as bar:
+
+        def start(*call):
+            future = pool.submit(*call)
+            future.add_done_callback(lambda _: bar.update())
+            return future
+
+        words = {(s, way): start(train, s, way, args) for way in args.columns for s in args.subjects}
+        judged = {s: start(judge, s, [words[s, way] for way in args.columns], args) for s in args.subjects}
+        try:
+            scores = {subject: future.result() for subject, future in judged.items()}
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return {s: {way: words[s, way].result() for way in args.columns} for s in args.subjects}, scores
 
 
-def before_after_picture(rows, path, scale=2):
-    """One row per subject: two references, a "before" image per scene, an "after" image per scene."""
-    side, gap, top = 64 * scale, 16, 22
-    widths = [2, len(SCENES), len(SCENES)]
-    canvas = Image.new("RGB", (sum(widths) * side + 2 * gap, top + len(rows) * side), "white")
+# =====================================================================================================
+# What is shown
+# =====================================================================================================
+
+
+def mean(values):
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def columns_of(args, configs):
+    """What the columns are: key -> title, optimizer, flags, and what a word costs in the mean."""
+    columns = {PLAIN: {"title": "the plain word", "optimizer": "nothing is learned"}}
+    for way in args.columns:
+        figures = [configs[subject][way]["figures"] for subject in args.subjects]
+        columns[way] = {
+            "title": WAYS[way].title,
+            "optimizer": WAYS[way].optimizer,
+            "flags": flags_of(way, args),
+            "steps": figures[0]["steps"],
+            "forward_passes": figures[0]["forward_passes"],
+            "seconds": round(mean(f["seconds"] for f in figures), 1),  # by the clock, without the start
+            "cpu_seconds": round(mean(f["cpu_seconds"] for f in figures), 1),  # with it
+        }
+    return columns
+
+
+def cost(column):
+    """The second line over a column; seconds of one thread, which other work on the machine hardly changes."""
+    if "steps" not in column:
+        return column["optimizer"]
+    return f"{column['steps']:,} steps, {column['forward_passes']:,} forwards, {column['cpu_seconds']:.0f} s"
+
+
+def open_pictures(subject, columns, args):
+    """The references, and of each column the first picture of each prompt: key -> PIL images."""
+    pictures = {"references": sorted((DEMO / "subjects" / subject).glob("*.png"))}
+    for key in columns:
+        pictures[key] = sorted((args.output_dir / subject / "evaluation" / "images" / key).glob("*-00.png"))
+    return {key: [Image.open(path).convert("RGB") for path in paths] for key, paths in pictures.items()}
+
+
+def before_after_picture(rows, columns, path, scale=2):
+    """A row for each subject; in each column, references first, four pictures in a square.
+
+    Args:
+        rows: of each subject what `open_pictures` returned.
+        columns: as of `columns_of`.
+        path: of the file.
+        scale: of the pictures, which have 64 px.
+    """
+    side, gap, top = 64 * scale, 12, 40
+    titles = {"references": ("references", "four of five"), **{k: (c["title"], cost(c)) for k, c in columns.items()}}
+    width, height = 2 * side + gap, 2 * side + gap
+    canvas = Image.new("RGB", (len(titles) * width - gap, top + len(rows) * height - gap), "white")
     ink = ImageDraw.Draw(canvas)
-    x = 0
-    for title, count in zip(("references", "before: the plain word", "after: the learned token"), widths):
-        ink.text((x + 4, 5), title, fill="black", font_size=13)
-        for y, row in enumerate(rows):
-            images = row[title.split(":")[0]][:count]
-            for j, image in enumerate(images):
-                canvas.paste(image.resize((side, side), Image.Resampling.LANCZOS), (x + j * side, top + y * side))
-        x += count * side + gap
+    for i, (key, (title, words)) in enumerate(titles.items()):
+        ink.text((i * width + 2, 3), title, fill="black", font_size=15)
+        ink.text((i * width + 2, 22), words, fill="dimgray", font_size=12)
+        for j, row in enumerate(rows):
+            for k, image in enumerate(row[key][:4]):
+                corner = (i * width + k % 2 * side, top + j * height + k // 2 * side)
+                canvas.paste(image.resize((side, side), Image.Resampling.LANCZOS), corner)
     canvas.save(path)
+
+
+def print_scores(columns, scores):
+    """What each column is, and its scores of each subject."""
+    print("\nThe columns:")
+    for key, column in columns.items():
+        words = f"; {cost(column)} of one thread a word" if "steps" in column else ""
+        print(f"  {key:13}{column['title']}: {column['optimizer']}{words}")
+    print(f"\n{'subject':18}{'column':13}" + "".join(f"{name:>10}" for name in NAMES.values()))
+    for subject, row in {**scores, "mean": mean_scores(scores, columns)}.items():
+        for key in columns:
+            numbers = "".join(f"{row[key][name]:10.3f}" for name in NAMES.values())
+            print(f"{subject:18}{key:13}{numbers}")
+
+
+def mean_scores(scores, columns):
+    """The mean over subjects: column -> metric -> value."""
+    return {k: {n: mean(row[k][n] for row in scores.values()) for n in NAMES.values()} for k in columns}
 
 
 def main():
     args = parse_args()
-    args.output_dir.mkdir(parents=True, exist_ok=True)
+    for subject in args.subjects:
+        shutil.rmtree(args.output_dir / subject, ignore_errors=True)  # of an earlier demo
     started = time.perf_counter()
-    print(f"Training {len(args.subjects)} subjects, {args.jobs} at a time; logs: {args.output_dir}/*/train.log")
-    with ThreadPoolExecutor(args.jobs) as pool:
-        work = pool.map(lambda subject: train(subject, args), args.subjects)
-        configs = dict(zip(args.subjects, tqdm(work, total=len(args.subjects), desc="Subjects")))
-    training_seconds = time.perf_counter() - started
-
-    print("Drawing and scoring before/after images ...")
-    rows, scores = [], {}
-    encoders = evaluation.Encoders(DEMO / "scorer", DEMO / "scorer" / "identity", True, torch.device("cpu"), 64)
-    base = open_base(ModelSource(str(DEMO / args.base)), accepted=families.FAMILIES.values())
-    pipeline = base.family.pipeline.from_pretrained(DEMO / args.base)
-    pipeline.set_progress_bar_config(disable=True)
-    for subject in tqdm(args.subjects, desc="Subjects"):
-        row, scores[subject] = evaluate(subject, args.output_dir / subject, pipeline, encoders, base)
-        scores[subject]["training"] = configs[subject]["figures"]
-        rows.append(row)
-    before_after_picture(rows, args.output_dir / "before_after.png")
-
-    names = NAMES.values()
-    print(f"\n{'subject':18}" + "".join(f"{name:>22}" for name in names))
-    for subject, result in scores.items():
-        pairs = (f"{result['before'][n]:.3f} -> {result['after'][n]:.3f}" for n in names)
-        print(f"{subject:18}" + "".join(f"{pair:>22}" for pair in pairs))
+    print(
+        f"{len(args.subjects)} subjects, each learned by {' and '.join(args.columns)}; {args.jobs} processes at a"
+        f" time, whose logs are below {args.output_dir}"
+    )
+    configs, scores = work(args)
+    columns = columns_of(args, configs)
+    rows = [open_pictures(subject, columns, args) for subject in args.subjects]
+    before_after_picture(rows, columns, args.output_dir / "before_after.png")
+    seconds = time.perf_counter() - started
     figures = {
         "command": common.command_line(),
         **common.CODE,
-        "settings": {**SETTINGS, "--max_train_steps": args.max_train_steps},
         "seed": args.seed,
         "base": args.base,
         "unet_backend": args.unet_backend,
-        "training_seconds": round(training_seconds, 1),
-        "total_seconds": round(time.perf_counter() - started, 1),
+        "columns": columns,
+        "total_seconds": round(seconds, 1),
         "hardware": {"cpus": os.cpu_count(), "jobs": args.jobs},
-        "versions": next(iter(configs.values()))["versions"],
-        "scores": scores,
+        "versions": configs[args.subjects[0]][args.columns[0]]["versions"],
+        "scores": {
+            subject: {
+                key: {**row[key], **({"training": configs[subject][key]["figures"]} if key in args.columns else {})}
+                for key in columns
+            }
+            for subject, row in scores.items()
+        },
     }
-    (args.output_dir / "scores.json").write_text(json.dumps(figures, indent=2) + "\n")
-    print(f"\nTraining took {training_seconds:.0f} s, everything {figures['total_seconds']:.0f} s.")
-    print(f"Look at {args.output_dir / 'before_after.png'}")
+    (args.output_dir / "scores.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    print_scores(columns, scores)
+    print(f"\nEverything took {seconds:.0f} s. Look at {args.output_dir / 'before_after.png'}")
 
 
 if __name__ == "__main__":

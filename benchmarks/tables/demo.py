@@ -3,28 +3,41 @@
 from benchmarks.tables.markdown import code_note, table
 
 
+def time_of(figures):
+    """CPU seconds of a training process, or what the clock said where nobody counted them."""
+    return (
+        f"{figures['cpu_seconds']:.0f} s" if "cpu_seconds" in figures else f"{figures['seconds']:.0f} s by the clock"
+    )
+
+
 def demo_scores(result):
     """docs/demo_scores.json, as `demo/run_demo.py` writes it."""
-    names = ("CLIP-I", "identity", "CLIP-T")
-    rows = []
-    for subject, scores in result["scores"].items():
-        pairs = [f"{scores['before'][n]:.3f} → {scores['after'][n]:.3f}" for n in names]
-        rows.append([subject.replace("_", " "), *pairs, f"{scores['training']['seconds']:.0f} s"])
-    means = {
-        when: {n: sum(s[when][n] for s in result["scores"].values()) / len(rows) for n in names}
-        for when in ("before", "after")
-    }
-    rows.append(["**mean**", *(f"**{means['before'][n]:.3f} → {means['after'][n]:.3f}**" for n in names), ""])
-    settings = ", ".join(f"`{flag} {value}`" for flag, value in result["settings"].items())
-    command = "make demo" if result["base"] == "base" else f"python demo/run_demo.py --base {result['base']}"
+    names, columns, rows = ("CLIP-I", "identity", "CLIP-T"), result["columns"], []
+    learned = [column for column in columns.values() if "flags" in column]
+    for subject, row in result["scores"].items():
+        for key, scores in row.items():
+            seconds = time_of(scores["training"]) if "training" in scores else ""
+            figures = [f"{scores[name]:.3f}" for name in names]
+            rows.append([subject.replace("_", " "), columns[key]["title"], *figures, seconds])
+    for key, column in columns.items():
+        found = [row[key] for row in result["scores"].values()]
+        figures = [f"**{sum(scores[name] for scores in found) / len(found):.3f}**" for name in names]
+        seconds = f"**{time_of(column)}**" if "seconds" in column else ""
+        rows.append(["**mean**", column["title"], *figures, seconds])
+    costs = [
+        f"- *{column['title']}*: {column['optimizer']}; {column['steps']:,} steps, {column['forward_passes']:,}"
+        " forward passes of an example, a backward pass counted as two:"
+        f" {', '.join(f'`{flag} {value}`' for flag, value in column['flags'].items())}."
+        for column in learned
+    ]
+    command = "make demo" if result["command"] == "python demo/run_demo.py" else result["command"]
     note = (
-        f"`{command}` on {result['hardware']['cpus']} CPU cores: {result['training_seconds']:.0f} s of training for"
-        f" all subjects ({result['hardware']['jobs']} at a time, one thread each), {result['total_seconds']:.0f} s"
-        f" in all; torch {result['versions']['torch']}. INT8 UNet and text encoder. Flags: {settings}. CLIP-I and"
-        " identity: mean cosine of (reference, generated) pairs; CLIP-T: prompt against image; all by `demo/scorer`."
-        + code_note([result])
+        f"By `{command}` on {result['hardware']['cpus']} CPU cores, {result['hardware']['jobs']} processes of one"
+        f" thread at a time: {result['total_seconds']:.0f} s in all; torch {result['versions']['torch']}. INT8 UNet"
+        " and text encoder. CLIP-I and identity: mean cosine of (reference, generated) pairs; CLIP-T: prompt against"
+        f" image; all by `demo/scorer`.{code_note([result])}"
     )
-    return table(["subject", *(f"{n}, before → after" for n in names), "training"], rows) + "\n\n" + note
+    return "\n\n".join([table(["subject", "", *names, "CPU time of training"], rows), "\n".join(costs), note])
 
 
 def demo_quality(result):

@@ -75,9 +75,9 @@ class Method:
 
 METHODS = {
     "word": Method(
-        title="A new word (ZOODiP)",
-        about="Learns one word from forward passes alone, so it needs hardly more memory than drawing does. The result"
-        " is a few kilobytes.",
+        title="A new word",
+        about="Learns one word on the quantized model, with little more memory than drawing takes; the result is a few"
+        " kilobytes. --recipe fast follows the exact gradient, paper is ZOODiP: forward passes alone.",
         script="train_zoodip_textual_inversion.py",
         pictures_flag="train_data_dir",
         makes_a_word=True,
@@ -86,11 +86,12 @@ METHODS = {
         defaults={"recipe": "fast", "max_train_steps": 500, "validation_steps": 50, "checkpointing_steps": 50},
         demo={
             "recipe": "fast",
-            "max_train_steps": 125,
-            "max_candidates_per_forward": 17,
+            "learning_rate": 0.05,  # as in demo/run_demo.py, for few steps
+            "gradient_checkpointing": "none",  # a small model has room for its activations
+            "max_train_steps": 150,
             "flip_probability": 0,
-            "validation_steps": 25,
-            "checkpointing_steps": 25,
+            "validation_steps": 50,
+            "checkpointing_steps": 50,
             "guidance_scale": 4,
         },
     ),
