@@ -53,6 +53,7 @@ from diffusers.optimization import get_scheduler
 
 from personalization import flags
 from personalization.data import examples, images, prompts
+from personalization.data.captions import mark_concept
 from personalization.data.examples import Batch, Concept
 from personalization.data.prompts import Placeholder
 from personalization.errors import DivergedError, InputError, run_script
@@ -1209,9 +1210,11 @@ class Run(loop.Run):
 def read_pictures(args):
     """The `Picture`s to learn from."""
     if args.train_data_dir is not None:
-        return images.read_folder(args.train_data_dir, args.resolution, args.center_crop)
-    names = args.dataset_name, args.dataset_config_name, args.image_column, args.caption_column
-    return images.read_dataset(*names, args.resolution, args.center_crop)
+        pictures = images.read_folder(args.train_data_dir, args.resolution, args.center_crop)
+    else:
+        names = args.dataset_name, args.dataset_config_name, args.image_column, args.caption_column
+        pictures = images.read_dataset(*names, args.resolution, args.center_crop)
+    return mark_concept(pictures, args.caption_token, [args.placeholder_token])
 
 
 def load_networks(args, base, compute, layers_dir=None):

@@ -409,8 +409,8 @@ def add_data_arguments(parser, folder="train_data_dir", concept="{} or the place
         f"--{folder}",
         path=True,
         decides=NOTHING,
-        help="Folder of images, with captions in metadata.jsonl or metadata.csv (fields file_name, text) if you have"
-        f" them; {concept} in a caption.",
+        help="Folder of images, with captions in metadata.jsonl or metadata.csv (fields file_name, text), or in 01.txt"
+        f" or 01.caption beside 01.jpg, if you have them; {concept} in a caption.",
     )
     add(
         "--dataset_name",
@@ -421,6 +421,12 @@ def add_data_arguments(parser, folder="train_data_dir", concept="{} or the place
     add("--dataset_config_name", decides=NOTHING, help="Configuration of the dataset.")
     add("--image_column", default="image", decides=NOTHING, help="Column of the dataset that holds the images.")
     add("--caption_column", default="text", decides=NOTHING, help="Column of the dataset that holds captions, if any.")
+    add(
+        "--caption_token",
+        decides=NOTHING,  # beside the captions, which are compared as they become
+        page=True,
+        help='Words that captions without {} have for the concept, which {} takes the place of: "dog".',
+    )
     side = "Side of the training images in pixels. Default: the model's own."
     add("--resolution", type=int, limits=SIDE, decides=RUN, page=True, help=side)
     add(
@@ -671,6 +677,8 @@ def check_shared_arguments(parser, args, folder="train_data_dir"):
         )
     if (getattr(args, folder) is None) == (args.dataset_name is None):
         parser.error(f"give either --{folder}, a folder of images, or --dataset_name, a dataset on the Hub.")
+    if args.caption_token is not None and not args.caption_token.strip():
+        parser.error("--caption_token is empty: drop it or give the words that captions have for the concept.")
     if args.lr_warmup_steps and args.lr_scheduler == "constant":
         parser.error("--lr_warmup_steps is not for --lr_scheduler constant: choose constant_with_warmup, or drop it.")
     if args.lr_num_cycles != 1 and args.lr_scheduler != "cosine_with_restarts":

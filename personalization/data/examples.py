@@ -1,5 +1,6 @@
 """What a training step draws: latents and prompts of the concept, noised to a timestep."""
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ class Concept:
         prompt_ids: `[P, length]`, or `[P]`, rows of a table of prompts that are encoded already.
         prompts_of_image: for each picture, the rows of `prompt_ids` that fit it.
         size_ids: `[1 or 2, N, 6]`, see `describe_sizes`; None for models that are not told.
+        order: pictures to draw from, some of them repeatedly; None: each of the N once.
     """
 
     moments: torch.Tensor
@@ -33,6 +35,7 @@ class Concept:
     prompt_ids: torch.Tensor
     prompts_of_image: list
     size_ids: torch.Tensor | None = None
+    order: torch.Tensor | None = None
 
 
 class Batch(NamedTuple):
@@ -91,10 +94,19 @@ def load_concept(pictures, prompts, base, flip_probability, compute):
     if base.family.crops:
         rows = [[describe_sizes(picture.framing, flipped) for picture in pictures] for flipped in (False, True)]
         size_ids = torch.tensor(rows[:sides], dtype=torch.float32)
-    concept = Concept(moments, flip_probability, base.family, base.vae_config, *prompts, size_ids)
+    concept = Concept(moments, flip_probability, base.family, base.vae_config, *prompts, size_ids, order_of(pictures))
     del vae
     release_freed_memory()
     return concept, stored
+
+
+def order_of(pictures):
+    """Numbers of pictures, each as often as its repeats ask for; None where all have the same."""
+    repeats = [picture.repeats for picture in pictures]
+    if len(set(repeats)) == 1:
+        return None
+    least = math.gcd(*repeats)
+    return torch.tensor([i for i, count in enumerate(repeats) for _ in range(count // least)])
 
 
 def draw_examples(concept, batch_size, generator):
@@ -104,7 +116,8 @@ def draw_examples(concept, batch_size, generator):
         Latents `[b, C, h, w]`; prompt ids, a row of `Concept.prompt_ids` for each; and their sizes, `[b, 6]` or None.
     """
     flips, images = concept.moments.shape[:2]
-    chosen = torch.randint(images, (batch_size,), generator=generator)
+    chosen = torch.randint(images if concept.order is None else len(concept.order), (batch_size,), generator=generator)
+    chosen = chosen if concept.order is None else concept.order[chosen]
     flipped = torch.rand(batch_size, generator=generator) < concept.flip_probability
     side = flipped.long().clamp(max=flips - 1)
     mean, logvar = concept.moments[side, chosen].chunk(2, dim=1)

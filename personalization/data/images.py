@@ -14,7 +14,17 @@ from accelerate.logging import get_logger
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from ..errors import InputError, first_cause, plain, quoted, shorten
-from .captions import METADATA_NAMES, check_text, check_unicode, file_key, read_captions
+from .captions import (
+    METADATA_NAMES,
+    SIDECARS,
+    WRITTEN,
+    all_captions,
+    check_text,
+    check_unicode,
+    file_key,
+    kohya_name,
+    some,
+)
 
 
 logger = get_logger(__name__)
@@ -42,6 +52,8 @@ class Picture(NamedTuple):
     pixels: torch.Tensor  # uint8 [3, resolution, resolution]
     caption: str | None
     framing: Framing | None = None
+    repeats: int = 1  # how often it is drawn, in proportion
+    class_words: str | None = None  # of kohya's folder name
 
 
 # =====================================================================================================
@@ -86,10 +98,11 @@ def to_pixels(image, resolution, center_crop):
 
 
 def digest(pictures):
-    """What tells a set of pictures from others, by pixels and captions: 16 hexadecimal digits."""
+    """What tells a set of pictures from others, by pixels, captions and repeats: 16 hexadecimal digits."""
     found = hashlib.sha256()
     for picture in pictures:
         found.update(picture.pixels.numpy().tobytes() + repr(picture.caption).encode())
+        found.update(b"" if picture.repeats == 1 else b"%d" % picture.repeats)
     return found.hexdigest()[:16]
 
 
@@ -129,6 +142,7 @@ class Entries(NamedTuple):
     foreign: list  # of these, images of formats that cannot be read here
     folders: list
     strange: list  # links to nothing, pipes, devices, sockets
+    sidecars: dict  # picture -> names of the text files with its name, the one that counts first
 
 
 def list_folder(folder, flag="--train_data_dir"):
@@ -146,7 +160,7 @@ def list_folder(folder, flag="--train_data_dir"):
         names = sorted(os.listdir(folder))
     except OSError as error:
         raise InputError(f"{flag} {shown} cannot be read ({first_cause(error)}): {advice}") from None
-    known, entries = set(Image.registered_extensions()), Entries([], [], [], [], [])
+    known, entries = set(Image.registered_extensions()), Entries([], [], [], [], [], {})
     for name in names:
         suffix = os.path.splitext(name)[1].lower()
         try:
@@ -165,37 +179,43 @@ def list_folder(folder, flag="--train_data_dir"):
             entries.ignored.append(name)
             if suffix in FOREIGN_FORMATS and not name.startswith("."):
                 entries.foreign.append(name)
+    of_stem = {}
+    for name in entries.ignored:
+        stem, suffix = os.path.splitext(name)
+        if suffix.lower() in SIDECARS:
+            of_stem.setdefault(stem, []).append(name)
+    for name in entries.pictures:
+        if found := of_stem.get(os.path.splitext(name)[0]):
+            entries.sidecars[name] = sorted(found, key=lambda each: SIDECARS.index(os.path.splitext(each)[1].lower()))
+    read = {each for names in entries.sidecars.values() for each in names}
+    entries.ignored[:] = [name for name in entries.ignored if name not in read]
     return entries
-
-
-def some(names):
-    """The first few of many names, for a warning."""
-    return ", ".join(map(plain, names[:5])) + (", ..." if len(names) > 5 else "")
 
 
 def read_folder(folder, resolution, center_crop, flag="--train_data_dir"):
     """The `Picture`s of a folder, the value of `flag`; what is not a readable image is reported.
+
+    A folder without pictures may hold folders of kohya's form, `10_my dog`, which are read instead.
 
     Raises:
         InputError: there is no such folder, no image in it, or its captions cannot be read.
     """
     entries = list_folder(folder, flag)
     shown, folder = quoted(folder, 300), Path(folder)
-    captions = read_captions(folder, flag)
-    foreign = f"{some(entries.foreign)} cannot be read here: save such images as JPEG or PNG"
-    if entries.ignored:
-        advice = f" ({foreign})" if entries.foreign else ""
-        names = some(entries.ignored)
-        logger.warning(f"Ignored {len(entries.ignored)} files in {shown} that are not images: {names}{advice}.")
-    if any(not name.startswith(".") for name in entries.folders):
-        logger.warning(f"Ignored folders in {shown}: {some(entries.folders)}; only pictures beside them are read.")
-    if entries.strange:
-        logger.warning(f"Skipped links to nothing, pipes or devices in {shown}: {some(entries.strange)}.")
+    inside = [name for name in entries.folders if kohya_name(name)[1]] if not entries.pictures else []
+    captions = all_captions(folder, entries.sidecars, flag)
+    report(entries, shown, inside)
+    class_words = kohya_name(folder)[1]
     listed = [(name, lambda path=folder / name: Image.open(path)) for name in entries.pictures]
     pictures = [
-        picture._replace(caption=captions.get(file_key(picture.name)))
-        for picture in decode_pictures(listed, resolution, center_crop)
+        picture._replace(class_words=class_words) for picture in decode_pictures(listed, resolution, center_crop)
     ]
+    for name in inside:
+        repeats = kohya_name(name)[0]
+        of_folder = read_folder(folder / name, resolution, center_crop, flag)
+        logger.info(f"{plain(name)}: {len(of_folder)} pictures, each drawn {repeats} times as often as one of 1_name.")
+        pictures += [each._replace(name=f"{name}/{each.name}", repeats=repeats) for each in of_folder]
+    pictures = [each._replace(caption=captions.get(file_key(each.name), each.caption)) for each in pictures]
     others = sorted(captions.keys() - {file_key(picture.name) for picture in pictures})
     if others and pictures:
         logger.warning(f"The metadata lists files that are not among the images: {some(others)}.")
@@ -203,11 +223,40 @@ def read_folder(folder, resolution, center_crop, flag="--train_data_dir"):
         looked_at = len(entries.pictures) + len(entries.ignored) + len(entries.strange)
         advice = "put 3 to 20 pictures of your concept there"
         if entries.foreign:
-            advice = foreign
+            advice = unreadable(entries.foreign)
         elif entries.folders:
             advice += f", or give one of the folders in it ({some(entries.folders)})"
         raise InputError(f"{flag} {shown} holds no readable image ({looked_at} files looked at): {advice}.")
     return pictures
+
+
+def unreadable(names):
+    """What to do about images of foreign formats, in a sentence."""
+    return f"{some(names)} cannot be read here: save such images as JPEG or PNG"
+
+
+def report(entries, shown, inside=()):
+    """Says what of the `Entries` of a folder is not used.
+
+    Args:
+        shown: the folder, as a sentence has it.
+        inside: names of folders in it that are read.
+    """
+    if entries.ignored:
+        advice = f" ({unreadable(entries.foreign)})" if entries.foreign else ""
+        names = some(entries.ignored)
+        logger.warning(f"Ignored {len(entries.ignored)} files in {shown} that are not images: {names}{advice}.")
+    written = [name for name in entries.ignored if os.path.splitext(name)[1].lower() in WRITTEN]
+    if written:
+        logger.warning(
+            f"If {some(written)} hold captions, they are lost: captions are read from {' or '.join(METADATA_NAMES)}"
+            " (fields file_name, text), and from 01.txt or 01.caption beside a picture 01.jpg."
+        )
+    folders = [name for name in entries.folders if name not in inside]
+    if any(not name.startswith(".") for name in folders):
+        logger.warning(f"Ignored folders in {shown}: {some(folders)}; only pictures beside them are read.")
+    if entries.strange:
+        logger.warning(f"Skipped links to nothing, pipes or devices in {shown}: {some(entries.strange)}.")
 
 
 def decode_pictures(listed, resolution, center_crop):

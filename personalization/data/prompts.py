@@ -6,7 +6,7 @@ import torch
 from accelerate.logging import get_logger
 
 from ..errors import InputError, plain, quoted
-from .captions import check_unicode
+from .captions import check_unicode, whole_word
 
 
 logger = get_logger(__name__)
@@ -39,6 +39,7 @@ class Placeholder(NamedTuple):
     num_vectors: int  # k
     first_id: int  # of its k consecutive token ids
     initializer_id: int  # of the word that it starts from
+    class_word: str | None = None  # that word
 
     @property
     def names(self):
@@ -103,7 +104,7 @@ def add_placeholder(tokenizer, token, num_vectors, initializer_token, partners=(
         )
     for each in (tokenizer, *partners):
         each.add_tokens(placeholder_names(token, num_vectors))
-    return Placeholder(token, num_vectors, tokenizer.convert_tokens_to_ids(token), initializer[0])
+    return Placeholder(token, num_vectors, tokenizer.convert_tokens_to_ids(token), initializer[0], initializer_token)
 
 
 def words_in_prompt(tokenizer):
@@ -133,7 +134,7 @@ def build_prompts(pictures, placeholder, base, learnable_property="object"):
         if caption is not None and "{}" not in caption and placeholder.token not in caption:
             raise InputError(
                 f"the caption of {plain(picture.name)}, {quoted(caption)}, does not say where the concept goes: put"
-                f" {{}} or {plain(placeholder.token)} there."
+                f" {{}} or {plain(placeholder.token)} there{or_replace(pictures, placeholder.class_word)}."
             )
         texts = [placeholder.expand(text) for text in (templates if caption is None else [caption])]
         prompts_of_image.append([rows_of_text.setdefault(text, len(rows_of_text)) for text in texts])
@@ -143,6 +144,16 @@ def build_prompts(pictures, placeholder, base, learnable_property="object"):
         if not all(torch.isin(vector_ids, part).all() for part in ids.chunk(len(base.tokenizers))):
             raise cut_off(text, of_templates, placeholder, tokenizer)
     return prompt_ids, prompts_of_image
+
+
+def or_replace(pictures, class_word):
+    """The end of a sentence: the words that stand for the concept in captions without {}, to be replaced; or ""."""
+    texts = [picture.caption.lower() for picture in pictures if picture.caption and "{}" not in picture.caption]
+    for word in filter(None, dict.fromkeys([*(picture.class_words for picture in pictures), class_word])):
+        found = sum(bool(whole_word(word).search(text)) for text in texts)
+        if found:
+            return f', or give --caption_token "{word}", which {found} of {len(texts)} such captions name'
+    return ""
 
 
 def cut_off(text, of_templates, placeholder, tokenizer):

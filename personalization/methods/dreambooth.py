@@ -11,8 +11,9 @@ from accelerate.logging import get_logger
 from tqdm.auto import tqdm
 
 from ..data import examples, images, prompts
+from ..data.captions import mark_concept
 from ..data.examples import Concept
-from ..errors import InputError, plain
+from ..errors import InputError, plain, quoted
 from ..files import atomic_path, check_writable
 from ..flags import NOTHING, SHARE, Range
 from ..models import base_model, memory
@@ -132,30 +133,51 @@ def fill_in(text, subject_name, what):
 
 
 def instance_texts(pictures, instance_prompt, subject_name):
-    """The prompt of each picture: its caption, or else `--instance_prompt`.
+    """The prompt of each picture: its caption, or else `--instance_prompt`, or else kohya's class words.
 
     Returns:
         List of strings.
 
     Raises:
-        InputError: a picture has neither, {} is said and there is no name for it, or the name is never said.
+        InputError: a picture has none of these, {} is said and there is no name for it, or the name is never said.
     """
+    captioned = sum(picture.caption is not None for picture in pictures)
+    prompt = "--instance_prompt"
     if instance_prompt is None and subject_name is not None:
-        instance_prompt = "a photo of a {}"
+        instance_prompt, prompt = "a photo of a {}", "the prompt made of --subject_name"
+    elif instance_prompt is not None and captioned:
+        others = f"the {len(pictures) - captioned} others" if captioned < len(pictures) else "no picture"
+        logger.warning(
+            f"{captioned} of {len(pictures)} pictures have a caption, which counts: --instance_prompt"
+            f" {quoted(instance_prompt)} is for {others}."
+        )
     texts = []
     for picture in pictures:
         text, what = picture.caption, f"the caption of {plain(picture.name)}"
         if text is None:
-            if instance_prompt is None:
-                raise InputError(f"{plain(picture.name)} has no caption: give --instance_prompt or --subject_name.")
-            text, what = instance_prompt, "--instance_prompt"
+            text, what = instance_prompt, prompt
+        if text is None:
+            text, what = picture.class_words, "the name of the folder"
+        if text is None:
+            raise InputError(f"{plain(picture.name)} has no caption: give --instance_prompt or --subject_name.")
         texts.append(fill_in(text, subject_name, what))
     if subject_name is not None and not any(subject_name.lower() in text.lower() for text in texts):
-        raise InputError(
-            f"--subject_name {subject_name[:80]!r} is in no caption and not in --instance_prompt: say {{}} there, or"
-            " call the subject as they do."
-        )
+        raise InputError(never_said(subject_name, instance_prompt, captioned == len(pictures)))
     return texts
+
+
+def never_said(subject_name, instance_prompt, all_captioned):
+    """The sentence for a subject whose name is in no prompt that is trained."""
+    name = f"--subject_name {subject_name[:80]!r}"
+    if all_captioned:
+        return (
+            f"{name} is in no caption, and every picture has one, so that no other prompt is trained: say {{}} in the"
+            ' captions, call the subject as they do, or give --caption_token "WORDS" with what they call it.'
+        )
+    return (
+        f"{name} is in no caption and not in --instance_prompt {quoted(instance_prompt)}: say {{}} there, or call the"
+        " subject as they do."
+    )
 
 
 def warn_about_long_prompts(tokenizer, texts):
@@ -219,9 +241,11 @@ def read_instances(args, resolution=None):
     """The `Picture`s of the subject, in `--resolution` or another."""
     options = resolution or args.resolution, args.center_crop
     if args.instance_data_dir is not None:
-        return images.read_folder(args.instance_data_dir, *options, "--instance_data_dir")
-    names = args.dataset_name, args.dataset_config_name, args.image_column, args.caption_column
-    return images.read_dataset(*names, *options)
+        pictures = images.read_folder(args.instance_data_dir, *options, "--instance_data_dir")
+    else:
+        names = args.dataset_name, args.dataset_config_name, args.image_column, args.caption_column
+        pictures = images.read_dataset(*names, *options)
+    return mark_concept(pictures, args.caption_token, [args.subject_name] * (args.subject_name is not None))
 
 
 def read_class(args, base, compute, load_unet):
