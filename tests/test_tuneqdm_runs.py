@@ -31,7 +31,7 @@ from tiny_base import build_pictures, build_tiny_base
 import train_tuneqdm_dreambooth as script
 import tuneqdm_pipeline as tuneqdm
 from personalization import flags
-from personalization.data import examples
+from personalization.data import examples, images
 from personalization.errors import DivergedError, InputError, PushError
 from personalization.files import write_json
 from personalization.models import base_model
@@ -319,8 +319,9 @@ def test_class_images_are_examples_of_their_own_prompt(basics, tmp_path, monkeyp
 
 
 def test_captions_and_prompts():
+    Accelerator()
     pictures = [
-        script.images.Picture(name, None, text) for name, text in (("a", "my {}"), ("b", None), ("c", "a dog"))
+        images.Picture(name, None, text) for name, text in (("a", "my {}"), ("b", None), ("c", "a dog"))
     ]
     assert script.instance_texts(pictures, "sks {}", "dog") == ["my dog", "sks dog", "a dog"]
     assert script.instance_texts(pictures, None, "dog") == ["my dog", "a photo of a dog", "a dog"]
@@ -337,7 +338,7 @@ def test_captions_and_prompts():
 
 def test_captions_beside_an_instance_prompt(caplog):
     Accelerator()
-    pictures = [script.images.Picture(name, None, f"a star {name}") for name in "ab"]
+    pictures = [images.Picture(name, None, f"a star {name}") for name in "ab"]
     assert script.instance_texts(pictures, "a photo of sks star", None) == ["a star a", "a star b"]
     script.instance_texts([*pictures, pictures[0]._replace(caption=None)], "a photo of sks star", None)
     said = [record.message for record in caplog.records]
