@@ -60,7 +60,7 @@ from personalization.errors import DivergedError, InputError, run_script
 from personalization.files import temporary_folder
 from personalization.methods import gauss_newton, gradient, textual_inversion
 from personalization.methods.rule import Optimizer, Rule
-from personalization.models import base_model, families, memory, openvino_unet, weight_cache
+from personalization.models import base_model, embedding_files, families, memory, openvino_unet, weight_cache
 from personalization.models.base_model import Base
 from personalization.models.compute import DTYPES, Compute, choose_compute
 from personalization.runs import checkpoints, embeddings, hub, launch, loop, provenance, run_folder, validation
@@ -977,13 +977,35 @@ def resolve_settings(args, device):
         raise InputError(f"--quantization {args.quantization} is not installed: pip install {package}.")
     source = base_model.ModelSource(args.pretrained_model_name_or_path, args.revision, args.variant)
     base = base_model.open_base(source, args.tokenizer_name, families.FAMILIES.values())
+    start = read_start(args, base)
     complete_for_family(args, base.family)
     complete_for_precision(args, precision)
     complete_for_base(args, base)
     if not on_torch:
         openvino_unet.check_openvino(args.openvino_device, candidates_per_pass(args) * args.train_batch_size, in_int8)
     word = args.placeholder_token, args.num_vectors, args.initializer_token
-    return base, prompts.add_placeholder(base.tokenizer, *word, base.tokenizers[1:]), compute
+    placeholder = prompts.add_placeholder(base.tokenizer, *word, base.tokenizers[1:])
+    return base, placeholder._replace(start=start), compute
+
+
+def read_start(args, base):
+    """The vectors of `--initializer_embedding`, float32 `[k, d]`, which say how many there are; None without.
+
+    Raises:
+        InputError: it cannot be read, does not fit the base, or has another number of vectors than was asked for.
+    """
+    if args.initializer_embedding is None:
+        return None
+    widths = base.word_parts or {embedding_files.ONE: base.word_width}
+    what = args.initializer_embedding, widths, args.placeholder_token, "--initializer_embedding"
+    start = embedding_files.read_start(*what)
+    if "num_vectors" in args.given and args.num_vectors != len(start):
+        raise InputError(
+            f"--num_vectors {args.num_vectors} is not what --initializer_embedding {args.initializer_embedding!r} has,"
+            f" {len(start)}: drop --num_vectors."
+        )
+    args.num_vectors = len(start)
+    return start
 
 
 def estimate_memory(args, base, compute):
@@ -1133,6 +1155,8 @@ def add_optimization_arguments(add):
 def check_arguments(parser, args):
     """Everything that can be judged without looking at a file; each fault is one sentence and exit code 2."""
     flags.check_shared_arguments(parser, args)
+    if (args.initializer_token is None) == (args.initializer_embedding is None):
+        parser.error("give either --initializer_token, a word to start from, or --initializer_embedding, a file.")
     if args.unet_backend == "openvino" and not BACKENDS[args.quantization].flexible:
         parser.error(f"--unet_backend openvino takes --quantization int8 or none, not {args.quantization}.")
     in_int8 = args.openvino_precision == "int8"
@@ -1171,7 +1195,7 @@ class Task:
     placeholder: Placeholder
     concept: Concept
     model: FrozenModel | None  # None once it has left
-    initial: torch.Tensor  # where each of the placeholder's vectors starts, float32 [d]
+    initial: torch.Tensor  # where the placeholder's vectors start, float32 [d], or [k, d] each at its own
     sampling: Sampling
     components: dict  # name -> `StoredModel`
 
@@ -1276,7 +1300,8 @@ def assemble_model(args, base, placeholder, prompt_ids, text_encoder, denoiser, 
         prompt_ids: of the concept's prompts `[P, length]`.
 
     Returns:
-        `FrozenModel`, and where θ starts, float32 `[d]`: at the initializer, of two text encoders the word of each.
+        `FrozenModel`, and where θ starts, float32: at the initializer `[d]`, of two text encoders the word of each, or
+        at `--initializer_embedding` `[k, d]`.
     """
     tables = base_model.load_token_tables(base)
     texts = [placeholder.expand(args.validation_prompt or ""), ""]
@@ -1288,7 +1313,9 @@ def assemble_model(args, base, placeholder, prompt_ids, text_encoder, denoiser, 
     limit = args.max_candidates_per_forward
     parts = base.family, text_encoder, denoiser, base.scheduler
     model = FrozenModel(*parts, placeholder.first_id, limit, compute)
-    initial = torch.cat([table[placeholder.initializer_id].float() for table in tables])
+    initial = placeholder.start
+    if initial is None:
+        initial = torch.cat([table[placeholder.initializer_id].float() for table in tables])
     return model, initial.to(compute.device)
 
 
@@ -1304,7 +1331,7 @@ def calibrate(task, rule, pictures):
         pictures: `Picture`s of the concept.
     """
     args, base, concept = task.args, task.base, task.concept
-    theta = task.initial.repeat(args.num_vectors, 1)
+    theta = task.initial.expand(args.num_vectors, -1)
 
     @torch.inference_mode()
     def draw():
@@ -1345,7 +1372,9 @@ def prepare(args, base, placeholder, compute, pictures, captions, found=None, in
     OPTIMIZERS[args.optimizer].make_ready(args, model)
     task = Task(args, base, placeholder, concept, model, initial, sampling, {"vae": stored_vae, **stored})
     if denoiser is None:
-        rule = OPTIMIZERS[args.optimizer].start(args, initial.repeat(args.num_vectors, 1), found, num_processes=1)
+        rule = OPTIMIZERS[args.optimizer].start(
+            args, initial.expand(args.num_vectors, -1).clone(), found, num_processes=1
+        )
         in_float = compute._replace(dtype=DTYPES[args.mixed_precision or "no"])  # of what is not INT8
         with in_turn():
             model.denoiser, stored = load_denoiser(args, base, in_float, None, calibrate(task, rule, pictures))
@@ -1359,11 +1388,11 @@ def start_learner(args, initial, found=None, num_processes=1, process_index=0):
 
     Args:
         args: resolved settings.
-        initial: the initializer's embedding `[d]`.
+        initial: where it starts, see `Task`.
         found: what the optimizer's `look_ahead` returned.
         num_processes, process_index: of the run.
     """
-    theta = initial.repeat(args.num_vectors, 1)
+    theta = initial.expand(args.num_vectors, -1).clone()
     optimizer = OPTIMIZERS[args.optimizer]
     rule = optimizer.start(args, theta, found, num_processes)
     seeds = (np.random.SeedSequence([args.seed, i, process_index]).generate_state(1)[0] for i in range(2))
@@ -1612,7 +1641,8 @@ def learn_concept(args, accelerator, base, placeholder, compute):
     # 4. The loop, and its results.
     train(run)
     if learner.result.cpu().equal(task.initial.cpu().expand(learner.theta.shape)):
-        logger.warning(f"Nothing was learned: {placeholder.token} is {args.initializer_token!r} to the last bit.")
+        start = args.initializer_token or args.initializer_embedding
+        logger.warning(f"Nothing was learned: {placeholder.token} is {start!r} to the last bit.")
     if accelerator.is_main_process:
         config = finish(run, pictures, task.components, repo_id)
     loop.end(accelerator)

@@ -38,8 +38,9 @@ class Placeholder(NamedTuple):
     token: str  # such as "<my-dog>"
     num_vectors: int  # k
     first_id: int  # of its k consecutive token ids
-    initializer_id: int  # of the word that it starts from
+    initializer_id: int | None  # of the word that it starts from
     class_word: str | None = None  # that word
+    start: torch.Tensor | None = None  # its first vectors, float32 [k, d], where it starts from a file instead
 
     @property
     def names(self):
@@ -74,7 +75,6 @@ def add_placeholder(tokenizer, token, num_vectors, initializer_token, partners=(
             f"--placeholder_token {quoted(token)} must be one word without spaces or invisible characters, such as"
             ' "<my-dog>".'
         )
-    check_unicode(initializer_token, "--initializer_token")
     room = words_in_prompt(tokenizer)
     if num_vectors > room:
         raise InputError(
@@ -92,6 +92,15 @@ def add_placeholder(tokenizer, token, num_vectors, initializer_token, partners=(
             f"--placeholder_token {token!r} is upper-case or without <>: it can match inside other words, and many"
             f' readers lower-case it; "<{token.strip("<>").lower()}>" is safe.'
         )
+    initializer_id = None if initializer_token is None else id_of_word(tokenizer, initializer_token)
+    for each in (tokenizer, *partners):
+        each.add_tokens(placeholder_names(token, num_vectors))
+    return Placeholder(token, num_vectors, tokenizer.convert_tokens_to_ids(token), initializer_id, initializer_token)
+
+
+def id_of_word(tokenizer, initializer_token):
+    """The id of `--initializer_token`; raises an `InputError` unless it is one known token."""
+    check_unicode(initializer_token, "--initializer_token")
     initializer = tokenizer.encode(initializer_token, add_special_tokens=False)
     if len(initializer) != 1:
         raise InputError(
@@ -102,9 +111,7 @@ def add_placeholder(tokenizer, token, num_vectors, initializer_token, partners=(
         raise InputError(
             f"--initializer_token {initializer_token!r} is unknown to the tokenizer: choose another word."
         )
-    for each in (tokenizer, *partners):
-        each.add_tokens(placeholder_names(token, num_vectors))
-    return Placeholder(token, num_vectors, tokenizer.convert_tokens_to_ids(token), initializer[0], initializer_token)
+    return initializer[0]
 
 
 def words_in_prompt(tokenizer):
