@@ -23,7 +23,6 @@ import personalization.quiet  # noqa: F401, before the libraries whose false ala
 
 
 # isort: split
-import re
 from pathlib import Path
 
 import torch
@@ -111,11 +110,6 @@ def describe(word, tables):
     return lines
 
 
-def stem_of(name):
-    """A file's name for a concept's, without what shells and file systems trip over."""
-    return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "concept"
-
-
 def convert(words, args):
     """Writes the words; returns the paths."""
     if args.join:
@@ -130,7 +124,7 @@ def convert(words, args):
     check_writable("--output_dir", args.output_dir)
     files = {}
     for group in groups:
-        stem = stem_of(args.name if args.name and len(groups) == 1 else group[0].name)
+        stem = embedding_files.file_stem(args.name if args.name and len(groups) == 1 else group[0].name)
         for name, content in embedding_files.files_of(group, args.to, stem).items():
             files[Path(args.output_dir) / name] = content, group[0].name
     for path in files:

@@ -61,7 +61,8 @@ from personalization.data import images
 from personalization.errors import InputError, run_script
 from personalization.files import atomic_path, check_writable, write_json
 from personalization.models import base_model, families, weight_cache
-from personalization.runs import embeddings, provenance
+from personalization.models.compute import Compute
+from personalization.runs import embeddings, provenance, validation
 
 
 # =====================================================================================================
@@ -608,9 +609,11 @@ def make_parser():
         " --results LABEL=FOLDER ... [options]",
     )
     add = functools.partial(flags.add, parser)
-    name = "Base model: a local folder or a model id on the Hub."
+    name = "Base model: a local folder, a single file (.safetensors, .ckpt), or a model id on the Hub."
     add("--pretrained_model_name_or_path", required=True, path=flags.OR_NAME, help=name)
     add("--revision", help="Branch, tag or commit of the base on the Hub.")
+    own = "Tokenizer folder or id, if not the base's own, as for a single file."
+    add("--tokenizer_name", path=flags.OR_NAME, help=own)
     add(
         "--results",
         nargs="*",
@@ -655,7 +658,7 @@ def labelled_folder(text):
 def main(args):
     prompts = read_prompts(args.prompts)
     source = base_model.ModelSource(args.pretrained_model_name_or_path, args.revision)
-    base = base_model.open_base(source, accepted=families.FAMILIES.values())
+    base = base_model.open_base(source, args.tokenizer_name, families.FAMILIES.values())
     columns = read_columns(args.results, args.class_word, base)
     resolution = base_model.check_resolution(base, args.resolution)
     output_dir = Path(args.output_dir)
@@ -676,12 +679,13 @@ def main(args):
     )
     claim_images(output_dir, columns, drawing)
 
-    pipeline = base.family.pipeline.from_pretrained(
-        base.source.name,
-        revision=args.revision,
-        dtype=torch.float16 if device.type == "cuda" else torch.float32,
-        **base.family.pipeline_options,
-    ).to(device)
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    if base.single is None:
+        options = {"revision": args.revision, "dtype": dtype, **base.family.pipeline_options}
+        pipeline = base.family.pipeline.from_pretrained(base.source.name, **options).to(device)
+    else:
+        parts = base_model.load_text_encoder(base, dtype), base_model.load_component(base, base.family.denoiser, dtype)
+        pipeline = validation.open_pipeline(base, *parts, Compute(device, dtype, torch.contiguous_format)).to(device)
     pipeline.set_progress_bar_config(disable=True)
     draw_missing(output_dir, columns, drawing, pipeline, args.batch_size)
     del pipeline

@@ -482,8 +482,8 @@ def make_parser():
     override_training_arguments(parser)
     flags.add_validation_arguments(parser)
     add = flags.add_saving_arguments(parser)
-    kohya = f"Also save {KOHYA_FILE}, as AUTOMATIC1111, ComfyUI and others read it."
-    add("--output_kohya_format", action="store_true", decides=flags.NOTHING, help=kohya)
+    kohya = f"Save {KOHYA_FILE}, too, as AUTOMATIC1111, ComfyUI and others read it: always so."
+    add("--output_kohya_format", action="store_true", default=True, decides=flags.NOTHING, help=kohya)
     flags.add_hub_arguments(parser)
     return parser
 

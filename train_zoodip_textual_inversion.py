@@ -478,7 +478,7 @@ def load_frozen(base, component, backend, compute, cache_dir=None, device=None):
     expected = weight_cache.expected_tensors(model, dtype)
 
     def quantized():
-        stored = base_model.stored_tensors(files, base.family.classes[component])
+        stored = base_model.component_tensors(base, component)
         return backend.tensors(model, ((name, value) for name, value in stored if name in unquantized), dtype)
 
     if backend.cached and cache_dir is not None:
@@ -922,6 +922,10 @@ def complete_for_base(args, base):
                 f"--{name} {getattr(args, name)} is outside [0, {timesteps}), the timesteps of this model: give at"
                 f" most {timesteps}."
             )
+    if args.save_as_full_pipeline and base.single is not None:
+        raise InputError(
+            "--save_as_full_pipeline copies a base in diffusers format and this one is a single file: drop the flag."
+        )
     args.resolution = base_model.check_resolution(base, args.resolution)
     OPTIMIZERS[args.optimizer].complete(args, base)
 
@@ -1043,6 +1047,7 @@ PUBLICATION = hub.Publication(
     families=families.FAMILIES,
     tags=("textual_inversion", "diffusers-training", "stable-diffusion", "diffusers"),
     load="load_textual_inversion",
+    named=(".safetensors", ".pt"),
     keyword="learned_embeds",
 )
 
@@ -1634,7 +1639,7 @@ def learn_concept(args, accelerator, base, placeholder, compute):
         settings=settings,
     )
     task.model = None  # the run's is the only one, so that it can leave
-    run.begin(PUBLICATION, checkpoint)
+    run.begin(PUBLICATION.of_concept(args.placeholder_token), checkpoint)
     counts = f"{len(pictures)} images, {len(task.concept.prompt_ids)} prompts"
     logger.info(f"{counts}, {candidates_per_step(args)} candidates a step ({candidates_per_pass(args)} a pass)")
 

@@ -362,7 +362,8 @@ def add_model_arguments(parser, models="Stable Diffusion 1.x or 2.x", predicts_m
         required=True,
         path=OR_NAME,
         decides=RUN,
-        help=f"{models} in diffusers format: a local folder or a model id on the Hub.",
+        help=f"{models}: a local folder in diffusers format, a single file (.safetensors, .ckpt), or a model id on the"
+        " Hub.",
     )
     # The calibration's key has the weights and the prompts' ids themselves.
     add("--revision", decides=RUN, page=True, help="Branch, tag or commit of the model on the Hub.")

@@ -128,7 +128,7 @@ def add_result_arguments(add):
         action="store_true",
         page=True,
         decides=flags.NOTHING,
-        help="Also save a .pt for the Automatic1111 web UI.",
+        help="Also save a .pt, named after the concept as well, for older versions of the Automatic1111 web UI.",
     )
     add(
         "--save_as_full_pipeline",

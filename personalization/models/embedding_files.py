@@ -10,6 +10,7 @@ A word is a row, or several, of the token table of each text encoder. Forms diff
 | `onetrainer` | `emp_params`, or `clip_l`, `clip_g`, `t5`; with `_out`, vectors for an encoder's output |
 """
 
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -202,6 +203,11 @@ def entries(widths):
 # =====================================================================================================
 # Writing
 # =====================================================================================================
+
+
+def file_stem(name):
+    """A file's name for a concept's, "my-dog" for "<my-dog>": without what shells and file systems trip over."""
+    return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "concept"
 
 
 def files_of(words, form, stem):
