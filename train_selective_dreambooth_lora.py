@@ -279,11 +279,10 @@ class Learner:
 
 def draw_batch(subject, sampling, weights, scheduler, generator):
     """A `Batch` on the host: examples of the subject, then of its class, each noised to a timestep of its own."""
-    concepts = [concept for concept in (subject.instance, subject.prior) if concept is not None]
-    drawn = [examples.draw_examples(concept, sampling.batch_size, generator)[:2] for concept in concepts]
-    latents, rows = (torch.cat(parts) for parts in zip(*drawn))
+    latents, rows, inside = dreambooth.draw_subject(subject, sampling.batch_size, generator)
     timesteps = torch.multinomial(weights, len(latents), replacement=True, generator=generator)
-    return examples.noise_batch(concepts[0].family, latents, rows, timesteps, generator, scheduler)
+    family = subject.instance.family
+    return examples.noise_batch(family, latents, rows, timesteps, generator, scheduler, weights=inside)
 
 
 def bp_low(learner, model, batch, sampling):
@@ -305,6 +304,8 @@ def bp_window(learner, model, batch, sampling, drawn=None):
     with torch.no_grad(), surroundings.kept(drawn):
         loss = dreambooth_loss(model.errors(batch), sampling.batch_size, sampling.prior_weight)
     parts = batch._replace(noisy_latents=drawn.of(batch.noisy_latents), target=drawn.of(batch.target))
+    if batch.weights.numel():
+        parts = parts._replace(weights=drawn.of(batch.weights))
     with surroundings.standing_in():
         gradient, _ = bp_low(learner, model, parts, sampling)
     return gradient, loss
@@ -597,7 +598,7 @@ def load_subjects(args, pictures, texts, class_pictures, base, compute):
     high, vae = dreambooth.encode_pictures(pictures, texts, class_pictures, *model)
     if args.bp_view == "window":
         return dict.fromkeys(KINDS, high), vae
-    small, small_class = dreambooth.read_instances(args, args.low_resolution), None
+    small, small_class = dreambooth.read_instances(args, args.low_resolution, base), None
     if class_pictures is not None:
         small_class = dreambooth.read_class_folder(args, args.low_resolution)
     low, _ = dreambooth.encode_pictures(small, texts, small_class, *model)
@@ -832,7 +833,13 @@ def main(args):
 def personalize(args, accelerator, base, compute):
     """A run in `--output_dir`, which is its own, from the pictures to the push."""
     # 1. Everything that can be wrong is checked before anything slow starts.
-    pictures = dreambooth.read_instances(args)
+    pictures = dreambooth.read_instances(args, base=base)
+    shortest = min(min(picture.pixels.shape[1:]) for picture in pictures)
+    if args.bp_view == "window" and args.low_resolution > shortest:
+        raise InputError(
+            f"--low_resolution {args.low_resolution} is the side of windows and one of a picture is {shortest} px:"
+            " give at most that."
+        )
     texts = dreambooth.instance_texts(pictures, args.instance_prompt, args.subject_name)
     fill_in(args.validation_prompt or "", args.subject_name, "--validation_prompt")
     launch.settle(args, len(pictures), accelerator.num_processes, DEFAULT_STEPS)

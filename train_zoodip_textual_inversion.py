@@ -576,7 +576,8 @@ def prediction_errors(
         memory_format: of the latents given to the denoiser; None leaves them as they are.
 
     Yields:
-        ε_φ(z_t, t, c(y*)) - ε of the candidates of one pass, float32 `[at most max_candidates, b, C, h, w]`.
+        ε_φ(z_t, t, c(y*)) - ε of the candidates of one pass, float32 `[at most max_candidates, b, C, h, w]`; under
+        masks only what is inside counts.
     """
     table = text_encoder.get_input_embeddings()
     num_vectors = candidates.shape[1]
@@ -591,7 +592,7 @@ def prediction_errors(
         noisy = noisy.contiguous(memory_format=memory_format or torch.preserve_format)
         timesteps, sizes = batch.timesteps.repeat(m), batch.size_ids.repeat(m, 1)
         prediction = family.predict(denoiser, noisy, timesteps, text, sizes)
-        yield prediction.float().unflatten(0, (m, -1)) - batch.target
+        yield batch.weighed(prediction.float().unflatten(0, (m, -1)) - batch.target)
 
 
 def example_losses(candidates, batch, *model, **options):
@@ -741,9 +742,10 @@ class Learner:
 
 def draw_batch(concept, sampling, scheduler, generator):
     """A `Batch` on the host: examples of the concept, noised to timesteps by PUTS."""
-    latents, prompt_ids, size_ids = examples.draw_examples(concept, sampling.batch_size, generator)
+    latents, prompt_ids, size_ids, weights = examples.draw_examples(concept, sampling.batch_size, generator)
     timesteps = sample_puts_timesteps(sampling.batch_size, sampling.min_timestep, sampling.max_timestep, generator)
-    return examples.noise_batch(concept.family, latents, prompt_ids, timesteps, generator, scheduler, size_ids)
+    told = size_ids, weights
+    return examples.noise_batch(concept.family, latents, prompt_ids, timesteps, generator, scheduler, *told)
 
 
 @torch.no_grad()
@@ -1179,6 +1181,9 @@ def check_arguments(parser, args):
     if args.low_vram and (args.torch_compile or args.unet_backend == "openvino"):
         other = "--torch_compile" if args.torch_compile else "--unet_backend openvino"
         parser.error(f"--low_vram and {other} exclude each other: a compiled UNet needs its weights in one place.")
+    if args.use_aspect_ratio_buckets and (args.torch_compile or args.unet_backend == "openvino"):
+        other = "--torch_compile" if args.torch_compile else "--unet_backend openvino"
+        parser.error(f"--use_aspect_ratio_buckets has many sizes, and {other} compiles for one: drop one of them.")
     if args.torch_compile and args.unet_backend == "openvino":
         parser.error("--torch_compile has nothing to compile with --unet_backend openvino: drop one of them.")
     if args.early_stopping_patience and not args.num_validation_samples:
@@ -1236,13 +1241,17 @@ class Run(loop.Run):
         self.best = state["best"]
 
 
-def read_pictures(args):
-    """The `Picture`s to learn from."""
+def read_pictures(args, base=None):
+    """The `Picture`s to learn from; the base says which sizes there are for `--use_aspect_ratio_buckets`."""
+    multiple = base.resolution_multiple if args.use_aspect_ratio_buckets else None
+    how = args.resolution, args.center_crop, "--train_data_dir", multiple, args.masked_loss
     if args.train_data_dir is not None:
-        pictures = images.read_folder(args.train_data_dir, args.resolution, args.center_crop)
+        pictures = images.read_folder(args.train_data_dir, *how, args.mask_dir)
     else:
         names = args.dataset_name, args.dataset_config_name, args.image_column, args.caption_column
-        pictures = images.read_dataset(*names, args.resolution, args.center_crop)
+        pictures = images.read_dataset(*names, args.resolution, args.center_crop, multiple, args.masked_loss)
+    if not args.center_crop and multiple is None:
+        images.warn_about_squeezed(pictures)
     return mark_concept(pictures, args.caption_token, [args.placeholder_token])
 
 
@@ -1603,7 +1612,7 @@ def learn_concept(args, accelerator, base, placeholder, compute):
     memory.warn_if_too_large(args, SMALLER, lambda settings: estimate_memory(settings, base, compute), compute.device)
     if args.validation_prompt and placeholder.token not in placeholder.fill(args.validation_prompt):
         logger.warning(f"--validation_prompt {args.validation_prompt!r} does not contain {placeholder.token}.")
-    pictures = read_pictures(args)
+    pictures = read_pictures(args, base)
     captions = prompts.build_prompts(pictures, placeholder, base, args.learnable_property)
     steps = optimizer.num_steps(args, base.family)
     launch.settle(args, len(pictures) * args.repeats, accelerator.num_processes, steps)

@@ -437,6 +437,30 @@ def add_data_arguments(parser, folder="train_data_dir", concept="{} or the place
         page=True,
         help="Crop the centre square, as for SDXL always; otherwise images are squeezed to a square.",
     )
+    add(
+        "--use_aspect_ratio_buckets",
+        action="store_true",
+        default=None,  # as checkpoints of before have it
+        decides=RUN,
+        page=True,
+        help="Keep the shape of pictures: each is trained at the size, of about as many pixels as the square, whose"
+        " shape is the nearest, and cropped the little that is left.",
+    )
+    add(
+        "--masked_loss",
+        action="store_true",
+        default=None,
+        decides=RUN,
+        page=True,
+        help="Count the loss where the subject is: by a mask 01-masklabel.png beside 01.jpg (white is the subject), or"
+        " else by the picture's alpha channel.",
+    )
+    add(
+        "--mask_dir",
+        path=True,
+        decides=NOTHING,  # beside the masks in it
+        help="Folder of masks with the names of the pictures, 01.png for 01.jpg, for --masked_loss.",
+    )
     return add
 
 
@@ -678,6 +702,10 @@ def check_shared_arguments(parser, args, folder="train_data_dir"):
         )
     if (getattr(args, folder) is None) == (args.dataset_name is None):
         parser.error(f"give either --{folder}, a folder of images, or --dataset_name, a dataset on the Hub.")
+    if args.mask_dir is not None and not args.masked_loss:
+        parser.error("--mask_dir is for --masked_loss: add that or drop it.")
+    if args.masked_loss and args.dataset_name is not None and args.mask_dir is not None:
+        parser.error("--mask_dir goes by the names of pictures in a folder, and a dataset has none: drop one of them.")
     if args.caption_token is not None and not args.caption_token.strip():
         parser.error("--caption_token is empty: drop it or give the words that captions have for the concept.")
     if args.lr_warmup_steps and args.lr_scheduler == "constant":

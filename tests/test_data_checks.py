@@ -336,7 +336,7 @@ def test_the_folder_itself(tmp_path, monkeypatch):
     assert "cannot be read (Permission denied): give the folder" in sentence(read, str(tmp_path))
 
 
-def test_what_lies_beside_the_pictures_is_said(folder, log):
+def test_what_lies_beside_the_pictures_is_said(folder, log, monkeypatch):
     (folder / "x.jpg").mkdir()
     (folder / ".hidden").mkdir()
     (folder / "gone.png").symlink_to("nowhere")
@@ -345,10 +345,11 @@ def test_what_lies_beside_the_pictures_is_said(folder, log):
     os.mkfifo(folder / "pipe.png")
     (folder / "linked.png").symlink_to("a.png")
     (folder / "IMG_1.HEIC").write_bytes(b"\0\0\0 ftypheic")
+    monkeypatch.setattr(images, "readable_suffixes", lambda: {".png", ".jpg"})  # without pillow-heif
     assert list(captions(folder)) == ["a.png", "b.png", "linked.png"]
     assert log().splitlines() == [
-        f"Ignored 1 files in '{folder}' that are not images: IMG_1.HEIC (IMG_1.HEIC cannot be read here: save such"
-        " images as JPEG or PNG).",
+        f"Ignored 1 files in '{folder}' that are not images: IMG_1.HEIC (IMG_1.HEIC cannot be read here: pip install"
+        " pillow-heif, or save such images as JPEG or PNG).",
         f"Ignored folders in '{folder}': .hidden, x.jpg; only pictures beside them are read.",
         f"Skipped links to nothing, pipes or devices in '{folder}': gone.png, loop.png, pipe.png, zero.png.",
     ]
@@ -454,16 +455,19 @@ def test_repeats_decide_how_often_a_picture_is_drawn():
     moments = torch.cat([torch.arange(2.0).view(1, 2, 1, 1, 1), torch.full((1, 2, 1, 1, 1), -60.0)], dim=2)
     family = SimpleNamespace(to_latents=lambda sample, config: sample)
     concept = examples.Concept(moments, 0.0, family, {}, torch.arange(2), [[0], [1]], None, torch.tensor([0, 0, 0, 1]))
-    _, prompts_drawn, _ = examples.draw_examples(concept, 4000, torch.Generator().manual_seed(0))
+    _, prompts_drawn, *_ = examples.draw_examples(concept, 4000, torch.Generator().manual_seed(0))
     assert prompts_drawn.float().mean().item() == pytest.approx(0.25, abs=0.03)
 
 
-def test_a_folder_without_pictures_says_what_is_there(tmp_path):
+def test_a_folder_without_pictures_says_what_is_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "readable_suffixes", lambda: {".png", ".jpg"})  # without pillow-heif
     (tmp_path / "dogs").mkdir()
     message = sentence(read, tmp_path)
     assert "holds no readable image (0 files looked at)" in message and "one of the folders in it (dogs)" in message
     (tmp_path / "IMG_1.HEIC").write_bytes(b"\0")
-    assert "IMG_1.HEIC cannot be read here: save such images as JPEG or PNG." in sentence(read, tmp_path)
+    assert "IMG_1.HEIC cannot be read here: pip install pillow-heif, or save such images as JPEG or PNG." in sentence(
+        read, tmp_path
+    )
 
 
 def test_pictures_that_cannot_be_decoded_are_skipped(folder, monkeypatch, log):

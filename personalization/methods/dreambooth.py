@@ -99,6 +99,8 @@ def check_subject_arguments(parser, args):
         value = getattr(args, name)
         if value is not None and not value.strip():
             parser.error(f"--{name} is empty: drop it or say something.")
+    if args.with_prior_preservation and args.use_aspect_ratio_buckets:
+        parser.error("--use_aspect_ratio_buckets and --with_prior_preservation, whose images are squares: drop one.")
     if args.subject_name is not None and "{}" in args.subject_name:
         parser.error("--subject_name is what {} stands for: give words without {}.")
     if "{}" in (args.class_prompt or ""):
@@ -180,6 +182,18 @@ def never_said(subject_name, instance_prompt, all_captioned):
     )
 
 
+def draw_subject(subject, batch_size, generator):
+    """Examples of the subject, then as many of its class: latents, rows of prompts, and weights, `[b or 2b, ...]`."""
+    concepts = [concept for concept in (subject.instance, subject.prior) if concept is not None]
+    drawn = [examples.draw_examples(concept, batch_size, generator) for concept in concepts]
+    latents, rows = (torch.cat(parts) for parts in list(zip(*drawn))[:2])
+    weights = [each[3] for each in drawn]
+    if all(each is None for each in weights):
+        return latents, rows, None
+    everywhere = torch.ones(batch_size, 1, *latents.shape[-2:])
+    return latents, rows, torch.cat([everywhere if each is None else each for each in weights])
+
+
 def warn_about_long_prompts(tokenizer, texts):
     """Says which prompts are longer than the text encoder reads."""
     limit = prompts.words_in_prompt(tokenizer)
@@ -237,14 +251,15 @@ class Subject:
     prior: Concept | None  # the class, for prior preservation
 
 
-def read_instances(args, resolution=None):
-    """The `Picture`s of the subject, in `--resolution` or another."""
+def read_instances(args, resolution=None, base=None):
+    """The `Picture`s of the subject, in `--resolution` or another; see `read_pictures` of the script for words."""
     options = resolution or args.resolution, args.center_crop
+    more = base.resolution_multiple if args.use_aspect_ratio_buckets else None, args.masked_loss
     if args.instance_data_dir is not None:
-        pictures = images.read_folder(args.instance_data_dir, *options, "--instance_data_dir")
+        pictures = images.read_folder(args.instance_data_dir, *options, "--instance_data_dir", *more, args.mask_dir)
     else:
         names = args.dataset_name, args.dataset_config_name, args.image_column, args.caption_column
-        pictures = images.read_dataset(*names, *options)
+        pictures = images.read_dataset(*names, *options, *more)
     return mark_concept(pictures, args.caption_token, [args.subject_name] * (args.subject_name is not None))
 
 
@@ -352,6 +367,8 @@ def denoising_errors(family, denoiser, batch, conditioning, memory_format=None):
     noisy = batch.noisy_latents.to(conditioning)
     noisy = noisy.contiguous(memory_format=memory_format or torch.preserve_format)
     prediction = family.predict(denoiser, noisy, batch.timesteps, Text(conditioning), batch.size_ids)
+    if batch.weights.numel():  # under masks only what is inside counts
+        return batch.weighed(prediction.float() - batch.target).square().flatten(1).mean(dim=1)
     return F.mse_loss(prediction.float(), batch.target, reduction="none").flatten(1).mean(dim=1)
 
 

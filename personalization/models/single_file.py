@@ -5,6 +5,7 @@ that one tensor at a time is in memory, as of a base in folders. Configs of the 
 shapes in the file say which of them fits. Tokenizers are of a base that the Hub's cache has already.
 """
 
+import os
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -80,7 +81,7 @@ class Later:
 
 def is_single_file(name):
     """Whether the name of a base is that of a file, and not of a folder or a model on the Hub."""
-    return Path(name).is_file()
+    return os.path.isfile(name)
 
 
 def open_file(path, label):
