@@ -651,11 +651,6 @@ class ZerothOrderAdam:
     perturbation_scale: float  # μ
     num_estimates: int  # that an update averages: accumulation steps x processes
 
-    @property
-    def num_forwards(self):
-        """One for each point of a step."""
-        return ESTIMATORS[self.estimator].num_losses(self.num_perturbations)
-
     def evidence(self, model, theta, batch, generator):
         """What a batch says: the estimate of the gradient; and the loss."""
         loss_fn = functools.partial(model.losses, batch=batch)
@@ -1027,6 +1022,7 @@ def estimate_memory(args, base, compute):
         openvino=args.unet_backend == "openvino",
         images=bool(args.validation_prompt),
         coordinates=candidates_per_step(args) * entries + kept(args, entries),
+        checkpointing=args.gradient_checkpointing if OPTIMIZERS[args.optimizer].differentiates else None,
     )
     return memory.predict_memory(*networks, BACKENDS[args.quantization], plan, base, compute)
 
@@ -1458,10 +1454,11 @@ def train(run):
         validate(run)
         draw_validation_images(run)
     examples_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    passes = OPTIMIZERS[args.optimizer].num_forwards(args) * examples_per_step
     bar = loop.progress_bar(accelerator, progress.step, args.max_train_steps)
     with loop.stop_requests(accelerator) as stop_requested, bar:
         while not run.is_over:
-            progress.forward_passes += learner.rule.num_forwards * examples_per_step
+            progress.forward_passes += passes
             interval_loss += train_step(learner, run.model, run.concept, run.sampling, average)
             progress.step = step = progress.step + 1
             interval += 1

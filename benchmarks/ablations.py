@@ -59,7 +59,8 @@ def timestep_range(least, most):
 
 def ours(title, changes="", precision="--mixed_precision bf16"):
     """Gauss-Newton, changed by flags."""
-    return Method(title, f"--optimizer gauss_newton --quantization int8 --train_batch_size 1 {precision} {changes} {PUTS}")
+    settings = f"--optimizer gauss_newton --quantization int8 --train_batch_size 1 {precision}"
+    return Method(title, f"{settings} {changes} {PUTS}")
 
 
 FLOAT32 = ours("Gauss-Newton in float32, h = 3e-4", precision="--mixed_precision no")

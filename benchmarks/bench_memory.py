@@ -77,6 +77,10 @@ ROWS = {
     "int8-n8": Row("script", {"quantization": "int8"}, num_perturbations=8),
     "int8-gauss-newton": Row("script", {**GAUSS_NEWTON, "max_candidates_per_forward": 3}),  # as n = 2 has
     "int8-gauss-newton-default": Row("script", GAUSS_NEWTON),
+    "int8-gradient": Row("script", {"quantization": "int8", "optimizer": "gradient"}),
+    "int8-gradient-kept": Row(
+        "script", {"quantization": "int8", "optimizer": "gradient", "gradient_checkpointing": "none"}
+    ),
     "int8-n8-split": Row("script", {"quantization": "int8", "max_candidates_per_forward": 1}, num_perturbations=8),
     "nf4": Row("script", {"quantization": "nf4"}),
     "quanto-int8": Row("script", {"quantization": "quanto-int8"}),
@@ -118,7 +122,7 @@ def script_flags(row, base, images, output, cache, resolution, n, batch_size):
         "report_to": "none",
         **row.settings,
     }
-    if flags.get("optimizer") == "gauss_newton":
+    if flags.get("optimizer", "zo_adam") != "zo_adam":
         del flags["num_perturbations"]
     return as_words(flags)
 

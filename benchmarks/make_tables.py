@@ -12,7 +12,7 @@ import re
 import sys
 from pathlib import Path
 
-from benchmarks.tables import demo, hardening, memory, methods, selective, signal, speed, targets, tuneqdm
+from benchmarks.tables import demo, frontier, hardening, memory, methods, selective, signal, speed, targets, tuneqdm
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,6 +44,7 @@ TABLES = {
     "selective_pilots": (selective.selective_pilots, f"{RESULTS}/selective_pilots.json"),
     "selective_gradients": (selective.selective_gradients, f"{RESULTS}/selective_gradients.json"),
     "selective_windows": (selective.selective_windows, f"{RESULTS}/selective_gradients.json"),
+    "frontier": (frontier.frontier, f"{RESULTS}/frontier_cpu.json"),
     "loading": (memory.loading, f"{RESULTS}/memory_cpu.json"),
     "method_targets": (
         targets.method_targets,

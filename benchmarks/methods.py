@@ -46,7 +46,7 @@ class ForwardCount:
 
     def _count(self, unet, inputs):
         followed = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-        self.total += len(inputs[0]) * (3 if followed else 1)
+        self.total += len(inputs[0]) * (3 + unet.is_gradient_checkpointing if followed else 1)
 
 
 class FlagshipLearner:
@@ -59,7 +59,8 @@ class FlagshipLearner:
 
     @staticmethod
     def forwards_per_step(args):
-        return zoodip.candidates_per_step(args) * args.train_batch_size * args.gradient_accumulation_steps
+        forwards = zoodip.OPTIMIZERS[args.optimizer].num_forwards(args)
+        return forwards * args.train_batch_size * args.gradient_accumulation_steps
 
     @property
     def theta(self):

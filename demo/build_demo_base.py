@@ -38,6 +38,7 @@ from torch import nn
 
 
 STAGES = ("data", "clip", "vae", "latents", "scorer", "identity", "unet", "export")
+DISTILLED_STAGES = ("pooled", "unet_xl", "unet_eps")  # build_demo_base_xl.py and build_demo_base_eps.py
 ATTRIBUTES = {  # name -> its values, in the order of the columns of `scenes_*.npy`
     "shape": world.SHAPES,
     "colour": world.COLOUR_NAMES,
@@ -63,8 +64,9 @@ beautiful cute simple plain solid""".split()
 # ------------------------------------------------------------------------------------------------------------------
 
 
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def make_parser(description):
+    """The arguments of this recipe; those of the distilled bases add their own."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     here = Path(__file__).resolve().parent
     parser.add_argument("--stages", default="all", help=f"comma-separated, of {', '.join(STAGES)}; default all")
     parser.add_argument("--out_dir", type=Path, default=here, help="where base/, scorer/ and subjects/ are written")
@@ -89,6 +91,11 @@ def parse_args(argv=None):
     parser.add_argument("--unet_ema", type=float, default=0.999, help="decay of the moving average of the weights")
     parser.add_argument("--checkpoint_every", type=float, default=90, help="seconds between checkpoints")
     parser.add_argument("--smoke", action="store_true", help="a run of seconds: few renders, two steps per stage")
+    return parser
+
+
+def parse_args(argv=None):
+    parser = make_parser(__doc__)
     args = parser.parse_args(argv)
     args.stages = STAGES if args.stages == "all" else tuple(args.stages.split(","))
     unknown = set(args.stages) - set(STAGES)
@@ -98,6 +105,10 @@ def parse_args(argv=None):
         args.num_renders = 64
         args.clip_steps = args.vae_steps = args.scorer_steps = args.identity_steps = args.unet_steps = 2
         args.unet_low_steps, args.unet_batch = 1, 4
+    return make_folders(args)
+
+
+def make_folders(args):
     args.work_dir.mkdir(parents=True, exist_ok=True)
     args.out_dir.mkdir(parents=True, exist_ok=True)
     return args
@@ -309,7 +320,7 @@ def train(args, stage, model, loss_of, steps, lr, weight_decay=0.01, lr_decay=1.
             ema.to(args.device)
         print(f"{stage}: resumed at step {start} of {steps}", flush=True)
 
-    stage_id = (*STAGES, "pooled", "unet_xl").index(stage)  # the last two: build_demo_base_xl.py
+    stage_id = (*STAGES, *DISTILLED_STAGES).index(stage)
     began = saved = printed = time.time()
     printed_step, metrics_sum, counts = start, {}, {}
 
@@ -638,13 +649,14 @@ def make_unet():
     )
 
 
+# Stable Diffusion's, for DDPM in training and DPM-Solver in the pipeline.
+BETAS = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
 def noise_schedule():
-    """The scheduler's settings, for DDPM in training and DPM-Solver in the pipeline."""
+    """The scheduler's settings: the last noise level has no picture left in it."""
     return {
-        "num_train_timesteps": 1000,
-        "beta_start": 0.00085,
-        "beta_end": 0.012,
-        "beta_schedule": "scaled_linear",
+        **BETAS,
         "prediction_type": "v_prediction",
         "rescale_betas_zero_snr": True,
         "timestep_spacing": "trailing",
@@ -838,26 +850,52 @@ def fresh_folder(path):
     return path
 
 
-def record_of(args):
-    """What produced the weights: settings, steps and seconds of each stage, versions, hardware."""
+def record_stages(args, names):
+    """{name: steps, plan, recipe, seconds and last log line} of the stages that have a checkpoint."""
+    stages = {}
+    for name in names:
+        state = load_checkpoint(args, name)
+        if state:
+            last = state["log"][-1] if state["log"] else {}
+            stages[name] = {"steps": state["step"], **state["plan"], **state["recipe"]}
+            stages[name] |= {"seconds": round(state["seconds"]), "last": last}
+    return stages
+
+
+def record_machine(args):
+    """Versions and hardware."""
     import diffusers
     import transformers
 
-    stages = {}
-    for stage in STAGES:
-        state = load_checkpoint(args, stage)
-        if state:
-            last = state["log"][-1] if state["log"] else {}
-            stages[stage] = {"steps": state["step"], **state["plan"], **state["recipe"]}
-            stages[stage] |= {"seconds": round(state["seconds"]), "last": last}
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    versions |= {"diffusers": diffusers.__version__, "transformers": transformers.__version__}
+    hardware = f"{os.cpu_count()} CPU cores, {platform.machine()}" if args.device == "cpu" else args.device
+    return {"versions": versions, "hardware": hardware}
+
+
+def record_of(args):
+    """Origin of the weights: settings, steps and seconds of each stage, versions, hardware."""
+    stages = record_stages(args, STAGES)
     if (args.work_dir / "latents.json").exists():
         stages["latents"] = json.loads((args.work_dir / "latents.json").read_text())
     skipped = ("stages", "out_dir", "work_dir", "checkpoint_every")
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in skipped}
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    versions |= {"diffusers": diffusers.__version__, "transformers": transformers.__version__}
-    hardware = f"{os.cpu_count()} CPU cores, {platform.machine()}" if args.device == "cpu" else args.device
-    return {"settings": settings, "stages": stages, "versions": versions, "hardware": hardware}
+    return {"settings": settings, "stages": stages, **record_machine(args)}
+
+
+def save_pipeline(pipeline, folder, record):
+    """Write a pipeline in float16, and the record of its making, into a fresh `folder`."""
+    fresh_folder(folder)
+    pipeline.to("cpu", torch.float16).save_pretrained(folder)
+    # transformers 5 loads a model in the dtype its config names, diffusers loads the rest in float32: name float32, or
+    # a plain `from_pretrained` gets a float16 text encoder beside a float32 UNet and fails at the first image.
+    for file in folder.glob("text_encoder*/config.json"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
+    for file in folder.glob("*/config.json"):  # paths of this machine say nothing elsewhere
+        settings = json.loads(file.read_text())
+        if settings.pop("_name_or_path", None):
+            file.write_text(json.dumps(settings, indent=2) + "\n")
+    (folder / "demo_base.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
 def export_base(args):
@@ -876,13 +914,8 @@ def export_base(args):
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    folder = fresh_folder(args.out_dir / ".base.tmp")
-    pipeline.to(torch.float16).save_pretrained(folder)
-    # transformers 5 loads a model in the dtype its config names, diffusers loads the rest in float32: name float32, or
-    # a plain `from_pretrained` gets a float16 text encoder beside a float32 UNet and fails at the first image.
-    config_file = Path(folder) / "text_encoder" / "config.json"
-    config_file.write_text(json.dumps(json.loads(config_file.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
-    (folder / "demo_base.json").write_text(json.dumps(record_of(args), indent=2) + "\n")
+    folder = args.out_dir / ".base.tmp"
+    save_pipeline(pipeline, folder, record_of(args))
     replace_folder(folder, args.out_dir / "base")
     print(f"export: {args.out_dir / 'base'}", flush=True)
 

@@ -13,12 +13,11 @@ latents. In half of the examples the text is pooled at an earlier word than its 
 (at the largest token id), so that the base also listens to what follows it. The VAE is a link to the teacher's.
 """
 
-import json
 import os
 import shutil
-from pathlib import Path
 
 import build_demo_base as demo
+import distillation
 import numpy as np
 import torch
 import world
@@ -27,44 +26,12 @@ from torch import nn
 
 WIDTH, LAYERS, POOLED = 64, 2, 128  # of the second text encoder
 SIZE_WIDTH = 16  # sines and cosines of each of the six sizes
-
-
-def parse_args(argv=None):
-    """The arguments of build_demo_base.py, with those of these two stages."""
-    base_args = ("--pooled_steps", 800), ("--xl_steps", 2500)
-    parser = demo.argparse.ArgumentParser(add_help=False)
-    for flag, steps in base_args:
-        parser.add_argument(flag, type=int, default=steps)
-    own, rest = parser.parse_known_args(argv)
-    args = demo.parse_args([*rest, "--stages", "export"])
-    args.keep, args.teacher = None, Path(__file__).resolve().parent / "base"
-    args.pooled_steps, args.xl_steps = (2, 2) if args.smoke else (own.pooled_steps, own.xl_steps)
-    return args
+SETTINGS = ("seed", "pooled_steps", "xl_steps", "precision")  # in the record
 
 
 # ------------------------------------------------------------------------------------------------------------------
 # The models
 # ------------------------------------------------------------------------------------------------------------------
-
-
-class Teacher:
-    """`demo/base`: its prediction, and what its UNet adds to the embedding of time for a text."""
-
-    def __init__(self, args):
-        from diffusers import UNet2DConditionModel
-        from diffusers.models.attention_processor import AttnProcessor
-        from transformers import CLIPTextModel, CLIPTokenizer
-
-        self.tokenizer = CLIPTokenizer.from_pretrained(args.teacher / "tokenizer")
-        self.encoder = CLIPTextModel.from_pretrained(args.teacher / "text_encoder", dtype=torch.float32)
-        self.unet = UNet2DConditionModel.from_pretrained(args.teacher / "unet", dtype=torch.float32)
-        self.unet.set_attn_processor(AttnProcessor())
-        for model in (self.encoder, self.unet):
-            model.to(args.device).eval().requires_grad_(False)
-
-    @torch.no_grad()
-    def text(self, ids):
-        return self.encoder(ids).last_hidden_state
 
 
 def make_first_encoder(teacher):
@@ -190,38 +157,25 @@ def stage_unet(args, teacher, first, student):
     """The UNet predicts what the teacher predicts."""
     from diffusers.models.attention_processor import AttnProcessor
 
-    rows = np.load(args.work_dir / "scenes_world.npy").astype(np.int64)
-    moments = {side: torch.from_numpy(np.load(args.work_dir / f"latents_{side}.npy")) for side in demo.SIDES}
-    scaling_factor = json.loads((args.work_dir / "latents.json").read_text())["scaling_factor"]
+    latents = distillation.Latents(args, teacher.alphas)
     student.unet.set_attn_processor(AttnProcessor())
-    alphas, device = demo.alphas_cumprod(args.device), args.device
+    device = args.device
 
     def loss_of(step, rng, generator):
-        side, batch = (demo.SIDES[1], 48) if rng.random() < 0.4 else (demo.SIDES[0], 24)
-        batch = 4 if args.smoke else batch
-        index = rng.integers(len(rows), size=batch)
-        empty = rng.random(batch) < 0.1
-        captions = ["" if e else world.caption(demo.scene_of(row), rng) for e, row in zip(empty, rows[index])]
-        times = (rng.permutation(batch) + rng.random(batch)) / batch
-        timesteps = torch.from_numpy((times * 1000).astype(np.int64)).to(device)
-        mean, logvar = moments[side][index].to(device).float().chunk(2, 1)
-        draw = {"generator": generator, "device": device}
-        latents = (mean + (0.5 * logvar).exp() * torch.randn(mean.shape, **draw)) * scaling_factor
-        alpha = alphas[timesteps].view(-1, 1, 1, 1)
-        noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * torch.randn(mean.shape, **draw)
-        ids = demo.tokenize(teacher.tokenizer, captions, device)
+        batch = latents.draw(rng, generator)
+        ids = demo.tokenize(teacher.tokenizer, batch.captions, device)
         with demo.autocast(args):
+            target = teacher.predict(batch.noisy, batch.timesteps, ids)
             with torch.no_grad():
-                target = teacher.unet(noisy, timesteps, teacher.text(ids)).sample.float()
                 states = first(ids, output_hidden_states=True).hidden_states[-2]
             more, pooled = student.encode(ids, draw_places(ids, rng))
-            said = torch.from_numpy(~empty).float().to(device)  # SDXL's empty prompt is zeros
+            said = torch.from_numpy(~batch.empty).float().to(device)  # SDXL's empty prompt is zeros
             states = torch.cat([states, more], dim=-1) * said[:, None, None]
-            added = {"text_embeds": pooled * said[:, None], "time_ids": draw_sizes(rng, batch, side, device)}
-            output = student.unet(noisy, timesteps, states, added_cond_kwargs=added).sample
-        errors = (output.float() - target).square().mean((1, 2, 3))
-        high = alpha.flatten() < 0.3
-        return errors.mean(), {"noisy": errors.detach()[high].mean(), "clear": errors.detach()[~high].mean()}
+            sizes = draw_sizes(rng, len(ids), batch.side, device)
+            added = {"text_embeds": pooled * said[:, None], "time_ids": sizes}
+            output = student.unet(batch.noisy, batch.timesteps, states, added_cond_kwargs=added).sample
+        errors = distillation.squared_errors(output, target, batch.alpha, teacher.prediction_type)
+        return errors.mean(), distillation.noisy_and_clear(errors, batch.alpha)
 
     options = {"weight_decay": 0.0, "lr_decay": 0.6, "ema_decay": 0.995}
     demo.train(args, "unet_xl", student, loss_of, args.xl_steps, 5e-4, **options)
@@ -244,39 +198,19 @@ def export(args, teacher, first, student):
         scheduler=DPMSolverMultistepScheduler.from_pretrained(args.teacher / "scheduler"),
         add_watermarker=False,
     )
-    folder = demo.fresh_folder(args.out_dir / ".base_xl.tmp")
-    pipeline.to("cpu", torch.float16).save_pretrained(folder)
-    for name in ("text_encoder", "text_encoder_2"):  # see `build_demo_base.export_base`
-        path = folder / name / "config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
-    stages = {}
-    for stage in ("pooled", "unet_xl"):
-        state = demo.load_checkpoint(args, stage)
-        stages[stage] = {
-            "steps": state["step"],
-            **state["plan"],
-            **state["recipe"],
-            "last": (state["log"] or [{}])[-1],
-        }
-        stages[stage]["seconds"] = round(state["seconds"])
-    record = demo.record_of(args)
-    kept = {name: record[name] for name in ("versions", "hardware")}
-    settings = {name: getattr(args, name) for name in ("seed", "pooled_steps", "xl_steps", "precision")}
-    (folder / "demo_base.json").write_text(
-        json.dumps({"settings": settings, "stages": stages, **kept}, indent=2) + "\n"
-    )
-    if args.out_dir.resolve() == args.teacher.parent:
+    folder = distillation.export(args, pipeline, "base_xl", ("pooled", "unet_xl"), SETTINGS)
+    if args.out_dir.resolve() == args.teacher.resolve().parent:
         shutil.rmtree(folder / "vae")
-        os.symlink("../base/vae", folder / "vae")
+        os.symlink(f"../{args.teacher.name}/vae", folder / "vae")
     demo.replace_folder(folder, args.out_dir / "base_xl")
     print(f"export: {args.out_dir / 'base_xl'}", flush=True)
 
 
 def main(argv=None):
-    args = parse_args(argv)
+    args = distillation.parse_args(argv, __doc__, pooled_steps=800, xl_steps=2500)
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed + 3)
-    teacher = Teacher(args)
+    teacher = distillation.Teacher(args)
     first, student = make_first_encoder(teacher).to(args.device), Student(teacher).to(args.device)
     if demo.load_checkpoint(args, "unet_xl") is None:
         stage_pooled(args, teacher, student)

@@ -3,6 +3,7 @@
 ::
 
     python demo/check_demo_base.py                    # writes demo/quality.json and demo/samples.png
+    python demo/check_demo_base.py --base base_eps    # predicts noise: demo/quality_eps.json and demo/samples_eps.png
     python demo/check_demo_base.py --base base_xl     # SDXL's kind: demo/quality_xl.json and demo/samples_xl.png
 
 Everything is measured on renders and captions drawn with seeds that training never used, with the committed fp16
@@ -37,6 +38,7 @@ TARGETS = {  # (section, figure) -> at least
     ("generated", "shape"): 0.97,
     ("generated", "colour"): 0.95,
 }
+BASES = ("base", "base_eps", "base_xl")
 SEED = 20_000  # far from the (seed, stage or chunk) pairs of training
 
 
@@ -44,7 +46,9 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     here = Path(__file__).resolve().parent
     parser.add_argument("--demo_dir", type=Path, default=here, help="where base/ and scorer/ are")
-    parser.add_argument("--base", choices=("base", "base_xl"), default="base", help="which of the bases there")
+    parser.add_argument(
+        "--base", choices=("base", "base_eps", "base_xl"), default="base", help="which of the bases there"
+    )
     parser.add_argument("--out_dir", type=Path, default=None, help="for quality.json, samples.png; default: demo_dir")
     parser.add_argument("--num_renders", type=int, default=2048, help="fresh renders for the VAE and the scorer")
     parser.add_argument("--num_captions", type=int, default=512, help="fresh captions to generate for")

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import world
 DEMO = Path(__file__).resolve().parent.parent / "demo"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 committed = pytest.mark.skipif(not (DEMO / "base" / "model_index.json").exists(), reason="demo/base is not built here")
+committed_eps = pytest.mark.skipif(not (DEMO / "base_eps").exists(), reason="demo/base_eps is not in this checkout")
 
 
 # -- the world -----------------------------------------------------------------------------------------------------
@@ -249,6 +251,128 @@ def test_committed_base_generates():
     assert images.shape == (1, 64, 64, 3) and np.isfinite(images).all() and images.std() > 0.02
 
 
+def test_the_same_noise_is_found_in_another_schedule():
+    import torch
+    from build_demo_base_eps import equal_noise
+
+    alphas, others = torch.linspace(0.99, 0.01, 50), torch.linspace(1.0, 0.0, 801)
+    found = equal_noise(alphas, others)
+    assert torch.equal(found, equal_noise(alphas, others).sort().values) and found.min() > 0 and found.max() < 800
+    assert torch.allclose(1 - found / 800, alphas, atol=1e-5)  # a line can be read between its points
+    assert torch.equal(equal_noise(others, others), torch.arange(801.0))
+
+
+def test_the_teacher_is_asked_where_its_noise_is_as_strong():
+    import build_demo_base as build
+    from build_demo_base_eps import alphas_cumprod, equal_noise
+
+    own, teacher = alphas_cumprod("cpu").numpy(), build.alphas_cumprod("cpu").numpy()
+    betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2  # Stable Diffusion's
+    assert np.allclose(own, np.cumprod(1 - betas), rtol=1e-4)
+    assert own[-1] > 0.004 and teacher[-1] == 0
+    found = equal_noise(alphas_cumprod("cpu"), build.alphas_cumprod("cpu")).numpy()
+    assert np.allclose(np.interp(found, np.arange(1000), teacher), own, atol=1e-4)
+    assert found[0] < 0.01 and 870 < found[-1] < 890
+
+
+def test_noise_implied_by_a_velocity_is_the_noise_and_its_error_counts_as_one_of_velocities():
+    import torch
+    from build_demo_base_eps import noise_from_velocity
+    from distillation import squared_errors
+
+    latents, noise = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    alpha = torch.tensor([0.9, 0.3, 0.001]).view(-1, 1, 1, 1)
+    noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
+    velocity = alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
+    assert torch.allclose(noise_from_velocity(velocity, noisy, alpha), noise, atol=1e-5)
+
+    other = velocity + torch.randn(velocity.shape, generator=torch.Generator().manual_seed(1))
+    of_velocity = squared_errors(other, velocity, alpha, "v_prediction")
+    of_noise = squared_errors(noise_from_velocity(other, noisy, alpha), noise, alpha, "epsilon")
+    assert torch.allclose(of_noise[:2], of_velocity[:2], rtol=1e-4)
+    assert of_noise[2] < of_velocity[2] / 30  # its weight ends at 25, not 1,000
+
+
+def test_smoke_run_of_the_epsilon_recipe(smoke):
+    import torch
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    command = [sys.executable, str(DEMO / "build_demo_base_eps.py"), "--smoke", "--device", "cpu"]
+    command += ["--out_dir", str(smoke / "out"), "--work_dir", str(smoke / "work")]
+    subprocess.run(command, check=True, env=ENVIRONMENT, capture_output=True, text=True)
+    folder = smoke / "out" / "base_eps"
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline.scheduler.config.prediction_type == "epsilon" and pipeline.scheduler.alphas_cumprod[-1] > 0.004
+    assert pipeline("a photo of a red star", num_inference_steps=2).images[0].size == (64, 64)
+    assert not DDIMScheduler.from_pretrained(folder, subfolder="scheduler").config.clip_sample
+    record = json.loads((folder / "demo_base.json").read_text())
+    assert record["stages"]["unet_eps"]["steps"] == record["settings"]["eps_steps"] == 2
+
+
+def test_the_epsilon_recipe_wants_a_teacher_of_velocities(smoke, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(DEMO / "base", base)
+    config = base / "scheduler" / "scheduler_config.json"
+    config.write_text(config.read_text().replace("v_prediction", "epsilon"))
+    command = [sys.executable, str(DEMO / "build_demo_base_eps.py"), "--smoke", "--device", "cpu"]
+    command += ["--out_dir", str(tmp_path / "out"), "--work_dir", str(smoke / "work"), "--teacher", str(base)]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 1 and "predicts epsilon" in done.stderr and "Traceback" not in done.stderr
+
+
+@committed_eps
+def test_committed_epsilon_base_shares_text_and_vae():
+    for part in ("text_encoder", "tokenizer", "vae"):
+        for file in (DEMO / "base" / part).iterdir():
+            assert file.read_bytes() == (DEMO / "base_eps" / part / file.name).read_bytes(), file
+    ours, others = ((DEMO / base / "unet").rglob("*.safetensors") for base in ("base_eps", "base"))
+    assert next(ours).stat().st_size == next(others).stat().st_size
+
+
+@committed_eps
+@pytest.mark.parametrize("sampler", ["DPMSolverMultistepScheduler", "DDIMScheduler", "PNDMScheduler"])
+def test_committed_epsilon_base_draws_what_it_is_told(sampler):
+    import diffusers
+    import torch
+    from scoring import Scorer, accuracy
+
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(DEMO / "base_eps", torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = getattr(diffusers, sampler).from_pretrained(DEMO / "base_eps", subfolder="scheduler")
+    scenes = [world.Scene(*"heart red red plain snow".split()), world.Scene(*"ring blue blue plain grass".split())]
+    prompts = [f"a photo of a {world.describe(scene)}" for scene in scenes]
+    generator = torch.Generator().manual_seed(0)
+    images = pipeline(prompts, num_inference_steps=20, guidance_scale=4.0, generator=generator).images
+    read = accuracy(Scorer(DEMO / "scorer").read(images), scenes)
+    assert read["shape"] == read["colour"] == read["background"] == 1
+
+
+@committed_eps
+@pytest.mark.parametrize(("timestep", "most"), [(50, 0.3), (300, 0.09), (700, 0.02), (999, 0.003)])
+def test_committed_epsilon_base_predicts_the_noise(timestep, most):
+    """Of renders it finds the noise, not the velocity: an independent look at what `prediction_type` says."""
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(DEMO / "base_eps", torch_dtype=torch.float32)
+    rng, generator = np.random.default_rng(77), torch.Generator().manual_seed(77)
+    scenes = [world.sample_scene(rng) for _ in range(8)]
+    pixels = torch.from_numpy(np.stack([world.render(scene, rng) for scene in scenes])).permute(0, 3, 1, 2) / 127.5 - 1
+    betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    alpha = float(np.prod(1 - betas[: timestep + 1]))
+    prompts = [f"a photo of a {world.describe(scene)}" for scene in scenes]
+    with torch.no_grad():
+        latents = pipeline.vae.encode(pixels).latent_dist.mode() * pipeline.vae.config.scaling_factor
+        noise = torch.randn(latents.shape, generator=generator)
+        noisy = alpha**0.5 * latents + (1 - alpha) ** 0.5 * noise
+        text, _ = pipeline.encode_prompt(prompts, "cpu", 1, False)
+        found = pipeline.unet(noisy, timestep, text).sample
+    velocity = alpha**0.5 * noise - (1 - alpha) ** 0.5 * latents
+    error, of_velocity = (float((found - truth).square().mean()) for truth in (noise, velocity))
+    assert error < most and error < 0.9 * of_velocity
+
+
 def test_smoke_run_of_the_sdxl_recipe(smoke):
     import torch
     from diffusers import StableDiffusionXLPipeline
@@ -275,7 +399,7 @@ def test_committed_sdxl_base_is_small_and_generates():
     assert images.shape == (1, 64, 64, 3) and np.isfinite(images).all() and images.std() > 0.02
 
 
-@pytest.mark.parametrize("ending", ["", "_xl"])
+@pytest.mark.parametrize("ending", ["", "_eps", "_xl"])
 def test_stored_quality_is_consistent(ending):
     from check_demo_base import TARGETS
 

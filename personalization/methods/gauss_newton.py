@@ -147,11 +147,6 @@ class GaussNewtonUpdate:
     steps: int = 0
 
     @property
-    def num_forwards(self):
-        """One for each point of a step: θ, one for each direction of the subspace, and one more."""
-        return self.inside + 2
-
-    @property
     def share(self):
         """The share of the gradient's second moment that the subspace holds; None where it was not measured."""
         inside, outside = self.squares.tolist()
@@ -167,7 +162,7 @@ class GaussNewtonUpdate:
         if self.in_subspace:
             return torch.arange(self.inside)
         shuffled = np.random.default_rng([self.seed, self.steps]).permutation(len(self.solver.directions))
-        return torch.from_numpy(shuffled[: self.num_forwards - 1])
+        return torch.from_numpy(shuffled[: self.inside + 1])
 
     def evidence(self, model, theta, batch, generator):
         """What a batch says: K, y and |gradient|² inside and outside of the subspace; and the loss."""

@@ -52,7 +52,6 @@ class GradientDescent:
 
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
-    num_forwards: int  # passes that an example costs; a backward pass counts as two
 
     def evidence(self, model, theta, batch, generator):
         """What a batch says: the gradient; and the loss."""
@@ -134,6 +133,10 @@ class GradientOptimizer(Optimizer):
     def num_candidates(self, args):
         return 1
 
+    def num_forwards(self, args):
+        """One, two for the backward pass, and one more for what checkpointing computes again."""
+        return 3 if args.gradient_checkpointing == "none" else 4
+
     def num_steps(self, args, family):
         return 500
 
@@ -154,7 +157,7 @@ class GradientOptimizer(Optimizer):
             num_training_steps=args.max_train_steps,
             num_cycles=args.lr_num_cycles,
         )
-        return GradientDescent(optimizer, lr_scheduler, 3 if args.gradient_checkpointing == "none" else 4)
+        return GradientDescent(optimizer, lr_scheduler)
 
 
 OPTIMIZER = GradientOptimizer()

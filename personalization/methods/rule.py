@@ -10,8 +10,6 @@ class Rule(Protocol):
     the uninterrupted one bit for bit.
     """
 
-    num_forwards: int  # passes that an example of a batch costs; a backward pass counts as two
-
     def evidence(self, model, theta, batch, generator):
         """What a batch says of θ; it reads and changes nothing else.
 
@@ -74,6 +72,10 @@ class Optimizer:
     def num_candidates(self, args):
         """Points of a step."""
         raise NotImplementedError
+
+    def num_forwards(self, args):
+        """Passes that an example of a step costs: one for each point; a backward pass counts as two."""
+        return self.num_candidates(args)
 
     def kept_coordinates(self, args, entries):
         """Numbers that it keeps beside the candidates of a step, for a θ of so many entries."""

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..errors import InputError
+from . import frozen
 
 
 logger = get_logger(__name__)
@@ -130,16 +131,35 @@ class LiveBytes(TorchDispatchMode):
 HEAP_SLACK = 0.8
 
 
-def activation_bytes(run, device, heap_slack=HEAP_SLACK):
-    """Peak bytes of the tensors that `run()` makes on the meta device, as they would be on `device`."""
+class FusedAttention(torch.autograd.Function):
+    """PyTorch's fused attention on the meta device: only the result takes memory, and what its backward pass makes."""
 
-    def fused(query, *args, **kwargs):  # PyTorch's fused attention: only the result takes memory
-        return torch.empty_like(query)
+    @staticmethod
+    def forward(ctx, query, key, value):
+        result = torch.empty_like(query)
+        ctx.save_for_backward(query, key, value, result)
+        return result
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
+
+
+def activation_bytes(run, device, heap_slack=HEAP_SLACK, differentiates=False):
+    """Peak bytes of the tensors that `run()` makes on the meta device, as they would be on `device`.
+
+    Args:
+        run: a forward pass, with its backward pass if it `differentiates`.
+        heap_slack: see `LiveBytes`.
+    """
+
+    def fused(query, key, value, *args, **kwargs):
+        return FusedAttention.apply(query, key, value)
 
     attention = F.scaled_dot_product_attention
     F.scaled_dot_product_attention = fused
     try:
-        with torch.no_grad(), LiveBytes(device.type == "cpu", heap_slack) as live:
+        with torch.set_grad_enabled(differentiates), LiveBytes(device.type == "cpu", heap_slack) as live:
             run()
     finally:
         F.scaled_dot_product_attention = attention
@@ -162,6 +182,7 @@ class MemoryPlan(NamedTuple):
     openvino: bool
     images: bool  # validation images are drawn
     coordinates: int = 0  # of all candidates of a step, numbers
+    checkpointing: str | None = None  # of a backward pass, see `frozen.CHECKPOINTING`; None: there is none
 
 
 @dataclass(frozen=True)
@@ -292,7 +313,18 @@ def count_activations(denoiser, vae, plan, base, compute):
     denoiser.to("meta")  # its buffers, which even an empty model has
     inputs = family.example(base, plan.examples, plan.resolution, "meta", compute.dtype)
     slack = 0.0 if plan.streamed else HEAP_SLACK
-    activations = activation_bytes(lambda: family.predict(denoiser, *inputs), device, slack)
+
+    def step():
+        prediction = family.predict(denoiser, *inputs)
+        if plan.checkpointing is not None:
+            prediction.float().square().sum().backward()
+
+    if plan.checkpointing is not None:
+        frozen.make_differentiable(denoiser.requires_grad_(False), plan.checkpointing)
+        for tensor in inputs.text:
+            if tensor is not None:
+                tensor.requires_grad_(True)
+    activations = activation_bytes(step, device, slack, plan.checkpointing is not None)
     pixels = torch.empty(1, 3, plan.resolution, plan.resolution, device="meta", dtype=vae.dtype)
     latent = inputs.noisy[:1].to(vae.dtype)
     encoding = activation_bytes(lambda: vae.encode(pixels).latent_dist.parameters, device, heap_slack=0.0)
