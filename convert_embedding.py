@@ -4,8 +4,9 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "torch>=2.11", "diffusers>=0.42.1", "transformers>=5.23", "accelerate>=1.15", "huggingface_hub>=2.4",
-#     "datasets>=5.2", "safetensors>=0.8", "psutil>=7.2", "numpy>=2.0", "pillow>=12.0",
+#     "torch>=2.11", "diffusers>=0.42.1", "transformers>=5.23", "accelerate>=1.15", "peft>=0.21",
+#     "huggingface_hub>=2.4", "datasets>=5.2", "safetensors>=0.8", "bitsandbytes>=0.50", "psutil>=7.2", "Jinja2>=3.1",
+#     "matplotlib>=3.10", "numpy>=2.0", "pillow>=12.0", "tensorboard>=2.21", "tqdm>=4.66",
 # ]
 # ///
 """Say what is in embedding files (textual inversion), of whatever program, and write them as another one reads them.

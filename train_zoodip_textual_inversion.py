@@ -1246,8 +1246,6 @@ def read_pictures(args, base=None):
     else:
         names = args.dataset_name, args.dataset_config_name, args.image_column, args.caption_column
         pictures = images.read_dataset(*names, args.resolution, args.center_crop, multiple, args.masked_loss)
-    if not args.center_crop and multiple is None:
-        images.warn_about_squeezed(pictures)
     return mark_concept(pictures, args.caption_token, [args.placeholder_token])
 
 

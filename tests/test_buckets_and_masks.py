@@ -147,15 +147,6 @@ def test_what_does_not_go_together(place, tmp_path, capsys, more, expected):
     assert expected in capsys.readouterr().err
 
 
-def test_pictures_that_are_squeezed_are_named(place, tmp_path, log):
-    args = zoodip.parse_args(basics(place, tmp_path))
-    zoodip.read_pictures(args)
-    assert "Squeezed to a square, 3 of 4 pictures look too narrow or wide: b.png, c.png, d.png; --center" in log()
-    args.center_crop = True
-    zoodip.read_pictures(args)
-    assert log().count("Squeezed") == 1
-
-
 # -------------------------------------------------------------------------------------------------------------- masks
 
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 import convert_embedding as convert
 import train_zoodip_textual_inversion as zoodip
 from personalization.errors import InputError
-from personalization.models import embedding_files
+from personalization.models import base_model, embedding_files, families
 from personalization.models.embedding_files import ONE, read_start, read_words
 
 
@@ -181,6 +181,21 @@ def test_what_training_does_not_start_from(train, tmp_path):
     path = write(tmp_path / "x.safetensors", {"<a>": SMALL})
     with pytest.raises(InputError, match="is of Stable Diffusion 1.x .vectors of 768 entries"):
         train(initializer_token=None, initializer_embedding=path)
+
+
+def test_a_pair_to_start_from(repo, basics, tmp_path):
+    basics |= {"--pretrained_model_name_or_path": repo / "demo" / "base_xl", "--initializer_token": None}
+    source = base_model.ModelSource(str(repo / "demo" / "base_xl"))
+    widths = base_model.open_base(source, None, families.FAMILIES.values()).word_parts
+    halves = {key: torch.randn(3, width, generator=G) for key, width in widths.items()}
+    basics["--initializer_embedding"] = write(tmp_path / "x.safetensors", halves)
+    args = zoodip.parse_args(as_arguments(basics))
+    _, placeholder, _ = zoodip.resolve_settings(args, torch.device("cpu"))
+    assert args.num_vectors == placeholder.num_vectors == 3
+    assert torch.equal(placeholder.start, torch.cat([halves["clip_l"], halves["clip_g"]], dim=1))
+    args = zoodip.parse_args(as_arguments(basics | {"--num_vectors": 2}))
+    with pytest.raises(InputError, match="--num_vectors 2 is not what --initializer_embedding .* has, 3: drop"):
+        zoodip.resolve_settings(args, torch.device("cpu"))
 
 
 def test_one_start_and_not_two(basics, capsys):

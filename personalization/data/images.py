@@ -34,7 +34,6 @@ logger = get_logger(__name__)
 
 MANY_PICTURES, MANY_WARNINGS = 1000, 10
 HEIF = set(".heic .heics .heif .heifs .hif".split())  # which pillow-heif reads
-SQUEEZED = 1.25  # times as long as the other is a side of a picture that is noticeably squeezed
 MASK = "-masklabel"  # ends the name of a mask
 FOREIGN_FORMATS = set(".heic .heif .hif .jxl .dng .cr2 .cr3 .nef .arw .raf .orf .rw2 .svg".split())
 WRITTEN_FOLDERS = "samples", "validation", "reference_images"  # in --output_dir
@@ -446,17 +445,6 @@ def decode_pictures(listed, sizing, open_mask=None):
     if tiny:
         logger.warning(f"Pictures far smaller than the resolution of {resolution} will be a blur: {some(tiny)}.")
     return pictures
-
-
-def warn_about_squeezed(pictures):
-    """Says which pictures lost their shape on the way to a square."""
-    sides = ((picture.name, *picture.framing.original) for picture in pictures if picture.framing)
-    names = [name for name, height, width in sides if max(height, width) >= SQUEEZED * min(height, width)]
-    if names:
-        logger.warning(
-            f"Squeezed to a square, {len(names)} of {len(pictures)} pictures look too narrow or wide: {some(names)};"
-            " --center_crop crops them, --use_aspect_ratio_buckets keeps their shape."
-        )
 
 
 def why_not(error):
