@@ -798,10 +798,12 @@ def make_parser():
         " --results LABEL=FOLDER ... [options]",
     )
     add = functools.partial(flags.add, parser)
-    name = "Base model: a local folder or a model id on the Hub."
+    name = "Base model: a local folder, a single file (.safetensors, .ckpt), or a model id on the Hub."
     add("--pretrained_model_name_or_path", required=True, path=flags.OR_NAME, help=name)
     add("--revision", help="Branch, tag or commit of the base on the Hub.")
     add("--variant", help='Variant of the weight files of the base, such as "fp16".')
+    own = "Tokenizer folder or id, if not the base's own, as for a single file."
+    add("--tokenizer_name", path=flags.OR_NAME, help=own)
     add(
         "--results",
         nargs="*",
@@ -846,7 +848,7 @@ def labelled_folder(text):
 def main(args):
     prompts = read_prompts(args.prompts)
     source = base_model.ModelSource(args.pretrained_model_name_or_path, args.revision, args.variant)
-    base = base_model.open_base(source, accepted=families.FAMILIES.values())
+    base = base_model.open_base(source, args.tokenizer_name, families.FAMILIES.values())
     columns = read_columns(args.results, args.class_word, base)
     resolution = base_model.check_resolution(base, args.resolution)
     output_dir = Path(args.output_dir)

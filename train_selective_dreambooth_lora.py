@@ -281,11 +281,10 @@ class Learner:
 
 def draw_batch(subject, sampling, weights, scheduler, generator):
     """A `Batch` on the host: examples of the subject, then of its class, each noised to a timestep of its own."""
-    concepts = [concept for concept in (subject.instance, subject.prior) if concept is not None]
-    drawn = [examples.draw_examples(concept, sampling.batch_size, generator)[:2] for concept in concepts]
-    latents, rows = (torch.cat(parts) for parts in zip(*drawn))
+    latents, rows, inside = dreambooth.draw_subject(subject, sampling.batch_size, generator)
     timesteps = torch.multinomial(weights, len(latents), replacement=True, generator=generator)
-    return examples.noise_batch(concepts[0].family, latents, rows, timesteps, generator, scheduler)
+    family = subject.instance.family
+    return examples.noise_batch(family, latents, rows, timesteps, generator, scheduler, weights=inside)
 
 
 def bp_low(learner, model, batch, sampling):
@@ -307,6 +306,8 @@ def bp_window(learner, model, batch, sampling, drawn=None):
     with torch.no_grad(), surroundings.kept(drawn):
         loss = dreambooth_loss(model.errors(batch), sampling.batch_size, sampling.prior_weight)
     parts = batch._replace(noisy_latents=drawn.of(batch.noisy_latents), target=drawn.of(batch.target))
+    if batch.weights.numel():
+        parts = parts._replace(weights=drawn.of(batch.weights))
     with surroundings.standing_in():
         gradient, _ = bp_low(learner, model, parts, sampling)
     return gradient, loss
@@ -487,8 +488,8 @@ def make_parser():
     override_training_arguments(parser)
     flags.add_validation_arguments(parser)
     add = flags.add_saving_arguments(parser)
-    kohya = f"Also save {KOHYA_FILE}, as AUTOMATIC1111, ComfyUI and others read it."
-    add("--output_kohya_format", action="store_true", decides=flags.NOTHING, help=kohya)
+    kohya = f"Save {KOHYA_FILE}, too, as AUTOMATIC1111, ComfyUI and others read it: always so."
+    add("--output_kohya_format", action="store_true", default=True, decides=flags.NOTHING, help=kohya)
     flags.add_hub_arguments(parser)
     return parser
 
@@ -603,7 +604,7 @@ def load_subjects(args, pictures, texts, class_pictures, base, compute):
     high, vae = dreambooth.encode_pictures(pictures, texts, class_pictures, *model)
     if args.bp_view == "window":
         return dict.fromkeys(KINDS, high), vae
-    small, small_class = dreambooth.read_instances(args, args.low_resolution), None
+    small, small_class = dreambooth.read_instances(args, args.low_resolution, base), None
     if class_pictures is not None:
         small_class = dreambooth.read_class_folder(args, args.low_resolution)
     low, _ = dreambooth.encode_pictures(small, texts, small_class, *model)
@@ -846,7 +847,13 @@ def main(args):
 def personalize(args, accelerator, base, compute):
     """A run in `--output_dir`, which is its own, from the pictures to the push."""
     # 1. Everything that can be wrong is checked before anything slow starts.
-    pictures = dreambooth.read_instances(args)
+    pictures = dreambooth.read_instances(args, base=base)
+    shortest = min(min(picture.pixels.shape[1:]) for picture in pictures)
+    if args.bp_view == "window" and args.low_resolution > shortest:
+        raise InputError(
+            f"--low_resolution {args.low_resolution} is the side of windows and one of a picture is {shortest} px:"
+            " give at most that."
+        )
     texts = dreambooth.instance_texts(pictures, args.instance_prompt, args.subject_name)
     fill_in(args.validation_prompt or "", args.subject_name, "--validation_prompt")
     launch.settle(args, len(pictures), accelerator.num_processes, DEFAULT_STEPS)

@@ -226,11 +226,10 @@ class Learner:
 
 def draw_batch(subject, sampling, scheduler, generator):
     """A `Batch` on the host: examples of the subject, then of its class, each noised to a timestep of its own."""
-    concepts = [concept for concept in (subject.instance, subject.prior) if concept is not None]
-    drawn = [examples.draw_examples(concept, sampling.batch_size, generator)[:2] for concept in concepts]
-    latents, rows = (torch.cat(parts) for parts in zip(*drawn))
+    latents, rows, inside = dreambooth.draw_subject(subject, sampling.batch_size, generator)
     timesteps = draw_timesteps(len(latents), sampling.trained, generator)
-    return examples.noise_batch(concepts[0].family, latents, rows, timesteps, generator, scheduler)
+    family = subject.instance.family
+    return examples.noise_batch(family, latents, rows, timesteps, generator, scheduler, weights=inside)
 
 
 def train_step(learner, model, subject, sampling, average=lambda tensor: tensor):
@@ -637,7 +636,7 @@ def main(args):
 def personalize(args, accelerator, base, compute, table):
     """A run in `--output_dir`, which is its own, from the pictures to the push."""
     # 1. Everything that can be wrong is checked before anything slow starts.
-    pictures = read_instances(args)
+    pictures = read_instances(args, base=base)
     texts = instance_texts(pictures, args.instance_prompt, args.subject_name)
     fill_in(args.validation_prompt or "", args.subject_name, "--validation_prompt")
     launch.settle(args, len(pictures), accelerator.num_processes, OFFICIAL_STEPS)

@@ -52,6 +52,7 @@ from diffusers.optimization import get_scheduler
 
 from personalization import flags
 from personalization.data import examples, images, prompts
+from personalization.data.captions import mark_concept
 from personalization.data.examples import Batch, Concept
 from personalization.data.prompts import Placeholder
 from personalization.errors import DivergedError, InputError, run_script
@@ -59,7 +60,7 @@ from personalization.files import temporary_folder
 from personalization.logs import get_logger
 from personalization.methods import gauss_newton, gradient, textual_inversion
 from personalization.methods.rule import Optimizer, Rule
-from personalization.models import base_model, families, memory, openvino_unet, weight_cache
+from personalization.models import base_model, embedding_files, families, memory, openvino_unet, weight_cache
 from personalization.models.base_model import Base
 from personalization.models.compute import DTYPES, Compute, choose_compute
 from personalization.runs import checkpoints, embeddings, hub, launch, loop, provenance, run_folder, validation
@@ -477,7 +478,7 @@ def load_frozen(base, component, backend, compute, cache_dir=None, device=None):
     expected = weight_cache.expected_tensors(model, dtype)
 
     def quantized():
-        stored = base_model.stored_tensors(files, base.family.classes[component])
+        stored = base_model.component_tensors(base, component)
         return backend.tensors(model, ((name, value) for name, value in stored if name in unquantized), dtype)
 
     if backend.cached and cache_dir is not None:
@@ -575,7 +576,8 @@ def prediction_errors(
         memory_format: of the latents given to the denoiser; None leaves them as they are.
 
     Yields:
-        ε_φ(z_t, t, c(y*)) - ε of the candidates of one pass, float32 `[at most max_candidates, b, C, h, w]`.
+        ε_φ(z_t, t, c(y*)) - ε of the candidates of one pass, float32 `[at most max_candidates, b, C, h, w]`; under
+        masks only what is inside counts.
     """
     table = text_encoder.get_input_embeddings()
     num_vectors = candidates.shape[1]
@@ -590,7 +592,7 @@ def prediction_errors(
         noisy = noisy.contiguous(memory_format=memory_format or torch.preserve_format)
         timesteps, sizes = batch.timesteps.repeat(m), batch.size_ids.repeat(m, 1)
         prediction = family.predict(denoiser, noisy, timesteps, text, sizes)
-        yield prediction.float().unflatten(0, (m, -1)) - batch.target
+        yield batch.weighed(prediction.float().unflatten(0, (m, -1)) - batch.target)
 
 
 def example_losses(candidates, batch, *model, **options):
@@ -735,9 +737,10 @@ class Learner:
 
 def draw_batch(concept, sampling, scheduler, generator):
     """A `Batch` on the host: examples of the concept, noised to timesteps by PUTS."""
-    latents, prompt_ids, size_ids = examples.draw_examples(concept, sampling.batch_size, generator)
+    latents, prompt_ids, size_ids, weights = examples.draw_examples(concept, sampling.batch_size, generator)
     timesteps = sample_puts_timesteps(sampling.batch_size, sampling.min_timestep, sampling.max_timestep, generator)
-    return examples.noise_batch(concept.family, latents, prompt_ids, timesteps, generator, scheduler, size_ids)
+    told = size_ids, weights
+    return examples.noise_batch(concept.family, latents, prompt_ids, timesteps, generator, scheduler, *told)
 
 
 @torch.no_grad()
@@ -921,6 +924,10 @@ def complete_for_base(args, base):
                 f"--{name} {getattr(args, name)} is outside [0, {timesteps}), the timesteps of this model: give at"
                 f" most {timesteps}."
             )
+    if args.save_as_full_pipeline and base.single is not None:
+        raise InputError(
+            "--save_as_full_pipeline copies a base in diffusers format and this one is a single file: drop the flag."
+        )
     args.resolution = base_model.check_resolution(base, args.resolution)
     OPTIMIZERS[args.optimizer].complete(args, base)
 
@@ -976,6 +983,7 @@ def resolve_settings(args, device):
         raise InputError(f"--quantization {args.quantization} is not installed: pip install {package}.")
     source = base_model.ModelSource(args.pretrained_model_name_or_path, args.revision, args.variant)
     base = base_model.open_base(source, args.tokenizer_name, families.FAMILIES.values())
+    start = read_start(args, base)
     complete_for_family(args, base.family)
     complete_for_precision(args, precision)
     complete_for_base(args, base)
@@ -983,7 +991,28 @@ def resolve_settings(args, device):
         openvino_unet.check_openvino(args.openvino_device, candidates_per_pass(args) * args.train_batch_size, in_int8)
     args.placeholder_token = prompts.as_tokenized(base.tokenizer, args.placeholder_token)
     word = args.placeholder_token, args.num_vectors, args.initializer_token
-    return base, prompts.add_placeholder(base.tokenizer, *word, base.tokenizers[1:]), compute
+    placeholder = prompts.add_placeholder(base.tokenizer, *word, base.tokenizers[1:])
+    return base, placeholder._replace(start=start), compute
+
+
+def read_start(args, base):
+    """The vectors of `--initializer_embedding`, float32 `[k, d]`, which say how many there are; None without.
+
+    Raises:
+        InputError: it cannot be read, does not fit the base, or has another number of vectors than was asked for.
+    """
+    if args.initializer_embedding is None:
+        return None
+    widths = base.word_parts or {embedding_files.ONE: base.word_width}
+    what = args.initializer_embedding, widths, args.placeholder_token, "--initializer_embedding"
+    start = embedding_files.read_start(*what)
+    if "num_vectors" in args.given and args.num_vectors != len(start):
+        raise InputError(
+            f"--num_vectors {args.num_vectors} is not what --initializer_embedding {args.initializer_embedding!r} has,"
+            f" {len(start)}: drop --num_vectors."
+        )
+    args.num_vectors = len(start)
+    return start
 
 
 def estimate_memory(args, base, compute):
@@ -1022,6 +1051,7 @@ PUBLICATION = hub.Publication(
     families=families.FAMILIES,
     tags=("textual_inversion", "diffusers-training", "stable-diffusion", "diffusers"),
     load="load_textual_inversion",
+    named=(".safetensors", ".pt"),
     keyword="learned_embeds",
 )
 
@@ -1134,6 +1164,8 @@ def add_optimization_arguments(add):
 def check_arguments(parser, args):
     """Everything that can be judged without looking at a file; each fault is one sentence and exit code 2."""
     flags.check_shared_arguments(parser, args)
+    if (args.initializer_token is None) == (args.initializer_embedding is None):
+        parser.error("give either --initializer_token, a word to start from, or --initializer_embedding, a file.")
     if args.unet_backend == "openvino" and not BACKENDS[args.quantization].flexible:
         parser.error(f"--unet_backend openvino takes --quantization int8 or none, not {args.quantization}.")
     in_int8 = args.openvino_precision == "int8"
@@ -1151,6 +1183,9 @@ def check_arguments(parser, args):
     if args.low_vram and (args.torch_compile or args.unet_backend == "openvino"):
         other = "--torch_compile" if args.torch_compile else "--unet_backend openvino"
         parser.error(f"--low_vram and {other} exclude each other: a compiled UNet needs its weights in one place.")
+    if args.use_aspect_ratio_buckets and (args.torch_compile or args.unet_backend == "openvino"):
+        other = "--torch_compile" if args.torch_compile else "--unet_backend openvino"
+        parser.error(f"--use_aspect_ratio_buckets has many sizes, and {other} compiles for one: drop one of them.")
     if args.torch_compile and args.unet_backend == "openvino":
         parser.error("--torch_compile has nothing to compile with --unet_backend openvino: drop one of them.")
     if args.early_stopping_patience and not args.num_validation_samples:
@@ -1172,7 +1207,7 @@ class Task:
     placeholder: Placeholder
     concept: Concept
     model: FrozenModel | None  # None once it has left
-    initial: torch.Tensor  # where each of the placeholder's vectors starts, float32 [d]
+    initial: torch.Tensor  # where the placeholder's vectors start, float32 [d], or [k, d] each at its own
     sampling: Sampling
     components: dict  # name -> `StoredModel`
 
@@ -1208,12 +1243,16 @@ class Run(loop.Run):
         self.best = state["best"]
 
 
-def read_pictures(args):
-    """The `Picture`s to learn from."""
+def read_pictures(args, base=None):
+    """The `Picture`s to learn from; the base says which sizes there are for `--use_aspect_ratio_buckets`."""
+    multiple = base.resolution_multiple if args.use_aspect_ratio_buckets else None
+    how = args.resolution, args.center_crop, "--train_data_dir", multiple, args.masked_loss
     if args.train_data_dir is not None:
-        return images.read_folder(args.train_data_dir, args.resolution, args.center_crop)
-    names = args.dataset_name, args.dataset_config_name, args.image_column, args.caption_column
-    return images.read_dataset(*names, args.resolution, args.center_crop)
+        pictures = images.read_folder(args.train_data_dir, *how, args.mask_dir)
+    else:
+        names = args.dataset_name, args.dataset_config_name, args.image_column, args.caption_column
+        pictures = images.read_dataset(*names, args.resolution, args.center_crop, multiple, args.masked_loss)
+    return mark_concept(pictures, args.caption_token, [args.placeholder_token])
 
 
 def load_networks(args, base, compute, layers_dir=None):
@@ -1275,7 +1314,8 @@ def assemble_model(args, base, placeholder, prompt_ids, text_encoder, denoiser, 
         prompt_ids: of the concept's prompts `[P, length]`.
 
     Returns:
-        `FrozenModel`, and where θ starts, float32 `[d]`: at the initializer, of two text encoders the word of each.
+        `FrozenModel`, and where θ starts, float32: at the initializer `[d]`, of two text encoders the word of each, or
+        at `--initializer_embedding` `[k, d]`.
     """
     tables = base_model.load_token_tables(base)
     texts = [placeholder.expand(args.validation_prompt or ""), ""]
@@ -1287,7 +1327,9 @@ def assemble_model(args, base, placeholder, prompt_ids, text_encoder, denoiser, 
     limit = args.max_candidates_per_forward
     parts = base.family, text_encoder, denoiser, base.scheduler
     model = FrozenModel(*parts, placeholder.first_id, limit, compute)
-    initial = torch.cat([table[placeholder.initializer_id].float() for table in tables])
+    initial = placeholder.start
+    if initial is None:
+        initial = torch.cat([table[placeholder.initializer_id].float() for table in tables])
     return model, initial.to(compute.device)
 
 
@@ -1303,7 +1345,7 @@ def calibrate(task, rule, pictures):
         pictures: `Picture`s of the concept.
     """
     args, base, concept = task.args, task.base, task.concept
-    theta = task.initial.repeat(args.num_vectors, 1)
+    theta = task.initial.expand(args.num_vectors, -1)
 
     @torch.inference_mode()
     def draw():
@@ -1344,7 +1386,9 @@ def prepare(args, base, placeholder, compute, pictures, captions, found=None, in
     OPTIMIZERS[args.optimizer].make_ready(args, model)
     task = Task(args, base, placeholder, concept, model, initial, sampling, {"vae": stored_vae, **stored})
     if denoiser is None:
-        rule = OPTIMIZERS[args.optimizer].start(args, initial.repeat(args.num_vectors, 1), found, num_processes=1)
+        rule = OPTIMIZERS[args.optimizer].start(
+            args, initial.expand(args.num_vectors, -1).clone(), found, num_processes=1
+        )
         in_float = compute._replace(dtype=DTYPES[args.mixed_precision or "no"])  # of what is not INT8
         with in_turn():
             model.denoiser, stored = load_denoiser(args, base, in_float, None, calibrate(task, rule, pictures))
@@ -1358,11 +1402,11 @@ def start_learner(args, initial, found=None, num_processes=1, process_index=0):
 
     Args:
         args: resolved settings.
-        initial: the initializer's embedding `[d]`.
+        initial: where it starts, see `Task`.
         found: what the optimizer's `look_ahead` returned.
         num_processes, process_index: of the run.
     """
-    theta = initial.repeat(args.num_vectors, 1)
+    theta = initial.expand(args.num_vectors, -1).clone()
     optimizer = OPTIMIZERS[args.optimizer]
     rule = optimizer.start(args, theta, found, num_processes)
     seeds = (np.random.SeedSequence([args.seed, i, process_index]).generate_state(1)[0] for i in range(2))
@@ -1571,7 +1615,7 @@ def learn_concept(args, accelerator, base, placeholder, compute):
     memory.warn_if_too_large(args, SMALLER, lambda settings: estimate_memory(settings, base, compute), compute.device)
     if args.validation_prompt and not placeholder.is_in(placeholder.fill(args.validation_prompt)):
         logger.warning(f"--validation_prompt {args.validation_prompt!r} does not contain {placeholder.token}.")
-    pictures = read_pictures(args)
+    pictures = read_pictures(args, base)
     images.warn_about_squeezed(pictures)
     captions = prompts.build_prompts(pictures, placeholder, base, args.learnable_property)
     steps = optimizer.num_steps(args, base.family)
@@ -1608,7 +1652,7 @@ def learn_concept(args, accelerator, base, placeholder, compute):
         settings=settings,
     )
     task.model = None  # the run's is the only one, so that it can leave
-    run.begin(PUBLICATION, checkpoint)
+    run.begin(PUBLICATION.of_concept(args.placeholder_token), checkpoint)
     counts = f"{len(pictures)} images, {len(task.concept.prompt_ids)} prompts"
     logger.info(f"{counts}, {candidates_per_step(args)} candidates a step ({candidates_per_pass(args)} a pass)")
 
@@ -1616,7 +1660,8 @@ def learn_concept(args, accelerator, base, placeholder, compute):
     with loop.stoppable(run):
         train(run)
         if learner.result.cpu().equal(task.initial.cpu().expand(learner.theta.shape)):
-            logger.warning(f"Nothing was learned: {placeholder.token} is {args.initializer_token!r} to the last bit.")
+            start = args.initializer_token or args.initializer_embedding
+            logger.warning(f"Nothing was learned: {placeholder.token} is {start!r} to the last bit.")
         if accelerator.is_main_process:
             config = finish(run, pictures, task.components, repo_id)
         loop.end(accelerator)

@@ -139,7 +139,7 @@ def draw_cells(args, device):
         if args.learned:
             learned = load_file(args.learned / subject / "learned_embeds.safetensors", str(device))
             (thetas["learned"],) = learned.values()
-        latents, ids, _ = examples.draw_examples(concept, 1, generator)
+        latents, ids, *_ = examples.draw_examples(concept, 1, generator)
         for t in args.timesteps:
             batch = examples.noise_batch(base.family, latents, ids, torch.tensor([t]), generator, base.scheduler)
             cells.append(Cell(batch.to(device), thetas))

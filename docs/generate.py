@@ -16,6 +16,7 @@ SCRIPTS = (
     "train_zoodip_textual_inversion.py",
     "train_tuneqdm_dreambooth.py",
     "train_selective_dreambooth_lora.py",
+    "convert_embedding.py",
     "evaluate_personalization.py",
     "app.py",
 )

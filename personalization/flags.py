@@ -383,7 +383,8 @@ def add_model_arguments(parser, models="Stable Diffusion 1.x or 2.x", predicts_m
         required=True,
         path=OR_NAME,
         decides=RUN,
-        help=f"{models} in diffusers format: a local folder or a model id on the Hub.",
+        help=f"{models}: a local folder in diffusers format, a single file (.safetensors, .ckpt), or a model id on the"
+        " Hub.",
     )
     # The calibration's key has the weights and the prompts' ids themselves.
     add("--revision", decides=RUN, page=True, help="Branch, tag or commit of the model on the Hub.")
@@ -430,8 +431,8 @@ def add_data_arguments(parser, folder="train_data_dir", concept="{} or the place
         f"--{folder}",
         path=True,
         decides=NOTHING,
-        help="Folder of images, with captions in metadata.jsonl or metadata.csv (fields file_name, text) if you have"
-        f" them; {concept} in a caption.",
+        help="Folder of images, with captions in metadata.jsonl or metadata.csv (fields file_name, text), or in 01.txt"
+        f" or 01.caption beside 01.jpg, if you have them; {concept} in a caption.",
     )
     add(
         "--dataset_name",
@@ -442,6 +443,12 @@ def add_data_arguments(parser, folder="train_data_dir", concept="{} or the place
     add("--dataset_config_name", decides=NOTHING, help="Configuration of the dataset.")
     add("--image_column", default="image", decides=NOTHING, help="Column of the dataset that holds the images.")
     add("--caption_column", default="text", decides=NOTHING, help="Column of the dataset that holds captions, if any.")
+    add(
+        "--caption_token",
+        decides=NOTHING,  # beside the captions, which are compared as they become
+        page=True,
+        help='Words that captions without {} have for the concept, which {} takes the place of: "dog".',
+    )
     side = "Side of the training images in pixels. Default: the model's own."
     add("--resolution", type=int, limits=SIDE, decides=RUN, page=True, help=side)
     add(
@@ -450,6 +457,30 @@ def add_data_arguments(parser, folder="train_data_dir", concept="{} or the place
         decides=RUN,
         page=True,
         help="Crop the centre square, as for SDXL always; otherwise images are squeezed to a square.",
+    )
+    add(
+        "--use_aspect_ratio_buckets",
+        action="store_true",
+        default=None,  # as checkpoints of before have it
+        decides=RUN,
+        page=True,
+        help="Keep the shape of pictures: each is trained at the size, of about as many pixels as the square, whose"
+        " shape is the nearest, and cropped the little that is left.",
+    )
+    add(
+        "--masked_loss",
+        action="store_true",
+        default=None,
+        decides=RUN,
+        page=True,
+        help="Count the loss where the subject is: by a mask 01-masklabel.png beside 01.jpg (white is the subject), or"
+        " else by the picture's alpha channel.",
+    )
+    add(
+        "--mask_dir",
+        path=True,
+        decides=NOTHING,  # beside the masks in it
+        help="Folder of masks with the names of the pictures, 01.png for 01.jpg, for --masked_loss.",
     )
     return add
 
@@ -695,6 +726,12 @@ def check_shared_arguments(parser, args, folder="train_data_dir"):
         )
     if (getattr(args, folder) is None) == (args.dataset_name is None):
         parser.error(f"give either --{folder}, a folder of images, or --dataset_name, a dataset on the Hub.")
+    if args.mask_dir is not None and not args.masked_loss:
+        parser.error("--mask_dir is for --masked_loss: add that or drop it.")
+    if args.masked_loss and args.dataset_name is not None and args.mask_dir is not None:
+        parser.error("--mask_dir goes by the names of pictures in a folder, and a dataset has none: drop one of them.")
+    if args.caption_token is not None and not args.caption_token.strip():
+        parser.error("--caption_token is empty: drop it or give the words that captions have for the concept.")
     if args.lr_warmup_steps and args.lr_scheduler == "constant":
         parser.error("--lr_warmup_steps is not for --lr_scheduler constant: choose constant_with_warmup, or drop it.")
     if args.lr_num_cycles != 1 and args.lr_scheduler != "cosine_with_restarts":

@@ -114,7 +114,7 @@ USER_FILES = {
     "samples of last year.png": b"mine, too",
 }
 OWN = (  # patterns of what a run may replace in its folder, with the lock and the records it may keep there
-    *("learned_embeds*.safetensors", "learned_embeds.pt", "loss_curve.png", "zoodip_config.json", "README.md"),
+    *("learned_embeds*.safetensors", "my-toy.*", "loss_curve.png", "zoodip_config.json", "README.md"),
     *("pipeline.py", "samples/*.png", "validation/*.png", ".lock", ".*.json"),
 )
 

@@ -157,7 +157,7 @@ def test_litter_and_truncated_images_are_skipped_with_one_warning_each(tmp_path,
     picture(folder / "good.png")
     picture(folder / "cut.jpg")
     (folder / "cut.jpg").write_bytes((folder / "cut.jpg").read_bytes()[:400])
-    for name in (".DS_Store", "Thumbs.db", "good.txt", "._good.png"):
+    for name in (".DS_Store", "Thumbs.db", "good.dat", "._good.png"):
         (folder / name).write_bytes(b"\0\1")
     Accelerator()  # its logger wants a state
     with caplog.at_level("WARNING"):

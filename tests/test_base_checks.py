@@ -314,7 +314,7 @@ def test_the_wrong_kind_of_model_is_named(base, tmp_path):
     edit(index, unet=..., transformer=["diffusers", "SD3Transformer2DModel"])
     assert "has a transformer and no UNet" in refusal(base)
     (tmp_path / "model.safetensors").write_bytes(b"")
-    assert "is a file" in refusal(tmp_path / "model.safetensors")
+    assert "is empty: get it again" in refusal(tmp_path / "model.safetensors")
     assert "--pretrained_model_name_or_path ''" in refusal("")
 
 

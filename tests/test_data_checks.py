@@ -3,18 +3,21 @@
 import io
 import json
 import os
+import shutil
 import unicodedata
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
 import pytest
+import torch
 from accelerate import Accelerator
 from conftest import as_arguments
 from PIL import Image
 
 import train_zoodip_textual_inversion as zoodip
-from personalization.data import images, prompts
-from personalization.data.captions import read_captions
+from personalization.data import examples, images, prompts
+from personalization.data.captions import kohya_name, mark_concept, read_captions
 from personalization.errors import InputError, first_cause, quoted, shorten
 from personalization.models import base_model
 from personalization.runs import launch
@@ -334,7 +337,7 @@ def test_the_folder_itself(tmp_path, monkeypatch):
     assert "cannot be read (Permission denied): give the folder" in sentence(read, str(tmp_path))
 
 
-def test_what_lies_beside_the_pictures_is_said(folder, log):
+def test_what_lies_beside_the_pictures_is_said(folder, log, monkeypatch):
     (folder / "x.jpg").mkdir()
     (folder / ".hidden").mkdir()
     (folder / "gone.png").symlink_to("nowhere")
@@ -343,21 +346,129 @@ def test_what_lies_beside_the_pictures_is_said(folder, log):
     os.mkfifo(folder / "pipe.png")
     (folder / "linked.png").symlink_to("a.png")
     (folder / "IMG_1.HEIC").write_bytes(b"\0\0\0 ftypheic")
+    monkeypatch.setattr(images, "readable_suffixes", lambda: {".png", ".jpg"})  # without pillow-heif
     assert list(captions(folder)) == ["a.png", "b.png", "linked.png"]
     assert log().splitlines() == [
-        f"Ignored 1 files in '{folder}' that are not images: IMG_1.HEIC (IMG_1.HEIC cannot be read here: save such"
-        " images as JPEG or PNG).",
+        f"Ignored 1 files in '{folder}' that are not images: IMG_1.HEIC (IMG_1.HEIC cannot be read here: pip install"
+        " pillow-heif, or save such images as JPEG or PNG).",
         f"Ignored folders in '{folder}': .hidden, x.jpg; only pictures beside them are read.",
         f"Skipped links to nothing, pipes or devices in '{folder}': gone.png, loop.png, pipe.png, zero.png.",
     ]
 
 
-def test_a_folder_without_pictures_says_what_is_there(tmp_path):
+# ------------------------------------------------------------------------------------------ captions beside pictures
+
+
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        (b"a {} on grass", "a {} on grass"),
+        (b"\xef\xbb\xbfa {} on grass\r\n", "a {} on grass"),
+        ("a {} im Caf\u00e9\r\n\r\nat night \n".encode(), "a {} im Caf\u00e9 at night"),
+        (b"", None),
+        (b" \r\n", None),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.txt", "a.caption", "a.TXT"])
+def test_a_text_file_beside_a_picture_is_its_caption(folder, log, name, content, expected):
+    (folder / name).write_bytes(content)
+    assert captions(folder) == {"a.png": expected, "b.png": None}
+    assert ("All lines of a text file are one caption: a." in log()) == (b"night" in content) and "lost" not in log()
+
+
+def test_text_files_and_metadata_that_disagree(folder, log):
+    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": "metadata {}"}))
+    (folder / "a.txt").write_text("metadata {}\n")
+    (folder / "b.txt").write_text("beside {}")
+    assert captions(folder) == {"a.png": "metadata {}", "b.png": "beside {}"} and not log()
+    (folder / "a.txt").write_text("another {}")
+    assert captions(folder)["a.png"] == "metadata {}"
+    assert log() == "The metadata and the text files beside the pictures disagree about a.png: the metadata counts."
+
+
+def test_two_text_files_of_one_picture(folder, log):
+    (folder / "a.caption").write_text("long {}")
+    (folder / "a.txt").write_text("short {}")
+    assert captions(folder)["a.png"] == "short {}"
+    assert log() == "A second text file of a picture says something else and is not read: a.txt counts."
+
+
+def test_a_text_file_that_cannot_be_read(folder):
+    (folder / "a.txt").write_bytes("a {}".encode("utf-16"))
+    assert "a.txt cannot be read: it is not text in UTF-8: save it as UTF-8." in sentence(read, folder)
+
+
+@pytest.mark.parametrize("name", ["c.txt", "captions.json", "meta_cap.json", "captions.csv", "metadata.parquet"])
+def test_what_somebody_wrote_is_not_dropped_without_a_sentence(folder, log, name):
+    (folder / name).write_bytes(b"x")
+    read(folder)
+    assert f"If {name} hold captions, they are lost: captions are read from metadata.jsonl" in log()
+
+
+def test_folders_of_kohya(folder, log):
+    parent = folder.parent / "train"
+    (parent / "empty").mkdir(parents=True)
+    for name in ("10_my_dog", "4_my dog"):
+        shutil.copytree(folder, parent / name)
+    (parent / "10_my_dog" / "a.txt").write_text("My Dog on grass, not my dogs")
+    rows = ({"file_name": "4_my dog/b.png", "text": "b {}"}, {"file_name": "b.png", "text": "lost"})
+    (parent / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    pictures = read(parent)
+    assert [(p.name, p.caption, p.repeats, p.class_words) for p in pictures] == [
+        ("10_my_dog/a.png", "My Dog on grass, not my dogs", 10, "my dog"),
+        ("10_my_dog/b.png", None, 10, "my dog"),
+        ("4_my dog/a.png", None, 4, "my dog"),
+        ("4_my dog/b.png", "b {}", 4, "my dog"),
+    ]
+    assert "Ignored folders in" in log() and "the images: b.png." in log()
+    assert examples.order_of(pictures).tolist() == [0] * 5 + [1] * 5 + [2] * 2 + [3] * 2
+    assert images.digest(pictures) != images.digest([each._replace(repeats=1) for each in pictures])
+    marked = mark_concept(pictures, "my dog", ["<toy>"])
+    assert [p.caption for p in marked] == ["{} on grass, not my dogs", None, None, "b {}"]
+    alone = read(parent / "4_my dog")
+    assert {(p.repeats, p.class_words) for p in alone} == {(1, "my dog")} and examples.order_of(alone) is None
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [("10_my dog", (10, "my dog")), ("1_a_b", (1, "a b")), ("0_x", (1, None)), ("10_", (1, None)), ("x_1", (1, None))],
+)
+def test_names_of_kohya(name, expected):
+    assert kohya_name(name) == expected
+
+
+def test_a_caption_that_names_the_class_word_only(base, log):
+    placeholder = prompts.add_placeholder(base.tokenizer, "<my-toy>", 1, "star")
+    pictures = [images.Picture(f"{i}.png", None, text) for i, text in enumerate(("a Star", "a cat", "a {}", None))]
+    message = sentence(prompts.build_prompts, pictures, placeholder, base)
+    assert message.endswith(
+        'put {} or <my-toy> there, or give --caption_token "star", which 1 of 2 such captions name.'
+    )
+    marked = mark_concept(pictures, "star", ["<my-toy>"])
+    assert [picture.caption for picture in marked] == ["a {}", "a cat", "a {}", None] and not log()
+    message = sentence(prompts.build_prompts, marked, placeholder, base)
+    assert message.endswith("put {} or <my-toy> there.")
+    assert mark_concept(marked, "dog", []) == marked
+    assert log() == "--caption_token 'dog' changed nothing: no caption without {} says it."
+
+
+def test_repeats_decide_how_often_a_picture_is_drawn():
+    moments = torch.cat([torch.arange(2.0).view(1, 2, 1, 1, 1), torch.full((1, 2, 1, 1, 1), -60.0)], dim=2)
+    family = SimpleNamespace(to_latents=lambda sample, config: sample)
+    concept = examples.Concept(moments, 0.0, family, {}, torch.arange(2), [[0], [1]], None, torch.tensor([0, 0, 0, 1]))
+    _, prompts_drawn, *_ = examples.draw_examples(concept, 4000, torch.Generator().manual_seed(0))
+    assert prompts_drawn.float().mean().item() == pytest.approx(0.25, abs=0.03)
+
+
+def test_a_folder_without_pictures_says_what_is_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "readable_suffixes", lambda: {".png", ".jpg"})  # without pillow-heif
     (tmp_path / "dogs").mkdir()
     message = sentence(read, tmp_path)
     assert "holds no readable image (0 files looked at)" in message and "one of the folders in it (dogs)" in message
     (tmp_path / "IMG_1.HEIC").write_bytes(b"\0")
-    assert "IMG_1.HEIC cannot be read here: save such images as JPEG or PNG." in sentence(read, tmp_path)
+    assert "IMG_1.HEIC cannot be read here: pip install pillow-heif, or save such images as JPEG or PNG." in sentence(
+        read, tmp_path
+    )
 
 
 def test_pictures_that_cannot_be_decoded_are_skipped(folder, monkeypatch, log):

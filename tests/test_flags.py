@@ -141,6 +141,7 @@ def test_no_chapter_of_a_run_writes_settings(name):
     completes = {
         "parse_args",
         "resolve_settings",
+        "read_start",
         "complete_for_precision",
         "complete_for_base",
         "complete_for_family",

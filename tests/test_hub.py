@@ -33,9 +33,10 @@ PUSHED = {
     ".gitattributes",
     "README.md",
     "learned_embeds-best.safetensors",
-    "learned_embeds.pt",
     "learned_embeds.safetensors",
     "loss_curve.png",
+    "my-toy.pt",
+    "my-toy.safetensors",
     "pipeline.py",
     "samples/image_0.png",
     "zoodip_config.json",
@@ -368,6 +369,7 @@ def test_what_the_run_did_not_write_is_not_published(here, run, tmp_path):
         "README.md",
         "learned_embeds.safetensors",
         "pipeline.py",
+        "toy.safetensors",
         "zoodip_config.json",
     }
     card = files["README.md"].decode()

@@ -68,7 +68,7 @@ def test_a_second_concept_takes_nothing_over_and_loses_nothing(train):
     (out / "samples" / "mine.png").write_bytes(b"the user's own")
     train(**QUIET, max_train_steps=1, checkpointing_steps=100, placeholder_token="<other>")
     second = config_of(out)
-    assert set(second["files"]) == {"learned_embeds.safetensors", "loss_curve.png"}
+    assert set(second["files"]) == {"learned_embeds.safetensors", "other.safetensors", "loss_curve.png"}
     assert "samples" not in (out / "README.md").read_text() and "-best" not in (out / "README.md").read_text()
     kept = contents(out / "earlier-1")
     assert kept.pop("samples/mine.png") == b"the user's own"

@@ -239,7 +239,7 @@ def test_the_model_is_told_sizes_and_the_crops_true_offset(tmp_path, flags):
     assert examples.describe_sizes(upright.framing) == [72, 30, 11, 0, 16, 16]
     edge = int((wide.pixels[0, 8] > 127).int().argmax())
     assert edge == pytest.approx(40 * 16 / 30 - 11, abs=1)  # where the white begins says where the crop lies
-    framing = images.Framing((20, 41), (16, 33), (0, 8), 16)
+    framing = images.Framing((20, 41), (16, 33), (0, 8), (16, 16))
     assert examples.describe_sizes(framing, flipped=True) == [20, 41, 0, 9, 16, 16]
     squeezed, _ = images.read_folder(tmp_path / "pictures", 16, center_crop=False)
     assert examples.describe_sizes(squeezed.framing) == [30, 72, 0, 0, 16, 16]

@@ -15,9 +15,8 @@ TUNEQDM = {"new_changes", "draw_timesteps", "Integers", "train_step", "train", "
 SELECTIVE = {"Selection", "draw_kind", "bp_gradient", "zo_gradient", "train_step", "train", "main"}
 TUNEQDM_LAYERS = {"quantize", "pack", "set_of_timestep", "ScaledProduct", "QuantizedLinear", "QuantizedConv2d"}
 PACKAGE = sorted((REPO / "personalization").rglob("*.py"))
-SCRIPTS = sorted(
-    path for pattern in ("app.py", "train_*.py", "evaluate_*.py", "*_pipeline.py") for path in REPO.glob(pattern)
-)
+PATTERNS = "app.py", "train_*.py", "evaluate_*.py", "convert_*.py", "*_pipeline.py"
+SCRIPTS = sorted(path for pattern in PATTERNS for path in REPO.glob(pattern))
 # Floors of the package, the lowest first: a file imports from its own floor and those below.
 GROUND = ("errors", "files", "flags", "logs", "quiet")
 FLOORS = ("models", "data", "runs", "methods", "web")

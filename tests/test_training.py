@@ -50,7 +50,8 @@ def test_launch_writes_everything_and_diffusers_reads_it(launch, basics, demo_ba
         "learned_embeds.safetensors",
         "learned_embeds-best.safetensors",
         "learned_embeds-steps-2.safetensors",
-        "learned_embeds.pt",
+        "my-toy.pt",
+        "my-toy.safetensors",
         "loss_curve.png",
         "zoodip_config.json",
         "README.md",
@@ -73,7 +74,8 @@ def test_launch_writes_everything_and_diffusers_reads_it(launch, basics, demo_ba
     assert learned.shape[0] == 2 and learned.dtype == torch.float32
     ids = pipeline.tokenizer.convert_tokens_to_ids(["<my-toy>", "<my-toy>_1"])
     torch.testing.assert_close(pipeline.text_encoder.get_input_embeddings().weight[ids].float(), learned)
-    a1111 = torch.load(out / "learned_embeds.pt", weights_only=True)
+    a1111 = torch.load(out / "my-toy.pt", weights_only=True)
+    assert (out / "my-toy.safetensors").read_bytes() == (out / "learned_embeds.safetensors").read_bytes()
     assert torch.equal(a1111["string_to_param"]["*"], learned)
 
 

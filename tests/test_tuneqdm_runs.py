@@ -14,6 +14,7 @@ import huggingface_hub.utils._http
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import REPO, _run, as_arguments
 from diffusers import (
     DiffusionPipeline,
@@ -327,6 +328,21 @@ def test_captions_and_prompts():
         script.instance_texts(pictures[1:], "a photo of sks dog", "my cat")
     with pytest.raises(InputError, match="b has no caption: give --instance_prompt"):
         script.instance_texts(pictures[1:], None, None)
+    of_kohya = [pictures[1]._replace(class_words="my dog")]
+    assert script.instance_texts(of_kohya, None, None) == ["my dog"]
+    assert script.instance_texts(of_kohya, "sks dog", None) == ["sks dog"]
+
+
+def test_captions_beside_an_instance_prompt(caplog):
+    Accelerator()
+    pictures = [images.Picture(name, None, f"a star {name}") for name in "ab"]
+    assert script.instance_texts(pictures, "a photo of sks star", None) == ["a star a", "a star b"]
+    script.instance_texts([*pictures, pictures[0]._replace(caption=None)], "a photo of sks star", None)
+    said = [record.message for record in caplog.records]
+    assert "2 of 2 pictures have a caption, which counts: --instance_prompt 'a photo of sks star' is for no" in said[0]
+    assert "2 of 3 pictures have a caption" in said[1] and said[1].endswith("is for the 1 others.")
+    with pytest.raises(InputError, match="'sks star' is in no caption, and every picture has one, so that no other"):
+        script.instance_texts(pictures, "a photo of sks star", "sks star")
 
 
 # -------------------------------------------------------------------------------------------------------- the pipeline

@@ -1,19 +1,23 @@
-"""Captions: the rows of a metadata file, and what else may be one, judged where they enter."""
+"""Captions: rows of a metadata file, text files beside pictures, names of folders; judged where they enter."""
 
 import codecs
 import csv
 import io
 import json
 import os
+import re
 import unicodedata
 
-from ..errors import InputError, first_cause, quoted, shorten
+from ..errors import InputError, first_cause, plain, quoted, shorten
 from ..logs import get_logger
 
 
 logger = get_logger(__name__)
 
 METADATA_NAMES = "metadata.jsonl", "metadata.csv"
+SIDECARS = ".txt", ".caption"  # of 01.jpg: 01.txt; where there are both, the first counts
+# Files that may hold what somebody wrote about pictures.
+WRITTEN = {*SIDECARS, *".json .jsonl .csv .tsv .yaml .yml .xml .parquet .toml .md .xlsx .ods".split()}
 ROW = '{"file_name": "a.png", "text": "a photo of {}"}'
 
 
@@ -48,6 +52,92 @@ def read_captions(folder, flag="--train_data_dir"):
     if not rows:
         logger.warning(f"{path.name} has no rows: no picture has a caption.")
     return captions
+
+
+def read_sidecars(folder, sidecars, flag="--train_data_dir"):
+    """The captions in text files beside pictures, as kohya's scripts, OneTrainer and ai-toolkit have them.
+
+    Args:
+        folder: of the pictures.
+        sidecars: name of a picture -> names of its text files, see `images.list_folder`.
+
+    Returns:
+        dict, caption or None by `file_key` of the picture. The lines of a file are one caption.
+
+    Raises:
+        InputError: a file cannot be read; the sentence names it.
+    """
+    captions, several, differ = {}, [], []
+    for picture, names in sidecars.items():
+        texts = []
+        for name in names:
+            try:
+                lines = [line.strip() for line in read_text(folder / name).splitlines()]
+            except InputError as error:
+                problem = str(error).removesuffix(".")
+                raise InputError(f"{flag} {quoted(folder, 300)}: {plain(name)} cannot be read: {problem}.") from None
+            lines = [line for line in lines if line]
+            several += [name] * (len(lines) > 1)
+            texts.append(" ".join(lines) or None)
+        differ += [names[0]] * (len(set(texts)) > 1)
+        captions[file_key(picture)] = texts[0]
+    if several:
+        logger.warning(f"All lines of a text file are one caption: {some(several)}.")
+    if differ:
+        logger.warning(f"A second text file of a picture says something else and is not read: {some(differ)} counts.")
+    return captions
+
+
+def all_captions(folder, sidecars, flag="--train_data_dir"):
+    """The captions of a folder by `file_key`: metadata first, then text files beside pictures. Raises as they do."""
+    beside, listed = read_sidecars(folder, sidecars, flag), read_captions(folder, flag)
+    differ = [name for name in sidecars if (key := file_key(name)) in listed and listed[key] != beside[key]]
+    if differ:
+        logger.warning(
+            f"The metadata and the text files beside the pictures disagree about {some(differ)}: the metadata counts."
+        )
+    return beside | listed
+
+
+def kohya_name(folder):
+    """Repeats and class words in a folder's name, as kohya's scripts have it (`10_my dog`); (1, None) of others."""
+    match = re.fullmatch(r"(\d{1,6})_(.*\S.*)", os.path.basename(os.path.abspath(folder)))
+    repeats = int(match[1]) if match else 0
+    return (repeats, " ".join(match[2].replace("_", " ").split())) if repeats else (1, None)
+
+
+def whole_word(word):
+    """The pattern of a word, or several, that is not part of another one."""
+    return re.compile(rf"(?<!\w){re.escape(word.strip())}(?!\w)", re.IGNORECASE)
+
+
+def mark_concept(pictures, word, names, flag="--caption_token"):
+    """Puts {} in the place of a word, in captions that do not say yet where the concept goes.
+
+    Args:
+        pictures: `images.Picture`s.
+        word: one or more words, the value of `flag`; None changes nothing.
+        names: what else says it.
+
+    Returns:
+        The `Picture`s.
+    """
+    if word is None:
+        return pictures
+    marked = []
+    for picture in pictures:
+        text = picture.caption
+        if text is not None and not any(name in text for name in ("{}", *names)):
+            picture = picture._replace(caption=whole_word(word).sub("{}", text))
+        marked.append(picture)
+    if marked == pictures:
+        logger.warning(f"{flag} {quoted(word)} changed nothing: no caption without {{}} says it.")
+    return marked
+
+
+def some(names):
+    """The first few of many names, for a warning."""
+    return ", ".join(map(plain, names[:5])) + (", ..." if len(names) > 5 else "")
 
 
 def file_key(name):

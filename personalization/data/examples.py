@@ -1,9 +1,11 @@
 """What a training step draws: latents and prompts of the concept, noised to a timestep."""
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from ..models.base_model import StoredModel, load_vae
 from ..models.families import Family
@@ -24,15 +26,21 @@ class Concept:
         prompt_ids: `[P, length]`, or `[P]`, rows of a table of prompts that are encoded already.
         prompts_of_image: for each picture, the rows of `prompt_ids` that fit it.
         size_ids: `[1 or 2, N, 6]`, see `describe_sizes`; None for models that are not told.
+        weights: `[1 or 2, N, 1, h, w]`, see `weigh`; None where the loss counts everywhere.
+        parts: a `Concept` for each shape of latents, where there are several; this one then has no moments.
+        order: pictures to draw from, some of them repeatedly; None: each of the N once.
     """
 
-    moments: torch.Tensor
+    moments: torch.Tensor | None
     flip_probability: float
     family: Family
     vae_config: dict
     prompt_ids: torch.Tensor
     prompts_of_image: list
     size_ids: torch.Tensor | None = None
+    order: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
+    parts: tuple = ()
 
 
 class Batch(NamedTuple):
@@ -43,6 +51,11 @@ class Batch(NamedTuple):
     timesteps: torch.Tensor  # [b]
     prompt_ids: torch.Tensor  # [b, length] or [b], see `Concept`
     size_ids: torch.Tensor = torch.empty(0)  # [b, 6], see `Concept`; [b, 0] where there are none
+    weights: torch.Tensor = torch.empty(0)  # [b, 1, h, w], what errors are multiplied by; [b, 0]: nothing
+
+    def weighed(self, errors):
+        """Errors `[..., b, C, h, w]` of predictions, those outside of masks left out."""
+        return errors * self.weights if self.weights.numel() else errors
 
     def to(self, device):
         return Batch(*(to_device(tensor, device) for tensor in self))
@@ -55,8 +68,8 @@ def describe_sizes(framing: Framing, flipped=False):
     """
     top, left = framing.crop
     if flipped:
-        left = framing.scaled[1] - framing.side - left
-    return [*framing.original, top, left, framing.side, framing.side]
+        left = framing.scaled[1] - framing.kept[1] - left
+    return [*framing.original, top, left, *framing.kept]
 
 
 def encode_images(vae, pictures, sides, device):
@@ -65,6 +78,23 @@ def encode_images(vae, pictures, sides, device):
     for picture in pictures:
         views = torch.stack([picture.pixels, picture.pixels.flip(-1)][:sides]).to(device, vae.dtype) / 127.5 - 1
         rows.append(torch.cat([vae.encode(view[None]).latent_dist.parameters for view in views]).float().cpu())
+    return torch.stack(rows, dim=1)
+
+
+def weigh(pictures, sides, shape):
+    """What errors are multiplied by, float32 `[sides, N, 1, h, w]` for latents of `shape`; None without masks.
+
+    It is the root of the mask over its mean, so that the mean of a picture's squared errors is that inside the mask,
+    whatever is squared: losses, their differences, or the errors that Gauss-Newton solves for.
+    """
+    if all(picture.mask is None for picture in pictures):
+        return None
+    rows = []
+    for picture in pictures:
+        mask = torch.ones(1, *shape) if picture.mask is None else picture.mask / 255
+        mask = F.interpolate(mask[None], shape, mode="area")[0]
+        mask = (mask / mask.mean()).sqrt()
+        rows.append(torch.stack([mask, mask.flip(-1)][:sides]))
     return torch.stack(rows, dim=1)
 
 
@@ -85,26 +115,53 @@ def load_concept(pictures, prompts, base, flip_probability, compute):
     stored = StoredModel(tensor_bytes(vae), 0.0)
     vae.decoder = None  # 60 % of it, and not needed here
     vae.to(compute.device)
-    sides, size_ids = (2 if flip_probability > 0 else 1), None
-    with torch.inference_mode():
-        moments = encode_images(vae, pictures, sides, compute.device)
-    if base.family.crops:
-        rows = [[describe_sizes(picture.framing, flipped) for picture in pictures] for flipped in (False, True)]
-        size_ids = torch.tensor(rows[:sides], dtype=torch.float32)
-    concept = Concept(moments, flip_probability, base.family, base.vae_config, *prompts, size_ids)
+    sides, facts, (ids, rows) = (2 if flip_probability > 0 else 1), (base.family, base.vae_config), prompts
+    of_shape = {}
+    for number, picture in enumerate(pictures):
+        of_shape.setdefault(picture.pixels.shape, []).append(number)
+    parts = []
+    for numbers in of_shape.values():
+        alike, size_ids = [pictures[i] for i in numbers], None
+        with torch.inference_mode():
+            moments = encode_images(vae, alike, sides, compute.device)
+        if base.family.crops:
+            sizes = [[describe_sizes(picture.framing, flipped) for picture in alike] for flipped in (False, True)]
+            size_ids = torch.tensor(sizes[:sides], dtype=torch.float32)
+        of_part = ids, [rows[i] for i in numbers], size_ids, order_of(alike), weigh(alike, sides, moments.shape[-2:])
+        parts.append(Concept(moments, flip_probability, *facts, *of_part))
+    concept = parts[0]
+    if len(parts) > 1:
+        shares = torch.tensor([sum(pictures[i].repeats for i in numbers) for numbers in of_shape.values()])
+        order = torch.arange(len(parts)).repeat_interleave(shares // math.gcd(*shares.tolist()))
+        concept = Concept(None, flip_probability, *facts, ids, rows, None, order, None, tuple(parts))
     del vae
     release_freed_memory()
     return concept, stored
 
 
+def order_of(pictures):
+    """Numbers of pictures, each as often as its repeats ask for; None where all have the same."""
+    repeats = [picture.repeats for picture in pictures]
+    if len(set(repeats)) == 1:
+        return None
+    least = math.gcd(*repeats)
+    return torch.tensor([i for i, count in enumerate(repeats) for _ in range(count // least)])
+
+
 def draw_examples(concept, batch_size, generator):
     """Draws b (latent, prompt) pairs with replacement: an image, maybe its flip, a sample of its latent, a caption.
 
+    Where pictures differ in shape, those of a batch have one that is drawn first.
+
     Returns:
-        Latents `[b, C, h, w]`; prompt ids, a row of `Concept.prompt_ids` for each; and their sizes, `[b, 6]` or None.
+        Latents `[b, C, h, w]`; prompt ids, a row of `Concept.prompt_ids` for each; their sizes, `[b, 6]` or None; and
+        their weights, `[b, 1, h, w]` or None.
     """
+    if concept.parts:
+        concept = concept.parts[concept.order[int(torch.randint(len(concept.order), (1,), generator=generator))]]
     flips, images = concept.moments.shape[:2]
-    chosen = torch.randint(images, (batch_size,), generator=generator)
+    chosen = torch.randint(images if concept.order is None else len(concept.order), (batch_size,), generator=generator)
+    chosen = chosen if concept.order is None else concept.order[chosen]
     flipped = torch.rand(batch_size, generator=generator) < concept.flip_probability
     side = flipped.long().clamp(max=flips - 1)
     mean, logvar = concept.moments[side, chosen].chunk(2, dim=1)
@@ -112,15 +169,17 @@ def draw_examples(concept, batch_size, generator):
     prompts = [concept.prompts_of_image[i] for i in chosen.tolist()]
     picks = [p[int(torch.randint(len(p), (1,), generator=generator))] for p in prompts]
     size_ids = None if concept.size_ids is None else concept.size_ids[side, chosen]
-    return concept.family.to_latents(latents, concept.vae_config), concept.prompt_ids[picks], size_ids
+    weights = None if concept.weights is None else concept.weights[side, chosen]
+    return concept.family.to_latents(latents, concept.vae_config), concept.prompt_ids[picks], size_ids, weights
 
 
-def noise_batch(family, latents, prompt_ids, timesteps, generator, scheduler, size_ids=None):
+def noise_batch(family, latents, prompt_ids, timesteps, generator, scheduler, size_ids=None, weights=None):
     """A `Batch` of latents noised to timesteps, and of what a model of the family is to predict of them."""
     noise = torch.randn(latents.shape, generator=generator)
     noisy, target = family.noise(latents, noise, timesteps, scheduler)
     size_ids = torch.empty(len(latents), 0) if size_ids is None else size_ids
-    return Batch(noisy, target, timesteps, prompt_ids, size_ids)
+    weights = torch.empty(len(latents), 0) if weights is None else weights
+    return Batch(noisy, target, timesteps, prompt_ids, size_ids, weights)
 
 
 def to_device(tensor, device):

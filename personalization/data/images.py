@@ -1,7 +1,10 @@
 """Training pictures: read from a folder or a data set, each judged where it enters."""
 
+import functools
 import hashlib
+import importlib.util
 import io
+import math
 import os
 import stat
 import warnings
@@ -15,34 +18,73 @@ from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from ..errors import InputError, first_cause, plain, quoted, shorten
 from ..logs import get_logger
-from .captions import METADATA_NAMES, check_text, file_key, read_captions
+from .captions import METADATA_NAMES, SIDECARS, WRITTEN, all_captions, check_text, file_key, kohya_name, some
 
 
 logger = get_logger(__name__)
 
 MANY_PICTURES, MANY_WARNINGS = 1000, 10
 SQUEEZED = 5 / 4  # of the sides, from which on it shows
+HEIF = set(".heic .heics .heif .heifs .hif".split())  # which pillow-heif reads
+MASK = "-masklabel"  # ends the name of a mask
 FOREIGN_FORMATS = set(".heic .heif .hif .jxl .dng .cr2 .cr3 .nef .arw .raf .orf .rw2 .svg".split())
 DEFAULT_CAPTION_COLUMN = "text"
 TEXT_TYPES = "string", "large_string", "string_view"
 
 
 class Framing(NamedTuple):
-    """How a picture became a square: scaled to `scaled`, of which the square at `crop` was kept."""
+    """How a picture got its size: scaled to `scaled`, of which a square (or a bucket's shape) at `crop` was kept."""
 
     original: tuple  # height and width of the picture as it was
     scaled: tuple  # height and width before the crop
-    crop: tuple  # top and left of the square in it
-    side: int  # of the square
+    crop: tuple  # top and left in it of what was kept
+    kept: tuple  # height and width of that
 
 
 class Picture(NamedTuple):
     """A training picture."""
 
     name: str
-    pixels: torch.Tensor  # uint8 [3, resolution, resolution]
+    pixels: torch.Tensor  # uint8 [3, resolution, resolution], or of a bucket's height and width
     caption: str | None
     framing: Framing | None = None
+    repeats: int = 1  # how often it is drawn, in proportion
+    class_words: str | None = None  # of kohya's folder name
+    mask: torch.Tensor | None = None  # uint8 [1, ...] as pixels; 255 where the subject is, None: everywhere
+
+
+class Sizing(NamedTuple):
+    """The size that pictures get."""
+
+    resolution: int  # side of the square
+    center_crop: bool  # or else squeezed
+    multiple: int | None = None  # with buckets, what divides their sides
+
+    def of(self, height, width):
+        """The height and width that a picture (upright) gets."""
+        if self.multiple is None:
+            return self.resolution, self.resolution
+        return bucket(height, width, self.resolution, self.multiple)
+
+
+LONGEST = 2  # times as long as the other may be a side of a bucket
+
+
+def bucket(height, width, resolution, multiple):
+    """The height and width nearest in shape to a picture's, of at most as many pixels as the square has.
+
+    Both are multiples of `multiple`; of two that are as near, the larger one.
+    """
+
+    def distance(size):
+        return round(abs(math.log(size[0] / size[1] * width / height)), 6), -size[0] * size[1]
+
+    sizes = []
+    for wide in range(multiple, LONGEST * resolution + 1, multiple):
+        high = resolution**2 // wide // multiple * multiple
+        if high and max(high, wide) <= LONGEST * min(high, wide):
+            sizes.append((high, wide))
+    return min(sizes, key=distance)
 
 
 # =====================================================================================================
@@ -84,30 +126,44 @@ def upright_size(image):
     return image.size if on_its_side else image.size[::-1]
 
 
-def frame(height, width, resolution, center_crop):
+def frame(height, width, resolution, center_crop, multiple=None):
     """The `Framing` that `to_pixels` gives to a picture (upright) of this size."""
-    scaled = resolution, resolution
-    if center_crop:
-        scaled = tuple(round(side * resolution / min(height, width)) for side in (height, width))
-    crop = tuple((side - resolution) // 2 for side in scaled)
-    return Framing((height, width), scaled, crop, resolution)
+    kept = scaled = Sizing(resolution, center_crop, multiple).of(height, width)
+    if center_crop or multiple:
+        if kept[0] * width >= kept[1] * height:
+            scaled = kept[0], round(width * kept[0] / height)
+        else:
+            scaled = round(height * kept[1] / width), kept[1]
+    crop = tuple((side - part) // 2 for side, part in zip(scaled, kept))
+    return Framing((height, width), scaled, crop, kept)
 
 
-def to_pixels(image, resolution, center_crop):
-    """A PIL image as uint8 `[3, resolution, resolution]`; without `center_crop` it is squeezed to a square."""
-    image = to_rgb(image)
-    if center_crop:
-        image = ImageOps.fit(image, (resolution, resolution), Image.Resampling.BICUBIC)
+def to_pixels(image, resolution, center_crop, multiple=None):
+    """A PIL image as uint8 `[3, height, width]`: a square, or with a `multiple` (see `Sizing`) a bucket's shape.
+
+    Without `center_crop` it is squeezed to a square; a bucket's it is cropped to.
+    """
+    return sized(to_rgb(image), Sizing(resolution, center_crop, multiple))
+
+
+def sized(image, sizing):
+    """`to_pixels` of an upright image, which keeps its bands."""
+    height, width = sizing.of(*image.size[::-1])
+    if sizing.center_crop or sizing.multiple:
+        image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
     else:
-        image = image.resize((resolution, resolution), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    pixels = torch.from_numpy(np.array(image))
+    return pixels[None] if pixels.dim() == 2 else pixels.permute(2, 0, 1)
 
 
 def digest(pictures):
-    """What tells a set of pictures from others, by pixels and captions: 16 hexadecimal digits."""
+    """What tells a set of pictures from others, by pixels, captions and repeats: 16 hexadecimal digits."""
     found = hashlib.sha256()
     for picture in pictures:
         found.update(picture.pixels.numpy().tobytes() + repr(picture.caption).encode())
+        found.update(b"" if picture.mask is None else picture.mask.numpy().tobytes())
+        found.update(b"" if picture.repeats == 1 else b"%d" % picture.repeats)
     return found.hexdigest()[:16]
 
 
@@ -119,6 +175,18 @@ class Entries(NamedTuple):
     foreign: list  # of these, images of formats that cannot be read here
     folders: list
     strange: list  # links to nothing, pipes, devices, sockets
+    masks: dict  # picture -> name of its mask
+    sidecars: dict  # picture -> names of the text files with its name, the one that counts first
+
+
+@functools.cache
+def readable_suffixes():
+    """Ends of the names of images that can be read; HEIF's are among them where pillow-heif is installed."""
+    if importlib.util.find_spec("pillow_heif"):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    return set(Image.registered_extensions())
 
 
 def list_folder(folder, flag="--train_data_dir"):
@@ -136,7 +204,7 @@ def list_folder(folder, flag="--train_data_dir"):
         names = sorted(os.listdir(folder))
     except OSError as error:
         raise InputError(f"{flag} {shown} cannot be read ({first_cause(error)}): {advice}") from None
-    known, entries = set(Image.registered_extensions()), Entries([], [], [], [], [])
+    known, entries = readable_suffixes(), Entries([], [], [], [], [], {}, {})
     for name in names:
         suffix = os.path.splitext(name)[1].lower()
         try:
@@ -155,37 +223,56 @@ def list_folder(folder, flag="--train_data_dir"):
             entries.ignored.append(name)
             if suffix in FOREIGN_FORMATS and not name.startswith("."):
                 entries.foreign.append(name)
+    stems = {os.path.splitext(name)[0]: name for name in entries.pictures}
+    masks = [name for name in entries.pictures if os.path.splitext(name)[0].endswith(MASK)]
+    for name in masks:  # of OneTrainer; one that belongs to no picture is a picture
+        if (stem := os.path.splitext(name)[0].removesuffix(MASK)) in stems:
+            entries.masks[stems[stem]] = name
+            entries.pictures.remove(name)
+    of_stem = {}
+    for name in entries.ignored:
+        stem, suffix = os.path.splitext(name)
+        if suffix.lower() in SIDECARS:
+            of_stem.setdefault(stem, []).append(name)
+    for name in entries.pictures:
+        if found := of_stem.get(os.path.splitext(name)[0]):
+            entries.sidecars[name] = sorted(found, key=lambda each: SIDECARS.index(os.path.splitext(each)[1].lower()))
+    read = {each for names in entries.sidecars.values() for each in names}
+    entries.ignored[:] = [name for name in entries.ignored if name not in read]
     return entries
 
 
-def some(names):
-    """The first few of many names, for a warning."""
-    return ", ".join(map(plain, names[:5])) + (", ..." if len(names) > 5 else "")
-
-
-def read_folder(folder, resolution, center_crop, flag="--train_data_dir"):
+def read_folder(folder, resolution, center_crop, flag="--train_data_dir", multiple=None, masked=False, mask_dir=None):
     """The `Picture`s of a folder, the value of `flag`; what is not a readable image is reported.
+
+    With a `multiple` (see `Sizing`) they keep their shapes. Where they are `masked` they have the masks beside them,
+    or in `mask_dir`, or else their alpha channels.
+
+    A folder without pictures may hold folders of kohya's form, `10_my dog`, which are read instead.
 
     Raises:
         InputError: there is no such folder, no image in it, or its captions cannot be read.
     """
     entries = list_folder(folder, flag)
     shown, folder, of_class = quoted(folder, 300), Path(folder), flag == "--class_data_dir"
-    captions = read_captions(folder, flag)
-    foreign = f"{some(entries.foreign)} cannot be read here: save such images as JPEG or PNG"
-    if entries.ignored:
-        advice = f" ({foreign})" if entries.foreign else ""
-        names = some(entries.ignored)
-        logger.warning(f"Ignored {len(entries.ignored)} files in {shown} that are not images: {names}{advice}.")
-    if any(not name.startswith(".") for name in entries.folders):
-        logger.warning(f"Ignored folders in {shown}: {some(entries.folders)}; only pictures beside them are read.")
-    if entries.strange:
-        logger.warning(f"Skipped links to nothing, pipes or devices in {shown}: {some(entries.strange)}.")
+    inside = [name for name in entries.folders if kohya_name(name)[1]] if not entries.pictures else []
+    captions = all_captions(folder, entries.sidecars, flag)
+    report(entries, shown, inside)
+    class_words = kohya_name(folder)[1]
     listed = [(name, lambda path=folder / name: Image.open(path)) for name in entries.pictures]
-    pictures = [
-        picture._replace(caption=captions.get(file_key(picture.name)))
-        for picture in decode_pictures(listed, resolution, center_crop, " of the class" if of_class else "")
-    ]
+    if entries.masks and not masked:
+        logger.warning(f"Left out {len(entries.masks)} masks in {shown}: --masked_loss counts the loss inside them.")
+    open_mask = find_masks(folder, entries, mask_dir) if masked else None
+    sizing, whose = Sizing(resolution, center_crop, multiple), " of the class" if of_class else ""
+    pictures = decode_pictures(listed, sizing, open_mask, whose)
+    pictures = [picture._replace(class_words=class_words) for picture in pictures]
+    for name in inside:
+        repeats = kohya_name(name)[0]
+        inner = mask_dir if mask_dir is None or not (Path(mask_dir) / name).is_dir() else Path(mask_dir) / name
+        of_folder = read_folder(folder / name, resolution, center_crop, flag, multiple, masked, inner)
+        logger.info(f"{plain(name)}: {len(of_folder)} pictures, each drawn {repeats} times as often as one of 1_name.")
+        pictures += [each._replace(name=f"{name}/{each.name}", repeats=repeats) for each in of_folder]
+    pictures = [each._replace(caption=captions.get(file_key(each.name), each.caption)) for each in pictures]
     others = sorted(captions.keys() - {file_key(picture.name) for picture in pictures})
     if others and pictures:
         logger.warning(f"The metadata lists files that are not among the images: {some(others)}.")
@@ -193,23 +280,116 @@ def read_folder(folder, resolution, center_crop, flag="--train_data_dir"):
         looked_at = len(entries.pictures) + len(entries.ignored) + len(entries.strange)
         advice = "empty it, and images are drawn" if of_class else "put 3 to 20 pictures of your concept there"
         if entries.foreign:
-            advice = foreign
+            advice = unreadable(entries.foreign)
         elif entries.folders:
             advice += f", or give one of the folders in it ({some(entries.folders)})"
         raise InputError(f"{flag} {shown} holds no readable image ({looked_at} files looked at): {advice}.")
     return pictures
 
 
-def decode_pictures(listed, resolution, center_crop, whose=""):
+def find_masks(folder, entries, mask_dir=None):
+    """A function from the name of a picture to that of its mask's path, None where it has none.
+
+    Raises:
+        InputError: `--mask_dir` is no folder, or has no mask for any picture.
+    """
+    found = {name: folder / mask for name, mask in entries.masks.items()}
+    if mask_dir is not None:
+        there = list_folder(mask_dir, "--mask_dir")
+        by_stem = {os.path.splitext(name)[0].removesuffix(MASK): name for name in there.pictures}
+        stems = {name: os.path.splitext(name)[0] for name in entries.pictures}
+        found |= {name: Path(mask_dir) / by_stem[stem] for name, stem in stems.items() if stem in by_stem}
+        if entries.pictures and not found:
+            raise InputError(
+                f"--mask_dir {quoted(mask_dir, 300)} has no mask for any picture, such as"
+                f" {plain(stems[entries.pictures[0]])}.png for {plain(entries.pictures[0])}: give masks their names."
+            )
+    return found.get
+
+
+def read_mask(name, image, path, sizing):
+    """The mask of a picture, uint8 `[1, height, width]`: that in a file, or its alpha channel; None where it has none.
+
+    Args:
+        name: of the picture.
+        image: it, as PIL opens it.
+        path: of the mask, or None.
+        sizing: `Sizing`.
+
+    Raises:
+        InputError: the mask cannot be read, is of another shape, or black.
+    """
+    if path is None:
+        image = ImageOps.exif_transpose(image)
+        if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
+            return None
+        mask = image.convert("RGBA").getchannel("A")
+        if mask.getextrema() == (255, 255):
+            return None
+    else:
+        try:
+            with Image.open(path) as opened:
+                mask = to_rgb(opened).convert("L")
+        except Exception as error:  # PIL raises nearly anything on a damaged file
+            raise InputError(
+                f"the mask {plain(path.name)} of {plain(name)} cannot be read ({why_not(error)}): save it as PNG."
+            ) from None
+        size = upright_size(image)[::-1]
+        if abs(math.log(mask.width / mask.height * size[1] / size[0])) > 0.05:
+            raise InputError(
+                f"the mask {plain(path.name)} has {mask.width} x {mask.height} pixels and {plain(name)} {size[0]} x"
+                f" {size[1]}: draw it over the picture as it is, uncropped."
+            )
+        mask = mask.resize(size, Image.Resampling.BILINEAR)
+    mask = sized(mask, sizing)
+    if not mask.any():
+        raise InputError(f"the mask of {plain(name)} is black where it is trained: paint the subject white in it.")
+    return mask
+
+
+def unreadable(names):
+    """What to do about images of foreign formats, in a sentence."""
+    heif = all(os.path.splitext(name)[1].lower() in HEIF for name in names)
+    return f"{some(names)} cannot be read here: {'pip install pillow-heif, or ' * heif}save such images as JPEG or PNG"
+
+
+def report(entries, shown, inside=()):
+    """Says what of the `Entries` of a folder is not used.
+
+    Args:
+        shown: the folder, as a sentence has it.
+        inside: names of folders in it that are read.
+    """
+    if entries.ignored:
+        advice = f" ({unreadable(entries.foreign)})" if entries.foreign else ""
+        names = some(entries.ignored)
+        logger.warning(f"Ignored {len(entries.ignored)} files in {shown} that are not images: {names}{advice}.")
+    written = [name for name in entries.ignored if os.path.splitext(name)[1].lower() in WRITTEN]
+    if written:
+        logger.warning(
+            f"If {some(written)} hold captions, they are lost: captions are read from {' or '.join(METADATA_NAMES)}"
+            " (fields file_name, text), and from 01.txt or 01.caption beside a picture 01.jpg."
+        )
+    folders = [name for name in entries.folders if name not in inside]
+    if any(not name.startswith(".") for name in folders):
+        logger.warning(f"Ignored folders in {shown}: {some(folders)}; only pictures beside them are read.")
+    if entries.strange:
+        logger.warning(f"Skipped links to nothing, pipes or devices in {shown}: {some(entries.strange)}.")
+
+
+def decode_pictures(listed, sizing, open_mask=None, whose=""):
     """Decodes pictures one by one; one that cannot be decoded is skipped with a warning.
 
     Args:
         listed: (name, function that opens it as a PIL image) pairs.
+        sizing: `Sizing`.
+        open_mask: what `find_masks` returned; None reads no masks.
         whose: they are, for warnings.
 
     Returns:
         The `Picture`s, without captions.
     """
+    resolution = sizing.resolution
     if len(listed) > MANY_PICTURES:
         size = len(listed) * 3 * resolution**2 / 1e9
         logger.warning(
@@ -222,10 +402,13 @@ def decode_pictures(listed, resolution, center_crop, whose=""):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large, and below PIL's limit
                 with open_image() as image:
-                    pixels = to_pixels(image, resolution, center_crop)
+                    pixels = to_pixels(image, *sizing)
+                    mask = None if open_mask is None else read_mask(name, image, open_mask(name), sizing)
                     size = upright_size(image)
                     moving, side = getattr(image, "is_animated", False) and image.format != "MPO", min(image.size)
-            pictures.append(Picture(name, pixels, None, frame(*size, resolution, center_crop)))
+            pictures.append(Picture(name, pixels, None, frame(*size, *sizing), mask=mask))
+        except InputError:
+            raise
         except Exception as error:  # PIL raises nearly anything on a damaged file
             skipped.append(name)
             if len(skipped) <= MANY_WARNINGS:
@@ -240,6 +423,8 @@ def decode_pictures(listed, resolution, center_crop, whose=""):
         logger.warning(f"Skipped {len(skipped)} of {len(listed)} files{whose} in all.")
     if animated:
         logger.warning(f"Of pictures that move or have pages, only the first is used: {some(animated)}.")
+    if open_mask is not None and (without := [picture.name for picture in pictures if picture.mask is None]):
+        logger.warning(f"The loss counts everywhere in pictures without a mask: {some(without)}.")
     if tiny:
         logger.warning(f"Pictures far smaller than the resolution of {resolution} will be a blur: {some(tiny)}.")
     return pictures
@@ -264,7 +449,9 @@ def why_not(error):
     return first_cause(error)
 
 
-def read_dataset(name, config_name, image_column, caption_column, resolution, center_crop):
+def read_dataset(
+    name, config_name, image_column, caption_column, resolution, center_crop, multiple=None, masked=False
+):
     """The `Picture`s of a `datasets` dataset on the Hub or on disk (its train split).
 
     An image that cannot be decoded is skipped with a warning; a caption that is null, empty or blank is none.
@@ -300,7 +487,9 @@ def read_dataset(name, config_name, image_column, caption_column, resolution, ce
     listed = [(f"image {i}", lambda i=i: decode_stored(feature, stored[i][image_column])) for i in range(count)]
     pictures = [
         picture._replace(caption=captions.get(picture.name))
-        for picture in decode_pictures(listed, resolution, center_crop)
+        for picture in decode_pictures(
+            listed, Sizing(resolution, center_crop, multiple), (lambda name: None) if masked else None
+        )
     ]
     if not pictures:
         raise InputError(

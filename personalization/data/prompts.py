@@ -7,7 +7,7 @@ import torch
 
 from ..errors import InputError, plain, quoted
 from ..logs import get_logger
-from .captions import check_unicode
+from .captions import check_unicode, whole_word
 
 
 logger = get_logger(__name__)
@@ -39,7 +39,9 @@ class Placeholder(NamedTuple):
     token: str  # such as "<my-dog>"
     num_vectors: int  # k
     first_id: int  # of its k consecutive token ids
-    initializer_id: int  # of the word that it starts from
+    initializer_id: int | None  # of the word that it starts from
+    class_word: str | None = None  # that word
+    start: torch.Tensor | None = None  # its first vectors, float32 [k, d], where it starts from a file instead
 
     @property
     def names(self):
@@ -104,8 +106,7 @@ def add_placeholder(tokenizer, token, num_vectors, initializer_token, partners=(
             f"--placeholder_token {quoted(token)} must be one word without spaces or invisible characters, such as"
             ' "<my-dog>".'
         )
-    check_unicode(initializer_token, "--initializer_token")
-    for text, flag in ((token, "--placeholder_token"), (initializer_token, "--initializer_token")):
+    for text, flag in ((token, "--placeholder_token"), (initializer_token or "", "--initializer_token")):
         check_quotes(text, flag)
     room = words_in_prompt(tokenizer)
     if num_vectors > room:
@@ -124,6 +125,15 @@ def add_placeholder(tokenizer, token, num_vectors, initializer_token, partners=(
             f"--placeholder_token {token!r} is upper-case or without <>: it can match inside other words, and many"
             f' readers lower-case it; "<{token.strip("<>").lower()}>" is safe.'
         )
+    initializer_id = None if initializer_token is None else id_of_word(tokenizer, initializer_token)
+    for each in (tokenizer, *partners):
+        each.add_tokens(placeholder_names(token, num_vectors))
+    return Placeholder(token, num_vectors, tokenizer.convert_tokens_to_ids(token), initializer_id, initializer_token)
+
+
+def id_of_word(tokenizer, initializer_token):
+    """The id of `--initializer_token`; raises an `InputError` unless it is one known token."""
+    check_unicode(initializer_token, "--initializer_token")
     initializer = tokenizer.encode(initializer_token, add_special_tokens=False)
     if len(initializer) != 1:
         raise InputError(
@@ -134,9 +144,7 @@ def add_placeholder(tokenizer, token, num_vectors, initializer_token, partners=(
         raise InputError(
             f"--initializer_token {initializer_token!r} is unknown to the tokenizer: choose another word."
         )
-    for each in (tokenizer, *partners):
-        each.add_tokens(placeholder_names(token, num_vectors))
-    return Placeholder(token, num_vectors, tokenizer.convert_tokens_to_ids(token), initializer[0])
+    return initializer[0]
 
 
 def words_in_prompt(tokenizer):
@@ -166,7 +174,7 @@ def build_prompts(pictures, placeholder, base, learnable_property="object"):
         if caption is not None and "{}" not in caption and not placeholder.is_in(caption):
             raise InputError(
                 f"the caption of {plain(picture.name)}, {quoted(caption)}, does not say where the concept goes: put"
-                f" {{}} or {plain(placeholder.token)} there."
+                f" {{}} or {plain(placeholder.token)} there{or_replace(pictures, placeholder.class_word)}."
             )
         texts = [placeholder.expand(text) for text in (templates if caption is None else [caption])]
         prompts_of_image.append([rows_of_text.setdefault(text, len(rows_of_text)) for text in texts])
@@ -176,6 +184,16 @@ def build_prompts(pictures, placeholder, base, learnable_property="object"):
         if not all(torch.isin(vector_ids, part).all() for part in ids.chunk(len(base.tokenizers))):
             raise cut_off(text, of_templates, placeholder, tokenizer)
     return prompt_ids, prompts_of_image
+
+
+def or_replace(pictures, class_word):
+    """The end of a sentence: the words that stand for the concept in captions without {}, to be replaced; or ""."""
+    texts = [picture.caption.lower() for picture in pictures if picture.caption and "{}" not in picture.caption]
+    for word in filter(None, dict.fromkeys([*(picture.class_words for picture in pictures), class_word])):
+        found = sum(bool(whole_word(word).search(text)) for text in texts)
+        if found:
+            return f', or give --caption_token "{word}", which {found} of {len(texts)} such captions name'
+    return ""
 
 
 def cut_off(text, of_templates, placeholder, tokenizer):

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from ..data import examples, images, prompts
+from ..data.captions import mark_concept
 from ..data.examples import Concept
-from ..errors import InputError, plain
+from ..errors import InputError, plain, quoted
 from ..files import atomic_path, check_writable
 from ..flags import NOTHING, SHARE, Range
 from ..logs import get_logger
@@ -108,6 +109,8 @@ def check_subject_arguments(parser, args):
             prompts.check_quotes(value or "", f"--{name}")
         except InputError as error:
             parser.error(str(error))
+    if args.with_prior_preservation and args.use_aspect_ratio_buckets:
+        parser.error("--use_aspect_ratio_buckets and --with_prior_preservation, whose images are squares: drop one.")
     if args.subject_name is not None and "{}" in args.subject_name:
         parser.error("--subject_name is what {} stands for: give words without {}.")
     if "{}" in (args.class_prompt or ""):
@@ -148,30 +151,63 @@ def fill_in(text, subject_name, what):
 
 
 def instance_texts(pictures, instance_prompt, subject_name):
-    """The prompt of each picture: its caption, or else `--instance_prompt`.
+    """The prompt of each picture: its caption, or else `--instance_prompt`, or else kohya's class words.
 
     Returns:
         List of strings.
 
     Raises:
-        InputError: a picture has neither, {} is said and there is no name for it, or the name is never said.
+        InputError: a picture has none of these, {} is said and there is no name for it, or the name is never said.
     """
+    captioned = sum(picture.caption is not None for picture in pictures)
+    prompt = "--instance_prompt"
     if instance_prompt is None and subject_name is not None:
-        instance_prompt = "a photo of a {}"
+        instance_prompt, prompt = "a photo of a {}", "the prompt made of --subject_name"
+    elif instance_prompt is not None and captioned:
+        others = f"the {len(pictures) - captioned} others" if captioned < len(pictures) else "no picture"
+        logger.warning(
+            f"{captioned} of {len(pictures)} pictures have a caption, which counts: --instance_prompt"
+            f" {quoted(instance_prompt)} is for {others}."
+        )
     texts = []
     for picture in pictures:
         text, what = picture.caption, f"the caption of {plain(picture.name)}"
         if text is None:
-            if instance_prompt is None:
-                raise InputError(f"{plain(picture.name)} has no caption: give --instance_prompt or --subject_name.")
-            text, what = instance_prompt, "--instance_prompt"
+            text, what = instance_prompt, prompt
+        if text is None:
+            text, what = picture.class_words, "the name of the folder"
+        if text is None:
+            raise InputError(f"{plain(picture.name)} has no caption: give --instance_prompt or --subject_name.")
         texts.append(fill_in(text, subject_name, what))
     if subject_name is not None and not any(subject_name.lower() in text.lower() for text in texts):
-        raise InputError(
-            f"--subject_name {subject_name[:80]!r} is in no caption and not in --instance_prompt: say {{}} there, or"
-            " call the subject as they do."
-        )
+        raise InputError(never_said(subject_name, instance_prompt, captioned == len(pictures)))
     return texts
+
+
+def never_said(subject_name, instance_prompt, all_captioned):
+    """The sentence for a subject whose name is in no prompt that is trained."""
+    name = f"--subject_name {subject_name[:80]!r}"
+    if all_captioned:
+        return (
+            f"{name} is in no caption, and every picture has one, so that no other prompt is trained: say {{}} in the"
+            ' captions, call the subject as they do, or give --caption_token "WORDS" with what they call it.'
+        )
+    return (
+        f"{name} is in no caption and not in --instance_prompt {quoted(instance_prompt)}: say {{}} there, or call the"
+        " subject as they do."
+    )
+
+
+def draw_subject(subject, batch_size, generator):
+    """Examples of the subject, then as many of its class: latents, rows of prompts, and weights, `[b or 2b, ...]`."""
+    concepts = [concept for concept in (subject.instance, subject.prior) if concept is not None]
+    drawn = [examples.draw_examples(concept, batch_size, generator) for concept in concepts]
+    latents, rows = (torch.cat(parts) for parts in list(zip(*drawn))[:2])
+    weights = [each[3] for each in drawn]
+    if all(each is None for each in weights):
+        return latents, rows, None
+    everywhere = torch.ones(batch_size, 1, *latents.shape[-2:])
+    return latents, rows, torch.cat([everywhere if each is None else each for each in weights])
 
 
 def warn_about_long_prompts(tokenizer, texts):
@@ -231,13 +267,19 @@ class Subject:
     prior: Concept | None  # the class, for prior preservation
 
 
-def read_instances(args, resolution=None):
-    """The `Picture`s of the subject, in `--resolution` or another: centre squares, as diffusers' scripts crop them."""
+def read_instances(args, resolution=None, base=None):
+    """The `Picture`s of the subject, in `--resolution` or another: centre squares, as diffusers' scripts crop them.
+
+    With `--use_aspect_ratio_buckets` they keep their shape, in sizes that the `Base` takes.
+    """
     options = resolution or args.resolution, True
+    more = base.resolution_multiple if args.use_aspect_ratio_buckets else None, args.masked_loss
     if args.instance_data_dir is not None:
-        return images.read_folder(args.instance_data_dir, *options, "--instance_data_dir")
-    names = args.dataset_name, args.dataset_config_name, args.image_column, args.caption_column
-    return images.read_dataset(*names, *options)
+        pictures = images.read_folder(args.instance_data_dir, *options, "--instance_data_dir", *more, args.mask_dir)
+    else:
+        names = args.dataset_name, args.dataset_config_name, args.image_column, args.caption_column
+        pictures = images.read_dataset(*names, *options, *more)
+    return mark_concept(pictures, args.caption_token, [args.subject_name] * (args.subject_name is not None))
 
 
 def read_class(args, base, compute, load_unet):
@@ -374,6 +416,8 @@ def denoising_errors(family, denoiser, batch, conditioning, memory_format=None):
     noisy = batch.noisy_latents.to(conditioning)
     noisy = noisy.contiguous(memory_format=memory_format or torch.preserve_format)
     prediction = family.predict(denoiser, noisy, batch.timesteps, Text(conditioning), batch.size_ids)
+    if batch.weights.numel():  # under masks only what is inside counts
+        return batch.weighed(prediction.float() - batch.target).square().flatten(1).mean(dim=1)
     return F.mse_loss(prediction.float(), batch.target, reduction="none").flatten(1).mean(dim=1)
 
 

@@ -59,8 +59,14 @@ def add_concept_arguments(add):
         decides=flags.RUN,  # its prompts are in the calibration's key, by their ids
         help='The new word, such as "<my-dog>".',
     )
-    add("--initializer_token", required=True, help="Existing one-token word to start from: dog.")
-    vectors = "k: embedding vectors of the new word."
+    add("--initializer_token", help="Existing one-token word to start from: dog.")
+    add(
+        "--initializer_embedding",
+        path=True,
+        help="Embedding file to start from instead and train on, of whatever program (docs/share.md), or the folder of"
+        " a run.",
+    )
+    vectors = "k: embedding vectors of the new word. --initializer_embedding has its own number."
     add(
         "--num_vectors",
         type=int,
@@ -122,7 +128,7 @@ def add_result_arguments(add):
         action="store_true",
         page=True,
         decides=flags.NOTHING,
-        help="Also save a .pt for the Automatic1111 web UI.",
+        help="Also save a .pt, named after the concept as well, for older versions of the Automatic1111 web UI.",
     )
     add(
         "--save_as_full_pipeline",

@@ -23,13 +23,13 @@ from safetensors import SafetensorError, safe_open
 from transformers import CLIPTextModelWithProjection, PreTrainedModel
 
 from ..errors import InputError
-from . import families, weight_files
+from . import families, single_file, weight_files
 
 
 class ModelSource(NamedTuple):
     """Where a base model comes from."""
 
-    name: str  # a local folder or an id on the Hub
+    name: str  # a local folder or file, or an id on the Hub
     revision: str | None = None
     variant: str | None = None
 
@@ -46,11 +46,12 @@ class Base:
     Args:
         family: of `families.FAMILIES`.
         source: where it comes from.
-        root: the local folder, or the Hub's snapshot of it.
+        root: the local folder, or the Hub's snapshot of it; of a single file, the folder of its family's configs.
         tokenizers: one for each text encoder.
         scheduler: of the family's class, with the noise levels of training.
         denoiser_config, vae_config: of diffusers, defaults filled in.
         text_configs: of transformers, one for each text encoder.
+        single: the `SingleFile` that it is, or None.
         checked_files: component -> its weight files, once they have been checked.
     """
 
@@ -62,6 +63,7 @@ class Base:
     denoiser_config: dict
     vae_config: dict
     text_configs: tuple
+    single: single_file.SingleFile | None = None
     checked_files: dict = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -134,12 +136,13 @@ def small_files():
 class Configs(dict):
     """The content of each component's config.json, read when it is first asked for."""
 
-    def __init__(self, root, label):
+    def __init__(self, root, label, overrides=None):
         super().__init__()
-        self.root, self.label = root, label
+        self.root, self.label, self.overrides = root, label, overrides or {}
 
     def __missing__(self, component):
-        self[component] = read_json(self.root, f"{component}/config.json", self.label)
+        content = read_json(self.root, f"{component}/config.json", self.label)
+        self[component] = content | self.overrides.get(component, {})
         return self[component]
 
 
@@ -154,22 +157,20 @@ def open_base(source, tokenizer_name=None, accepted=(families.SD1, families.SD2)
     Raises:
         InputError: it is no such model, a file of it is missing or damaged, or it is of a kind that cannot be trained.
     """
-    label, root = source.label, find_root(source)
-    index, configs = read_json(root, "model_index.json", label), Configs(root, label)
+    label, single = source.label, None
+    if single_file.is_single_file(source.name):
+        single = open_single_file(source)
+    root, overrides = (find_root(source), {}) if single is None else (single.root, single.overrides)
+    index, configs = read_json(root, "model_index.json", label), Configs(root, label, overrides)
     family = families.recognise(index, configs, accepted, label)
     for name in family.components:
         check_class(configs[name], name, family, label)
     text_configs = tuple(read_text_config(root, name, configs[name], family, label) for name in family.text_encoders)
-    scheduler = read_scheduler(root, family, label)
-    tokenizers = [
-        read_tokenizer(family, root / name, f"{label}: {name}/", "get the model again")
-        for name in family.tokenizers[tokenizer_name is not None :]
-    ]
-    if tokenizer_name is not None:
-        tokenizers.insert(0, read_tokenizer(family, *find_tokenizer(tokenizer_name), "give another one"))
+    scheduler = read_scheduler(root, family, label, overrides.get("scheduler", {}))
+    tokenizers = read_tokenizers(family, root, label, tokenizer_name, single, text_configs)
     whole = (build_empty(family.classes[name], configs[name], name, label) for name in (family.denoiser, "vae"))
     parts = tuple(tokenizers), scheduler, *(dict(model.config) for model in whole), text_configs
-    base = Base(family, source, root, *parts)
+    base = Base(family, source, root, *parts, single)
     labels = [f"{label}: {name}/" for name in family.tokenizers]
     if tokenizer_name:
         labels[0] = f"--tokenizer_name {tokenizer_name!r}"
@@ -193,11 +194,6 @@ def find_root(source):
                 " only one: leave out --revision, or give the model's id on the Hub."
             )
         return root
-    if os.path.isfile(root):
-        raise InputError(
-            f"{label} is a file; this script reads models in diffusers format, which are folders: convert it"
-            " (scripts/convert_original_stable_diffusion_to_diffusers.py of diffusers)."
-        )
     try:
         return Path(snapshot_download(source.name, revision=source.revision, allow_patterns=small_files()))
     except Exception as error:  # huggingface_hub raises its own errors, the HTTP library's and the system's
@@ -205,6 +201,18 @@ def find_root(source):
             f"{label} is not a model in diffusers format, neither a local folder nor on the Hub ({first_line(error)}):"
             " check the name and your connection."
         ) from None
+
+
+def open_single_file(source):
+    """The `SingleFile` that a base is.
+
+    Raises:
+        InputError: it cannot be one.
+    """
+    for flag, value in (("--revision", source.revision), ("--variant", source.variant)):
+        if value:
+            raise InputError(f"{flag} {value!r} is for models in folders and {source.label} is a file: drop the flag.")
+    return single_file.open_file(source.name, source.label)
 
 
 def first_line(error):
@@ -266,14 +274,14 @@ def read_text_config(root, component, content, family, label):
         ) from None
 
 
-def read_scheduler(root, family, label):
-    """The scheduler with the noise levels of training.
+def read_scheduler(root, family, label, overrides):
+    """The scheduler with the noise levels of training; `overrides` are entries of its config.
 
     Raises:
         InputError: it is missing or damaged.
     """
     name = "scheduler/scheduler_config.json"
-    content = read_json(root, name, label)
+    content = read_json(root, name, label) | overrides
     try:
         check_counts(content)
         return family.open_scheduler(content)
@@ -281,6 +289,24 @@ def read_scheduler(root, family, label):
         raise InputError(
             f"{label}: {name} describes no noise schedule ({first_line(error)}): get it again or choose another model."
         ) from None
+
+
+def read_tokenizers(family, root, label, tokenizer_name, single, text_configs):
+    """The tokenizers of a base, the first one by `--tokenizer_name` where that is given.
+
+    Raises:
+        InputError: one is missing, damaged or, for a single file, nowhere to be had.
+    """
+    given = None if tokenizer_name is None else find_tokenizer(tokenizer_name)
+    if single is not None and given is None:
+        return single_file.find_tokenizers(family, [config.vocab_size for config in text_configs], label)
+    first = [] if given is None else [read_tokenizer(family, *given, "give another one")]
+    if single is not None:  # which has none, and all of a model have the same vocabulary
+        return single_file.same_tokenizers(family, given[0], [len(first[0])] * len(text_configs))
+    return first + [
+        read_tokenizer(family, root / name, f"{label}: {name}/", "get the model again")
+        for name in family.tokenizers[len(first) :]
+    ]
 
 
 def find_tokenizer(name):
@@ -346,10 +372,14 @@ def check_counts(config):
 
 def empty_model(base, component):
     """The component as its config describes it, frozen, on the meta device."""
-    family = base.family
-    configs = {family.denoiser: base.denoiser_config, "vae": base.vae_config}
-    configs |= dict(zip(family.text_encoders, base.text_configs))
-    return build_empty(family.classes[component], configs[component], component, base.source.label)
+    kind = base.family.classes[component]
+    return build_empty(kind, config_of(base, component), component, base.source.label)
+
+
+def config_of(base, component):
+    """The config of a component, of diffusers or transformers."""
+    configs = {base.family.denoiser: base.denoiser_config, "vae": base.vae_config}
+    return (configs | dict(zip(base.family.text_encoders, base.text_configs)))[component]
 
 
 def empty_text_encoder(base):
@@ -496,29 +526,20 @@ def weights_digest(base):
 
 
 def find_weight_files(base, component):
-    """The safetensors files (one, or its shards) of a component, checked against its config.
+    """The files (one, or its shards) of a component, checked against its config.
 
     Raises:
         InputError: they are missing (in that variant), damaged, or hold other tensors than the config describes.
     """
     if component in base.checked_files:
         return base.checked_files[component]
-    source, label = base.source, base.source.label
-    of_text = issubclass(base.family.classes[component], PreTrainedModel)
-    stem = "model" if of_text else "diffusion_pytorch_model"
-    folder = base.root / component
-    files = None
-    if base.root != Path(source.name):
-        with contextlib.suppress(InputError):  # whole files of this commit are not asked for again
-            files = weight_files.find_files(folder, stem, source.variant, label)
-        if files is None:
-            download_weights(base, component, stem)
-    files = files or weight_files.find_files(folder, stem, source.variant, label)
+    label = base.source.label
+    headers = read_headers(base, component)
     known = {name: tuple(tensor.shape) for name, tensor in empty_model(base, component).state_dict().items()}
     missing = set(known)
-    for path in files:
-        where = f"{component}/{path.name}"
-        for name, stored in weight_files.read_header(path, label).items():
+    for path, header in headers.items():
+        where = path.name if base.single else f"{component}/{path.name}"
+        for name, stored in header.items():
             name = current_name(name, base.family.classes[component])
             if name not in known:
                 if name.startswith(NO_WEIGHTS) or name.rpartition(".")[2] == "position_ids":
@@ -537,6 +558,7 @@ def find_weight_files(base, component):
                 f"{label}: {where} does not fit {component}/config.json, it {reason}: one of them belongs to another"
                 " model or is damaged, get both again."
             )
+    files = list(headers)
     if missing:
         raise InputError(
             f"{label}: the {component} weights ({files[0].name}) lack {min(missing)!r}, which {component}/config.json"
@@ -544,6 +566,29 @@ def find_weight_files(base, component):
         )
     base.checked_files[component] = files
     return files
+
+
+def read_headers(base, component):
+    """The files of a component -> what each holds, name -> `StoredTensor`; of a single file the component's part."""
+    source, label = base.source, base.source.label
+    if base.single is not None:
+        return {base.single.path: {name: later.stored for name, later in part_of_file(base, component).items()}}
+    of_text = issubclass(base.family.classes[component], PreTrainedModel)
+    stem = "model" if of_text else "diffusion_pytorch_model"
+    folder, files = base.root / component, None
+    if base.root != Path(source.name):
+        with contextlib.suppress(InputError):  # whole files of this commit are not asked for again
+            files = weight_files.find_files(folder, stem, source.variant, label)
+        if files is None:
+            download_weights(base, component, stem)
+    files = files or weight_files.find_files(folder, stem, source.variant, label)
+    return {path: weight_files.read_header(path, label) for path in files}
+
+
+def part_of_file(base, component):
+    """`single_file.component_tensors` of a base that is one."""
+    how = component, config_of(base, component), base.source.label
+    return single_file.component_tensors(base.single, base.family, *how)
 
 
 # Tensors that files may hold beside the weights: of the CLIP model that a text encoder was cut out of.
@@ -607,12 +652,25 @@ def stored_tensors(files, kind=None):
             raise InputError(f"{path} cannot be read ({first_line(error)}): get the model again.") from None
 
 
+def component_tensors(base, component):
+    """(name, tensor) of a component's weights, one tensor at a time.
+
+    Raises:
+        InputError: they are missing, damaged, or others than the config describes.
+    """
+    files, kind = find_weight_files(base, component), base.family.classes[component]
+    if base.single is None:
+        yield from stored_tensors(files, kind)
+    else:
+        for name, later in part_of_file(base, component).items():
+            yield current_name(name, kind), later.read()
+
+
 def load_token_table(base, component="text_encoder"):
     """The token table `[vocabulary, d]` of a text encoder, memory-mapped, as stored."""
     empty = empty_model(base, component)
     table = next(name for name, module in empty.named_modules() if module is empty.get_input_embeddings())
-    stored = stored_tensors(find_weight_files(base, component), base.family.classes[component])
-    return next(value for name, value in stored if name == f"{table}.weight")
+    return next(value for name, value in component_tensors(base, component) if name == f"{table}.weight")
 
 
 def load_token_tables(base):
@@ -635,7 +693,7 @@ def load_component(base, component, dtype=torch.float32):
     """A frozen, unquantized component, on the CPU."""
     model = empty_model(base, component)
     known = model.state_dict()
-    for name, value in stored_tensors(find_weight_files(base, component), base.family.classes[component]):
+    for name, value in component_tensors(base, component):
         if name in known:
             set_module_tensor_to_device(model, name, "cpu", value=value.to(dtype), dtype=dtype, clear_cache=False)
     return model.requires_grad_(False)

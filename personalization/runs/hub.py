@@ -9,7 +9,7 @@ import re
 import shlex
 import shutil
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import quote
 
@@ -29,7 +29,9 @@ from safetensors import safe_open
 
 from ..errors import InputError, PushError, Stopped, reason
 from ..files import atomic_path, check_writable, read_json, sha256, write_json
+from ..models.embedding_files import file_stem
 from ..models.families import FAMILIES, SD1
+from ..models.single_file import SUFFIXES
 from . import run_folder
 
 
@@ -59,6 +61,7 @@ class Publication:
         load: how a pipeline of diffusers takes up what was learned, by itself; None where it needs `pipeline_name`.
         keyword: under which `pipeline_name` takes it up.
         families: name -> family, where `pipeline_name` depends on that of the base.
+        named: ends of the names of files that are called after the concept.
         reference_images: pattern of the training images, which are published on request only.
     """
 
@@ -73,7 +76,15 @@ class Publication:
     load: str | None = None
     keyword: str | None = None
     families: dict = field(default_factory=dict)
+    named: tuple = ()
     reference_images: str = REFERENCE_IMAGES
+
+    def of_concept(self, token):
+        """The same with the files that are named after a concept, "my-dog.safetensors" of "<my-dog>"."""
+        stem = file_stem(token) if isinstance(token, str) and self.named else ""
+        if not stem or stem.startswith("learned_embeds"):  # which a result is called anyway
+            return self
+        return replace(self, files=tuple(dict.fromkeys([*self.files, *(stem + suffix for suffix in self.named)])))
 
     def pipeline_file(self, config):
         """What travels as `pipeline.py` with the result of a run, by its config; None where nothing does."""
@@ -194,13 +205,18 @@ def _make_repository(wanted, private, token):
 
 def base_license(base):
     """The licence fields of a base model's card, carried over to what was learned from it; {} where it has none."""
-    card = Path(base) / "README.md" if os.path.isdir(base) else base
+    card = Path(base) / "README.md" if os.path.exists(base) else base
     if isinstance(card, Path) and not card.is_file():
         return {}
     with contextlib.suppress(Exception):  # no card, no network, no licence: then the card says nothing of it
         data = within(CHECK_SECONDS, ModelCard.load, card, ignore_metadata_errors=True).data.to_dict()
         return {name: data[name] for name in ("license", "license_name", "license_link") if name in data}
     return {}
+
+
+def opener(base):
+    """The method of a pipeline of diffusers that opens a base, by its name."""
+    return "from_single_file" if base.lower().endswith(SUFFIXES) else "from_pretrained"
 
 
 def example_prompt(config):
@@ -218,6 +234,7 @@ def write_config(results, config, publication, repo_id=None):
         config: its content; "files" is filled in.
         publication, repo_id: as for `write_model_card`.
     """
+    publication = publication.of_concept(config["placeholder_token"])
     what_may_travel = [publication.result_name, *publication.files, REFERENCE_IMAGES, f"{run_folder.PIPELINE}/**/*"]
     config["files"] = results.hashes(what_may_travel)
     write_json(results.folder / publication.config_name, config)
@@ -275,7 +292,7 @@ def write_model_card(output_dir, config, publication, repo_id=None):
         return
     output_dir, settings, recorded = Path(output_dir), config["settings"], config.get("files")
     local, base, token = config["base_model_is_local"], config["base_model"], config["placeholder_token"]
-    prompt = example_prompt(config)
+    prompt, publication = example_prompt(config), publication.of_concept(token)
     own = run_folder.own_files(output_dir, publication.files, recorded)
     samples = [name for name in own if name.startswith("samples/")]
     references = run_folder.own_files(output_dir, [REFERENCE_IMAGES] * settings["push_reference_images"], recorded)
@@ -308,9 +325,11 @@ def write_model_card(output_dir, config, publication, repo_id=None):
         "base_model": f"path/to/{base}" if local else base,
         "base_link": f"[{base}](https://huggingface.co/{base})" if linked else f"the local model {as_cell(base)}",
         "base_is_local": local,
+        "opens_base": opener(base),
         "prompt": as_python(prompt),
         "samples": samples,
         "reference_images": list(map(quote, references)),
+        "word_file": next((name for name in own if name == f"{file_stem(token)}.safetensors"), None),
         "has_best": publication.best_name in own,
         "has_loss_curve": "loss_curve.png" in own,
         "scores": config.get("scores", {}),
@@ -345,6 +364,7 @@ def push_to_hub(output_dir, config, publication, repo_id, token):
         PushError: the upload failed; the results stay in `output_dir`.
     """
     output_dir, settings = Path(output_dir), config["settings"]
+    publication = publication.of_concept(config["placeholder_token"])
     stale = publication.all_files + [REFERENCE_IMAGES]  # what an earlier push left there and this one does not renew
     to = {"repo_id": repo_id, "token": token, "commit_message": f"Learn {config['placeholder_token']}"}
     try:

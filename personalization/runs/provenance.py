@@ -64,7 +64,7 @@ def describe_result(args, method, base_license, compute, components, figures, su
     return {
         "method": method,
         "base_model": settings["pretrained_model_name_or_path"],
-        "base_model_is_local": os.path.isdir(args.pretrained_model_name_or_path),
+        "base_model_is_local": os.path.exists(args.pretrained_model_name_or_path),
         "base_license": base_license,
         "placeholder_token": args.placeholder_token if subject is None else subject,
         "settings": settings,

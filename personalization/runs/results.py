@@ -11,6 +11,7 @@ from PIL import Image
 from ..errors import RunError
 from ..files import atomic_path
 from ..logs import get_logger
+from ..models.families import FAMILIES, SD1
 from . import embeddings, hub, loop, validation
 from .checkpoints import noted
 
@@ -41,7 +42,7 @@ def write_result(result, results, publication, repo_id, save_a1111=False, full_p
         results: `run_folder.ResultFolder`; what another run left there moves aside first.
         publication: `hub.Publication`.
         repo_id: where it will be pushed, or None.
-        save_a1111: whether to save a `.pt` too.
+        save_a1111: whether to save a `.pt` too; its name, like that of a second safetensors file, is the concept's.
         full_pipeline: (`ModelSource`, dtype, token, family) of a full pipeline to save, or None.
 
     Raises:
@@ -57,9 +58,15 @@ def write_result(result, results, publication, repo_id, save_a1111=False, full_p
     if result.best is not None:
         with attempt(), results.file(publication.best_name) as path:
             embeddings.save_embeds(path, token, result.best, result.parts)
-    if save_a1111:
-        with attempt(), results.file("learned_embeds.pt") as path:
-            embeddings.save_a1111(path, token, result.theta, config["figures"]["steps"])
+    of_concept = [name for name in publication.of_concept(token).files if name not in publication.files]
+    for name in of_concept:
+        pickle = name.endswith(".pt")
+        if result.theta is not None and (save_a1111 or not pickle):
+            with attempt(), results.file(name) as path:
+                if pickle:
+                    embeddings.save_a1111(path, token, result.theta, config["figures"]["steps"])
+                else:
+                    embeddings.save_embeds(path, token, result.theta, result.parts)
     with attempt(), results.file("loss_curve.png") as path:
         save_loss_curve(path, result.history)
     with attempt():
@@ -99,15 +106,20 @@ def usage(result, folder, publication):
         publication: `hub.Publication`.
     """
     quoted = functools.partial(json.dumps, ensure_ascii=False)
-    load = f"from_pretrained({quoted(result.base)}"
+    opener, kind, base = hub.opener(result.base), "DiffusionPipeline", quoted(result.base)
+    if opener == "from_single_file":  # which the class of all has not
+        kind = FAMILIES.get(result.config.get("family"), SD1).pipeline.__name__
+    load, kinds = f"{kind}.{opener}({base}", [kind]
     if publication.load and len(result.parts) < 2:  # in one call, and without code of ours
         load += f"); pipeline.{publication.load}({quoted(str(folder))})"
     else:
+        if opener == "from_single_file":
+            load, kinds = f"DiffusionPipeline.from_pipe({load})", ["DiffusionPipeline", kind]
         pipeline = quoted(str(publication.pipeline_file(result.config)))
         load += f", custom_pipeline={pipeline}, trust_remote_code=True, {publication.keyword}={quoted(str(folder))})"
     return (
-        "from diffusers import DiffusionPipeline\n"
-        f"pipeline = DiffusionPipeline.{load}\n"
+        f"from diffusers import {', '.join(kinds)}\n"
+        f"pipeline = {load}\n"
         f'pipeline({quoted(hub.example_prompt(result.config))}).images[0].save("image.png")'
     )
 

@@ -202,11 +202,12 @@ def open_results(output_dir, publication, run, resumed):
         resumed: whether it goes on from a checkpoint; at a fresh start everything there is another's.
     """
     folder = Path(output_dir)
-    patterns = [*publication.all_files, publication.reference_images, *DURING_TRAINING]
     try:
         config = read_json(folder / publication.config_name)
     except (OSError, ValueError):
         config = {}
+    known = publication.of_concept(config.get("placeholder_token")).all_files  # and those of an earlier run's concept
+    patterns = [*known, publication.reference_images, *DURING_TRAINING]
     if not resumed:
         foreign = {_top_link(folder, path) for pattern in patterns for path in folder.glob(pattern)}
         foreign |= {PIPELINE} & {path.name for path in folder.glob(PIPELINE)}

@@ -70,7 +70,7 @@ MATRIX = (
     Case(
         "full pipeline, .pt",
         {"--save_as_full_pipeline": True, "--save_a1111": True},
-        writes=("pipeline/model_index.json", "learned_embeds.pt"),
+        writes=("pipeline/model_index.json", f"{TOKEN.strip('<>')}.pt"),
     ),
     Case("no cache", {"--quantized_cache_dir": "none"}),
     Case(

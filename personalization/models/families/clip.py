@@ -13,6 +13,7 @@ class ClipFamily(Family):
     """A family with one or more of CLIP's text encoders, each with a tokenizer of its own."""
 
     tokenizer_kind = "CLIP"
+    padding = (None,)  # what each tokenizer pads with, None for the end's token; the rest of their files is the same
 
     def read_tokenizer(self, folder):
         """The `CLIPTokenizer` of a folder; without its files transformers would make an empty one in silence."""

@@ -27,6 +27,7 @@ class StableDiffusionXL(StableDiffusion):
         "text_encoder_2": CLIPTextModelWithProjection,
         "vae": AutoencoderKL,
     }
+    padding = (None, "!")
     addition_embed_types = ("text_time",)
     pipeline = StableDiffusionXLPipeline
     pipeline_options = {"add_watermarker": False}

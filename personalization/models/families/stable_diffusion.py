@@ -97,6 +97,7 @@ class StableDiffusion2(StableDiffusion):
 
     name = "sd2"
     label = "Stable Diffusion 2.x"
+    padding = ("!",)
     learning_rate = 1e-2
     settings_of_optimizer = {"zo_adam": {"max_train_steps": 30_000, "perturbation_scale": 1e-2}}
 

@@ -1,0 +1,285 @@
+"""Checkpoints in a single file: opened, trained on and refused; the same to the last bit as the folder they are of."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import as_arguments
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from single_files import as_single_file, write_single_file
+from tiny_base import TOKENIZER, build_pictures, build_tiny_base, build_tiny_xl_base, text_config
+from transformers import CLIPTextModel, CLIPTokenizer
+
+import train_selective_dreambooth_lora as selective
+import train_tuneqdm_dreambooth as tuneqdm
+import train_zoodip_textual_inversion as zoodip
+from personalization.errors import InputError
+from personalization.models import base_model, families, single_file
+
+
+FAMILIES = {"sd1": families.SD1, "sd2": families.SD2, "sdxl": families.SDXL}
+
+
+def tiny(kind, folder, **more):
+    """A UNet or VAE with everything that a real one has, in small; written over that of a tiny base."""
+    config = json.loads((folder / "config.json").read_text())
+    config = {name: value for name, value in config.items() if not name.startswith("_")} | more
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = kind.from_config(config)
+    shutil.rmtree(folder)
+    model.save_pretrained(folder)
+    return dict(model.config)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """For each family a base in diffusers format, `name`, and files of it, `name.safetensors` and `name.ckpt`."""
+    place = tmp_path_factory.mktemp("single")
+    build_pictures(place / "pictures")
+    for name in FAMILIES:
+        (build_tiny_xl_base if name == "sdxl" else build_tiny_base)(place / name)
+        blocks = {
+            "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+            "mid_block_type": "UNetMidBlock2DCrossAttn",
+        }
+        blocks |= {"up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"], "block_out_channels": [8, 16]}
+        if name == "sd2":
+            shutil.rmtree(place / name / "text_encoder")
+            tokenizer = CLIPTokenizer.from_pretrained(place / name / "tokenizer")
+            tokenizer.pad_token = "!"
+            tokenizer.save_pretrained(place / name / "tokenizer")
+            CLIPTextModel(text_config(1024, layers=1)).save_pretrained(place / name / "text_encoder")
+            blocks |= {"cross_attention_dim": 1024, "use_linear_projection": True}
+        unet = tiny(UNet2DConditionModel, place / name / "unet", **blocks)
+        vae = tiny(AutoencoderKL, place / name / "vae", mid_block_add_attention=True, layers_per_block=2)
+        for suffix in ("safetensors", "ckpt"):
+            write_single_file(place / f"{name}.{suffix}", place / name, name, (unet, vae))
+    return place
+
+
+@pytest.fixture(autouse=True)
+def small_configs(world, monkeypatch, request):
+    """The families' configs are the tiny ones', and no tokenizer is at hand."""
+    if "real" not in request.node.name:
+        monkeypatch.setattr(single_file, "CONFIGS", world)
+    monkeypatch.setattr(single_file, "HF_HUB_CACHE", str(world / "nothing"))
+
+    def no_network(*_, **__):
+        raise OSError("there is no network in this test")
+
+    monkeypatch.setattr(single_file, "snapshot_download", no_network)
+
+
+def flags(world, base, out, **more):
+    chosen = {"pretrained_model_name_or_path": base, "train_data_dir": world / "pictures", "output_dir": out}
+    chosen |= {"placeholder_token": "<my-toy>", "initializer_token": "star", "report_to": "none", "resolution": 16}
+    chosen |= {"max_train_steps": 2, "num_validation_samples": 2, "puts_min_timestep": 0, **more}
+    return as_arguments({f"--{name}": value for name, value in chosen.items()})
+
+
+def learned(world, base, out, **more):
+    zoodip.main(zoodip.parse_args(flags(world, base, out, **more)))
+    return load_file(out / "learned_embeds.safetensors")
+
+
+@pytest.mark.parametrize(
+    "family, suffix", [("sd1", "safetensors"), ("sd1", "ckpt"), ("sd2", "safetensors"), ("sdxl", "ckpt")]
+)
+def test_a_single_file_trains_as_the_folder_it_is_of(world, tmp_path, family, suffix):
+    file = world / f"{family}.{suffix}"
+    if family == "sd2":  # the tiny one predicts noise
+        file.with_suffix(".yaml").write_text("model:\n  params:\n    timesteps: 1000\n")
+    expected = learned(world, world / family, tmp_path / "folder")
+    found = learned(world, file, tmp_path / "file", tokenizer_name=world / family / "tokenizer")
+    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
+    config = json.loads((tmp_path / "file" / "zoodip_config.json").read_text())
+    assert config["base_model"] == file.name and config["base_model_is_local"] and config["family"] == family
+    card = (tmp_path / "file" / "README.md").read_text()
+    assert f'.from_single_file("path/to/{file.name}")' in card and "DiffusionPipeline.from_pretrained" not in card
+    assert f"the local model `{file.name}`" in card
+
+
+def test_the_quantized_cache_is_written_once(world, tmp_path, monkeypatch):
+    given = {"tokenizer_name": world / "sd1" / "tokenizer", "quantized_cache_dir": tmp_path / "cache"}
+    first = learned(world, world / "sd1.safetensors", tmp_path / "a", **given)
+    read, original = [], single_file.component_tensors
+
+    def watched(single, family, component, *rest):
+        found = original(single, family, component, *rest)
+        for name, later in found.items():
+            found[name].read = lambda read_it=later.read, name=name: read.append((component, name)) or read_it()
+        return found
+
+    monkeypatch.setattr(single_file, "component_tensors", watched)
+    again = learned(world, world / "sd1.safetensors", tmp_path / "b", **given)
+    assert torch.equal(first["<my-toy>"], again["<my-toy>"])
+    assert {component for component, _ in read} == {"vae", "text_encoder"}
+    tables = {name.removeprefix("text_model.") for component, name in read if component == "text_encoder"}
+    assert "embeddings.token_embedding.weight" in tables and not any("layers" in name for name in tables)
+
+
+@pytest.mark.parametrize("script", [selective, tuneqdm], ids=lambda script: script.__name__)
+def test_the_dreambooth_trainers_take_one(world, tmp_path, script):
+    outs = []
+    for base, more in (
+        (world / "sd1", {}),
+        (world / "sd1.safetensors", {"--tokenizer_name": world / "sd1" / "tokenizer"}),
+    ):
+        outs.append(tmp_path / base.name)
+        chosen = {"--pretrained_model_name_or_path": base, "--instance_data_dir": world / "pictures", **more}
+        chosen |= {"--subject_name": "star", "--output_dir": outs[-1], "--max_train_steps": 1, "--report_to": "none"}
+        script.main(script.parse_args(as_arguments(chosen)))
+    results = [load_file(out / script.PUBLICATION.result_name) for out in outs]
+    assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
+
+
+# -------------------------------------------------------------------------------------------------- the real families
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_real_configs_are_the_real_models(name):
+    """Numbers of parameters as published, and every tensor of the original layout is found under its name."""
+    counts = {
+        "sd1": {"unet": 859_520_964, "text_encoder": 123_060_480, "vae": 83_653_863},
+        "sd2": {"unet": 865_910_724, "text_encoder": 340_387_840, "vae": 83_653_863},
+        "sdxl": {"unet": 2_567_463_684, "text_encoder": 123_060_480, "text_encoder_2": 694_659_840, "vae": 83_653_863},
+    }[name]
+    family, root = FAMILIES[name], single_file.CONFIGS / name
+    configs = base_model.Configs(root, "x")
+    assert families.recognise(json.loads((root / "model_index.json").read_text()), configs, [family], "x") is family
+    text = {part: base_model.read_text_config(root, part, configs[part], family, "x") for part in family.text_encoders}
+    whole = {part: text.get(part, configs[part]) for part in family.components}
+    models = {part: base_model.build_empty(family.classes[part], whole[part], part, "x") for part in whole}
+    assert {part: sum(p.numel() for p in model.parameters()) for part, model in models.items()} == counts
+    states = {part: model.state_dict() for part, model in models.items()}
+    encoders = [states[part] for part in family.text_encoders]
+    parts = states["unet"], states["vae"], encoders
+    old = as_single_file(name, *parts, dict(models["unet"].config), dict(models["vae"].config))
+    text_prefixes = next(prefixes for family_name, *prefixes in single_file.TEXT.values() if family_name == name)
+    single, label = single_file.SingleFile(None, root, tuple(text_prefixes), {}), "x"
+    later = {
+        key: single_file.Later(single_file.StoredTensor("F32", tuple(value.shape)), lambda value=value: value)
+        for key, value in old.items()
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(single_file, "tensors", lambda *_: later)
+        for part, model in models.items():
+            config = text.get(part) or dict(model.config)
+            found = single_file.component_tensors(single, family, part, config, label)
+            kind = family.classes[part]
+            shapes = {base_model.current_name(key, kind): tuple(each.read().shape) for key, each in found.items()}
+            shapes = {key: shape for key, shape in shapes.items() if not key.endswith("position_ids")}
+            assert shapes == {key: tuple(value.shape) for key, value in states[part].items()}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_real_schedulers(name):
+    scheduler = base_model.read_scheduler(single_file.CONFIGS / name, FAMILIES[name], "x", {})
+    assert scheduler.config.prediction_type == ("v_prediction" if name == "sd2" else "epsilon")
+    assert scheduler.alphas_cumprod[-1].item() == pytest.approx(0.0047, abs=1e-4)
+
+
+# ----------------------------------------------------------------------------------------------- what it predicts
+
+
+def opened(file, name="x", **more):
+    return base_model.open_base(base_model.ModelSource(str(file)), str(more.pop("tokenizer")), FAMILIES.values())
+
+
+def test_what_a_file_predicts(world, tmp_path):
+    tokenizer = world / "sd1" / "tokenizer"
+    for family, yaml, expected in (
+        ("sd1", None, "epsilon"),
+        ("sd1", 'parameterization: "v"', "v_prediction"),
+        ("sd2", None, "v_prediction"),
+        ("sd2", "scale_factor: 0.18215", "epsilon"),
+        ("sd2", "    parameterization: 'v'\n", "v_prediction"),
+    ):
+        file = shutil.copy(world / f"{family}.safetensors", tmp_path / "x.safetensors")
+        (tmp_path / "x.yaml").unlink(missing_ok=True)
+        if yaml:
+            (tmp_path / "x.yaml").write_text(yaml)
+        if family == "sd2" and expected == "v_prediction":
+            overrides = single_file.open_file(file, "x").overrides
+            assert overrides.get("scheduler", {"prediction_type": "v_prediction"})["prediction_type"] == expected
+        else:
+            assert opened(file, tokenizer=tokenizer).scheduler.config.prediction_type == expected
+    content = load_file(world / "sdxl.safetensors") | {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
+    save_file(content, tmp_path / "x.safetensors")
+    (tmp_path / "x.yaml").unlink(missing_ok=True)
+    scheduler = opened(tmp_path / "x.safetensors", tokenizer=tokenizer).scheduler
+    assert scheduler.config.prediction_type == "v_prediction" and scheduler.alphas_cumprod[-1] < 1e-6
+
+
+# ------------------------------------------------------------------------------------------------------- tokenizers
+
+
+def test_tokenizers_of_the_hubs_cache(world, tmp_path, monkeypatch):
+    snapshot = tmp_path / "models--someone--sdxl" / "snapshots" / "0123" / "tokenizer"
+    (tmp_path / "models--someone--flux" / "snapshots" / "0123" / "tokenizer").mkdir(parents=True)
+    shutil.copytree(TOKENIZER, snapshot)
+    monkeypatch.setattr(single_file, "HF_HUB_CACHE", str(tmp_path))
+    source = base_model.ModelSource(str(world / "sdxl.safetensors"))
+    base = base_model.open_base(source, None, FAMILIES.values())
+    folder = base_model.open_base(base_model.ModelSource(str(world / "sdxl")), None, FAMILIES.values())
+    texts = ["a star on the beach", ""]
+    assert torch.equal(base.tokenize(texts), folder.tokenize(texts))
+    assert [tokenizer.pad_token for tokenizer in base.tokenizers] == ["<|endoftext|>", "!"]
+
+
+def test_a_tokenizer_that_is_nowhere(world):
+    source = base_model.ModelSource(str(world / "sd1.safetensors"))
+    with pytest.raises(
+        InputError, match="is a single file, which has no tokenizer; .* run hf download openai/clip-vit"
+    ):
+        base_model.open_base(source, None, FAMILIES.values())
+
+
+# ---------------------------------------------------------------------------------------------------- what is refused
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("unpickled",)
+
+
+def test_what_is_no_such_file(world, tmp_path, capsys):
+    whole = load_file(world / "sd1.safetensors")
+
+    def refused(content, expected, suffix="safetensors", **more):
+        path = tmp_path / f"x.{suffix}"
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            save_file(content, path) if suffix == "safetensors" else torch.save(content, path)
+        with pytest.raises(InputError, match=expected) as caught:
+            base_model.check_weights(
+                base_model.open_base(
+                    base_model.ModelSource(str(path), **more), str(world / "sd1" / "tokenizer"), FAMILIES.values()
+                )
+            )
+        assert str(caught.value).endswith(".")
+
+    def without(prefix):
+        return {name: tensor for name, tensor in whole.items() if not name.startswith(prefix)}
+
+    refused(without("first_stage_model."), "holds no VAE, as checkpoints")
+    refused(without("cond_stage_model."), "holds no text encoder, as")
+    refused({"lora_unet_x.lora_up.weight": torch.zeros(1)}, "holds no UNet and no VAE")
+    refused({"conditioner.embedders.0.model.ln_final.bias": torch.zeros(1)}, "is SDXL's refiner")
+    refused(without("model.diffusion_model.time_embed.0"), "the unet weights .x.safetensors. lack 'time_embedding")
+    nine = torch.zeros(8, 9, 3, 3)
+    refused(whole | {single_file.FIRST_LAYER: nine}, "is for inpainting")
+    wide = {"model.diffusion_model.time_embed.0.weight": torch.zeros(5, 5)}
+    refused(whole | wide, "x.safetensors does not fit unet/config.json, it holds 'time_embedding.linear_1.weight'")
+    refused(b"", "is empty: get it again")
+    refused(b"1234567890", "is cut or damaged")
+    refused(b"x", "is a file, and no .safetensors or .ckpt", suffix="gguf")
+    refused({"state_dict": whole, "callbacks": Evil()}, "is no pickle of plain tensors .* as .safetensors", "ckpt")
+    refused(b"x" * 99, "is no pickle of plain tensors", "ckpt")
+    refused(whole, "--variant 'fp16' is for models in folders", variant="fp16")
+    refused(whole, "--revision 'main' is for models in folders", revision="main")
+    assert "unpickled" not in capsys.readouterr().out
