@@ -14,6 +14,7 @@ subject the output of its processes, its learned words and all its pictures.
 import argparse
 import json
 import os
+import resource
 import shlex
 import shutil
 import subprocess
@@ -161,6 +162,12 @@ def run(script, flags, log):
     if process.returncode:
         raise SystemExit(f"{script.name} failed (exit {process.returncode}): see {log}")
     return usage.ru_utime + usage.ru_stime
+
+
+def cpu_seconds():
+    """CPU seconds of this process and of all that it has waited for."""
+    times = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in times)
 
 
 def train(subject, way, args):
@@ -332,6 +339,7 @@ def main():
         "unet_backend": args.unet_backend,
         "columns": columns,
         "total_seconds": round(seconds, 1),
+        "total_cpu_seconds": round(cpu_seconds(), 1),
         "hardware": {"cpus": os.cpu_count(), "jobs": args.jobs},
         "versions": configs[args.subjects[0]][args.columns[0]]["versions"],
         "scores": {
@@ -344,7 +352,8 @@ def main():
     }
     (args.output_dir / "scores.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     print_scores(columns, scores)
-    print(f"\nEverything took {seconds:.0f} s. Look at {args.output_dir / 'before_after.png'}")
+    print(f"\nEverything took {seconds:.0f} s, {cpu_seconds():.0f} s of CPU.")
+    print(f"Look at {args.output_dir / 'before_after.png'}")
 
 
 if __name__ == "__main__":

@@ -31,11 +31,14 @@ def demo_scores(result):
         for column in learned
     ]
     command = "make demo" if result["command"] == "python demo/run_demo.py" else result["command"]
+    cpu = f", {result['total_cpu_seconds']:.0f} s of CPU" if "total_cpu_seconds" in result else ""
+    if cpu and result["total_seconds"] > 1.5 * result["total_cpu_seconds"] / result["hardware"]["jobs"]:
+        cpu += " (the machine was busy with other work)"
     note = (
         f"By `{command}` on {result['hardware']['cpus']} CPU cores, {result['hardware']['jobs']} processes of one"
-        f" thread at a time: {result['total_seconds']:.0f} s in all; torch {result['versions']['torch']}. INT8 UNet"
-        " and text encoder. CLIP-I and identity: mean cosine of (reference, generated) pairs; CLIP-T: prompt against"
-        f" image; all by `demo/scorer`.{code_note([result])}"
+        f" thread at a time: {result['total_seconds']:.0f} s in all{cpu}; torch {result['versions']['torch']}. INT8"
+        " UNet and text encoder. CLIP-I and identity: mean cosine of (reference, generated) pairs; CLIP-T: prompt"
+        f" against image; all by `demo/scorer`.{code_note([result])}"
     )
     return "\n\n".join([table(["subject", "", *names, "CPU time of training"], rows), "\n".join(costs), note])
 
