@@ -11,9 +11,9 @@ import gradio.queueing
 import orjson
 from attack import JSON, NUMBERS, WORDS, changed, changed_file, room
 from conftest import REPO
-from gradio.exceptions import ComponentProcessingError
 from hypothesis import strategies as st
 from page import Refused, Visitor, app, form, served
+from pydantic import ValidationError
 from pytest import MonkeyPatch
 
 from personalization.errors import InputError
@@ -133,7 +133,7 @@ def forms(folder):
 
     def raised():
         error = sys.exc_info()[1]
-        not_of_a_page = isinstance(error, ComponentProcessingError) and "preprocess input" in str(error)
+        not_of_a_page = isinstance(error, ValidationError) or "Could not preprocess input" in str(error)
         if not isinstance(error, app.gr.Error) and not not_of_a_page:
             faults.append(error)
 

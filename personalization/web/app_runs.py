@@ -369,7 +369,8 @@ class RunBook:
                 process = self._spawn_alone("prediction", command, folder / "memory.txt")
             if process.wait():
                 raise InputError(refusal(folder / "memory.txt"))
-            return (folder / "memory.txt").read_text(encoding="utf-8", errors="replace").partition("Predicted")[2]
+            with saying_why("The prediction cannot be read"):
+                return (folder / "memory.txt").read_text(encoding="utf-8", errors="replace").partition("Predicted")[2]
 
     def time_steps(self, form):
         """Trains a few steps with the very settings, and measures them.
@@ -390,7 +391,8 @@ class RunBook:
                 process, _ = self._spawn(command, run.log, mark)
             if process.wait():
                 raise InputError(refusal(run.log))
-            config = read_json(run.output / METHODS[form.method].config_name)
+            with saying_why("The trial cannot be read"):
+                config = read_json(run.output / METHODS[form.method].config_name)
             return timed_steps(Histories().read(run.output), started, config["figures"]["peak_memory"])
 
     @contextlib.contextmanager
