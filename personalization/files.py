@@ -94,7 +94,7 @@ def check_writable(flag, folder):
             write_json(temporary / "probe.json", {})
         shutil.rmtree(Path(folder) / name)
     except OSError as error:
-        raise InputError(f"{flag} {folder!r} cannot be written ({reason(error)}): choose another.") from None
+        raise InputError(f"{flag} {folder!r} cannot be written ({error.strerror or error}): choose another.") from None
 
 
 def save_tensors(path, content):
