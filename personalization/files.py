@@ -9,7 +9,6 @@ import shutil
 import stat
 import tempfile
 import threading
-import uuid
 from pathlib import Path
 
 import torch
@@ -89,10 +88,15 @@ def check_writable(flag, folder):
         raise InputError(f"{flag} {folder!r} names no folder: give one.")
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        name = f".tmp-{os.getpid()}-{uuid.uuid4().hex}"  # of its own: all processes of a launch pass here at once
-        with atomic_folder(Path(folder) / name) as temporary:
-            write_json(temporary / "probe.json", {})
-        shutil.rmtree(Path(folder) / name)
+        # A name of its own: all processes of a launch pass here at once.
+        probe = Path(tempfile.mkdtemp(prefix=f".tmp-{os.getpid()}-", dir=folder))
+        try:
+            (probe / "new").write_bytes(b"probe")
+            os.rename(probe / "new", probe / "file")
+            (probe / "folder").mkdir()
+            os.rename(probe / "folder", probe / "renamed")
+        finally:
+            shutil.rmtree(probe, ignore_errors=True)
     except OSError as error:
         raise InputError(f"{flag} {folder!r} cannot be written ({error.strerror or error}): choose another.") from None
 

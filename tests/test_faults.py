@@ -671,7 +671,7 @@ def test_the_start_renames_as_the_run_will(train, tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr(files.os, "replace", refuse)
+    monkeypatch.setattr(files.os, "rename", refuse)
     assert "--output_dir" in (sentence := refusal(train, "word")) and "Operation not supported" in sentence
 
 

@@ -170,7 +170,8 @@ def check_values(path, name, tensor):
     """
     if not tensor.is_floating_point() or not tensor.numel():
         return
-    low, high = (tensor.float() if tensor.element_size() == 1 else tensor).aminmax()  # NaN, if there is one
+    ends = (tensor.float() if tensor.element_size() == 1 else tensor).aminmax()  # NaN, if there is one
+    low, high = (end.item() for end in ends)  # in half precision the bound itself would be infinite
     if not (low >= -LARGEST_WEIGHT and high <= LARGEST_WEIGHT):
         raise InputError(
             f"{path}: the weights hold NaN or infinity in {name[:100]!r}, or numbers beyond {LARGEST_WEIGHT:g}, as"

@@ -10,9 +10,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 
+from .. import flags
 from ..errors import InputError, quoted, reason
 from ..files import check_writable
-from ..flags import CHECKPOINTING_STEPS, DEFAULT_CACHE, OR_NAME
 from ..logs import get_logger
 from ..models import memory, weight_cache
 from ..models.compute import DTYPES
@@ -29,8 +29,8 @@ def open_folders(args):
             message names the flag.
     """
     for name, flag in args.declared.items():
-        value = getattr(args, name)
-        if value and (flag.path is True or flag.path == OR_NAME and os.path.exists(value)):
+        value = getattr(args, name) if args.output_dir.strip() else None
+        if value and (flag.path is True or flag.path == flags.OR_NAME and os.path.exists(value)):
             check_apart(f"--{name}", value, args.output_dir)
     output_dir = Path(args.output_dir)
     check_writable("--output_dir", args.output_dir)
@@ -39,7 +39,7 @@ def open_folders(args):
             f"--logging_dir {args.logging_dir!r} is outside --output_dir: give the name of a folder in it."
         )
     if args.quantized_cache_dir is not None:
-        cache = weight_cache.open_cache(args.quantized_cache_dir, DEFAULT_CACHE, args.output_dir)
+        cache = weight_cache.open_cache(args.quantized_cache_dir, flags.DEFAULT_CACHE, args.output_dir)
         args.quantized_cache_dir = cache
 
 
@@ -166,5 +166,5 @@ def settle(args, num_examples, num_processes, default):
     elif args.max_train_steps is None:
         args.max_train_steps = default
     if args.checkpointing_steps is None:  # so that no run is without
-        args.checkpointing_steps = min(CHECKPOINTING_STEPS, math.ceil(args.max_train_steps / 4))
+        args.checkpointing_steps = min(flags.CHECKPOINTING_STEPS, math.ceil(args.max_train_steps / 4))
     args.freeze()

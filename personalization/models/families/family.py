@@ -110,7 +110,6 @@ class Family:
 
     # Settings where the user gives none, see `defaults`.
     timestep_window: tuple  # (T_L, T_U) of PUTS
-    learning_rate: float
     settings_of_optimizer: dict = {}  # optimizer -> further settings
 
     @property
@@ -131,7 +130,7 @@ class Family:
     def defaults(self, optimizer):
         """The settings that follow from the family, where the user gives none: name -> value."""
         low, high = self.timestep_window
-        shared = {"learning_rate": self.learning_rate, "puts_min_timestep": low, "puts_max_timestep": high}
+        shared = {"puts_min_timestep": low, "puts_max_timestep": high}
         return shared | self.settings_of_optimizer.get(optimizer, {})
 
     # ---------------------------------------------------------------------------------------------- recognising a base
