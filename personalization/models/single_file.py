@@ -30,15 +30,9 @@ CONFIGS = Path(__file__).with_name("configs")  # a folder in diffusers format, w
 SUFFIXES = ".safetensors", ".ckpt"
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 # Names that begin with this -> name of a family, and of each of its text encoders the prefix; the surest first.
-TEXT = {
-    "conditioner.embedders.1.model.": (
-        "sdxl",
-        "conditioner.embedders.0.transformer.",
-        "conditioner.embedders.1.model.",
-    ),
-    "cond_stage_model.model.": ("sd2", "cond_stage_model.model."),
-    "cond_stage_model.transformer.": ("sd1", "cond_stage_model.transformer."),
-}
+OF_XL = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
+OF_1, OF_2 = "cond_stage_model.transformer.", "cond_stage_model.model."
+TEXT = {OF_XL[1]: ("sdxl", *OF_XL), OF_2: ("sd2", OF_2), OF_1: ("sd1", OF_1)}
 TOKENIZER = "openai/clip-vit-large-patch14"  # a small repository with the vocabulary of all of them
 FIRST_LAYER = f"{UNET}input_blocks.0.0.weight"
 
@@ -106,10 +100,10 @@ def open_file(path, label):
     family, *prefixes = text
     if FIRST_LAYER in names and names[FIRST_LAYER].shape[1] == 9:
         raise InputError(f"{label} is for inpainting (its UNet has 9 input channels): choose its text-to-image model.")
-    return SingleFile(path, CONFIGS / family, tuple(prefixes), overrides_of(path, family, names))
+    return SingleFile(path, CONFIGS / family, tuple(prefixes), overrides_of(path, prefixes, names))
 
 
-def overrides_of(path, family, names):
+def overrides_of(path, prefixes, names):
     """What a checkpoint's config says otherwise than its family's: whether it predicts noise or velocity.
 
     The file of SDXL says so by a tensor `v_pred`. That of 2.x does not say it: the `.yaml` beside it does, as for
@@ -117,7 +111,7 @@ def overrides_of(path, family, names):
     """
     settings = path.with_suffix(".yaml")
     velocity = re.search(r"parameterization:\s*[\"']?v\b", settings.read_text("utf-8")) if settings.is_file() else None
-    if family == "sd2" and settings.is_file() and not velocity:
+    if OF_2 in prefixes and settings.is_file() and not velocity:
         return {"unet": {"sample_size": 64}, "scheduler": {"prediction_type": "epsilon"}}
     if velocity or "v_pred" in names:
         return {"scheduler": {"prediction_type": "v_prediction", "rescale_betas_zero_snr": "ztsnr" in names}}
