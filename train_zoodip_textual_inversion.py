@@ -1108,7 +1108,10 @@ def make_parser():
     for name, optimizer in OPTIMIZERS.items():
         optimizer.add_flags(functools.partial(flags.group(parser, f"--optimizer {name}"), optimizer=name))
     flags.add_training_arguments(parser, optimizer=("zo_adam", "gradient"))
-    rate = "Learning rate of Adam. Default: the paper's, 5e-3 (Stable Diffusion 2.x: 1e-2); gradient: 3e-3."
+    rate = (
+        "Learning rate of Adam. Default: the paper's, 5e-3 (Stable Diffusion 2.x: 1e-2); gradient: half the root mean"
+        " square of the starting word's entries."
+    )
     flags.override(parser, "learning_rate", default=None, help=rate)
     textual_inversion.add_held_out_arguments(flags.add_validation_arguments(parser))
     textual_inversion.add_result_arguments(flags.add_saving_arguments(parser))

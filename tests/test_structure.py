@@ -25,7 +25,8 @@ UPWARDS = {("flags", "models.compute.DTYPES")}  # the choices of --mixed_precisi
 CALLS_A_DENOISER = {
     "benchmarks/baselines.py": "rebuilds the official loop and the bare forward pass, which the script is measured by",
     "demo/build_demo_base.py": "trains the demo's base model from nothing",
-    "demo/build_demo_base_xl.py": "trains the demo's SDXL from nothing",
+    "demo/build_demo_base_xl.py": "distills the demo's SDXL from the demo's base",
+    "demo/distillation.py": "asks the teacher of the distilled demo bases",
 }
 MAY_IMPORT = {
     "train_selective_dreambooth_lora": {"train_zoodip_textual_inversion"},  # loading and estimator

@@ -41,8 +41,7 @@ class TinyFlow(ClipFamily):
     pipeline_options = {"text_encoder_3": None, "tokenizer_3": None}
     word_keys = ("clip_l", "clip_g")
     timestep_window = 200, 800
-    learning_rate = 5e-3
-    settings_of_optimizer = {"zo_adam": {"max_train_steps": 100}}
+    settings_of_optimizer = {"zo_adam": {"learning_rate": 5e-3, "max_train_steps": 100}}
 
     def recognises(self, index, configs):
         return index.get("_class_name") == "StableDiffusion3Pipeline"

@@ -37,7 +37,7 @@ class StableDiffusionXL(StableDiffusion):
     vae_in_float32 = True  # the original one overflows in float16
     crops = pools = True
     timestep_window = 700, 900
-    settings_of_optimizer = {"zo_adam": {"max_train_steps": 20_000, "perturbation_scale": 1e-2}}
+    settings_of_optimizer = {"zo_adam": {"learning_rate": 5e-3, "max_train_steps": 20_000, "perturbation_scale": 1e-2}}
 
     def recognises(self, index, configs):
         return "text_encoder_2" in index and ("unet" in index or "transformer" not in index)

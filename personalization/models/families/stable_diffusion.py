@@ -37,8 +37,7 @@ class StableDiffusion(ClipFamily):
     a1111 = True
     # The settings of ZOODiP's paper.
     timestep_window = 500, 900
-    learning_rate = 5e-3
-    settings_of_optimizer = {"zo_adam": {"max_train_steps": 30_000}}
+    settings_of_optimizer = {"zo_adam": {"learning_rate": 5e-3, "max_train_steps": 30_000}}
 
     def recognises(self, index, configs):
         """A UNet and one text encoder; a base whose index says next to nothing is taken for one, too."""
@@ -98,8 +97,7 @@ class StableDiffusion2(StableDiffusion):
     name = "sd2"
     label = "Stable Diffusion 2.x"
     padding = ("!",)
-    learning_rate = 1e-2
-    settings_of_optimizer = {"zo_adam": {"max_train_steps": 30_000, "perturbation_scale": 1e-2}}
+    settings_of_optimizer = {"zo_adam": {"learning_rate": 1e-2, "max_train_steps": 30_000, "perturbation_scale": 1e-2}}
 
     def takes_words_of(self, width):
         return width == SD2_WIDTH
