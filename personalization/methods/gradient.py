@@ -19,8 +19,8 @@ from ..models import frozen
 from .rule import Optimizer
 
 
-# Entries of a word are of about 0.014 in Stable Diffusion 1.5 and 0.035 in the demo's base, and Adam's steps are of one
-# size.
+# Adam's steps are of one size, and the entries of a word are not: about 0.014 in Stable Diffusion 1.5, 0.035 in the
+# demo's base.
 RATE_OF_SPREAD = 0.5
 
 
