@@ -711,7 +711,7 @@ def training_step():
             x="step",
             y="loss",
             color="series",
-            color_map={"training (running mean)": "#818cf8", "held-out": "#ea580c"},
+            color_map={"training (running mean)": "#818cf8", "validation": "#ea580c"},
             title="Loss",
             height=300,
             visible=False,

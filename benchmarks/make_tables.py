@@ -18,6 +18,7 @@ from benchmarks.tables import demo, frontier, hardening, memory, methods, select
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = "benchmarks/results"
 ABLATIONS = "sg_puts tau_nu sampling rge_spsa mu n precision timesteps gauss_newton ideas".split()
+OF_ABLATIONS = [f"ablation_{name}{ending}" for name in ABLATIONS for ending in ("", "_eps")]
 TABLES = {
     "evidence": (signal.evidence, f"{RESULTS}/signal.json"),
     "demo_scores": (demo.demo_scores, "docs/demo_scores.json"),
@@ -27,8 +28,10 @@ TABLES = {
     "signal": (signal.signal, f"{RESULTS}/signal.json"),
     "hardening": (hardening.hardening, "docs/hardening.json"),
     "signal_float32": (signal.signal, f"{RESULTS}/signal_float32.json"),
-    "methods": (methods.methods, f"{RESULTS}/methods.json"),
-    **{f"ablation_{name}": (methods.ablation, f"{RESULTS}/ablation_{name}.json") for name in ABLATIONS},
+    "signal_eps": (signal.signal, f"{RESULTS}/signal_eps.json"),
+    "evidence_eps": (signal.evidence, f"{RESULTS}/signal_eps.json"),
+    **{name: (methods.methods, f"{RESULTS}/{name}.json") for name in ("methods", "methods_eps")},
+    **{name: (methods.ablation, f"{RESULTS}/{name}.json") for name in OF_ABLATIONS},
     "quality": (demo.quality, f"{RESULTS}/quality.json"),
     "step": (speed.step, f"{RESULTS}/step_cpu.json"),
     "scaling": (speed.scaling, f"{RESULTS}/step_cpu.json", f"{RESULTS}/memory_cpu.json"),

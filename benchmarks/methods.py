@@ -33,8 +33,9 @@ def prepare(words, length=None):
     args.freeze()
     pictures = zoodip.read_pictures(args)
     captions = prompts.build_prompts(pictures, placeholder, base, args.learnable_property)
+    held_out = zoodip.read_held_out(args, base, placeholder, pictures)
     found = zoodip.OPTIMIZERS[args.optimizer].look_ahead(args, base, placeholder, captions[0])
-    return zoodip.prepare(args, base, placeholder, compute, pictures, captions, found)
+    return zoodip.prepare(args, base, placeholder, compute, pictures, captions, found, held_out=held_out)
 
 
 class ForwardCount:

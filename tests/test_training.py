@@ -21,8 +21,9 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 import train_zoodip_textual_inversion as zoodip
+from demo import world
 from personalization import flags
-from personalization.data import examples
+from personalization.data import examples, prompts
 from personalization.errors import DivergedError, InputError
 from personalization.models.families import SD1, TextEncoders
 from personalization.runs import checkpoints
@@ -311,8 +312,41 @@ def test_validation_does_not_disturb_training(train, tmp_path):
     assert torch.equal(embeds(quiet), embeds(busy))
 
 
+def test_pictures_held_out_are_judged_and_not_trained_on(train, basics, subject, tmp_path):
+    (tmp_path / "more").mkdir()
+    world.save_pictures(tmp_path / "more", world.held_out_pictures(subject.name, 3))
+    flags = {"num_validation_samples": 5, "validation_steps": 3}
+    out = train(output_dir=tmp_path / "plain", **flags)
+    judged = train(output_dir=tmp_path / "judged", validation_data_dir=tmp_path / "more", **flags)
+    assert torch.equal(embeds(out), embeds(judged))
+    configs = [json.loads((folder / "zoodip_config.json").read_text()) for folder in (out, judged)]
+    assert configs[0]["figures"]["validation_losses"] != configs[1]["figures"]["validation_losses"]
+    assert configs[1]["settings"]["validation_data_dir"] == "more"  # no folder of this machine is published
+    assert "of pictures held out" in (judged / "README.md").read_text()
+    args = zoodip.parse_args(as_arguments(basics | {"--validation_data_dir": tmp_path / "more"}))
+    base, placeholder, compute = zoodip.resolve_settings(args, torch.device("cpu"))
+    pictures = zoodip.read_pictures(args)
+    captions = prompts.build_prompts(pictures, placeholder, base)
+    held_out = zoodip.read_held_out(args, base, placeholder, pictures)
+    task = zoodip.prepare(args, base, placeholder, compute, pictures, captions, held_out=held_out)
+    assert task.held_out.moments.shape[:2] == (1, 3)  # as they are, not mirrored
+    rows = {tuple(row) for row in task.held_out.prompt_ids.tolist()}
+    for batch, count in zoodip.draw_held_out(task):
+        assert {tuple(row) for row in batch.prompt_ids[:count].tolist()} <= rows
+        theta = task.initial[None, None]
+        assert task.model.losses(theta, batch.to(theta.device)).isfinite().all()  # their words have rows
+
+
+def test_a_picture_that_is_trained_on_is_not_held_out(train, subject, capsys):
+    with pytest.raises(InputError, match=r"--validation_data_dir: 0\.png is trained on, as 0\.png"):
+        train(validation_data_dir=subject)
+    with pytest.raises(SystemExit):
+        train(validation_data_dir=subject, num_validation_samples=0)
+    assert "--validation_data_dir is for the validation loss" in capsys.readouterr().err
+
+
 def test_early_stopping_and_the_best_embedding(train, monkeypatch):
-    """A held-out loss that only ever rises: the start stays the best, and patience ends the run."""
+    """A validation loss that only ever rises: the start stays the best, and patience ends the run."""
     out = train(
         learning_rate=5.0,
         max_train_steps=50,

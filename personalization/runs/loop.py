@@ -31,7 +31,7 @@ class Progress:
 
     step: int = 0
     seconds: float = 0.0  # of training, over all its parts
-    best_loss: float = float("inf")  # least held-out loss, and the step that had it
+    best_loss: float = float("inf")  # least validation loss, and the step that had it
     best_step: int | None = None
     validations_without_gain: int = 0
     forward_passes: int = 0  # of one example and candidate, over all processes

@@ -573,7 +573,7 @@ class TimedSteps(NamedTuple):
 
     start: float  # until the first step, without its validation
     step: float
-    held_out: float  # the held-out loss once
+    held_out: float  # the validation loss once
     drawing: float  # one image with `TRIAL`'s inference steps
     peak_mb: int  # of the process
 
