@@ -299,15 +299,17 @@ def bp_low(learner, model, batch, sampling):
 def bp_window(learner, model, batch, sampling, drawn=None):
     """What `Windows` of a `Batch` of full resolution say, random ones if none are given; returns as `bp_low`.
 
-    The loss is that of the whole pictures.
+    The mean over what is drawn is that of whole pictures; so is the loss.
     """
     surroundings = model.surroundings
     drawn = drawn or surroundings.draw_windows(batch.noisy_latents, learner.data)
     with torch.no_grad(), surroundings.kept(drawn):
         loss = dreambooth_loss(model.errors(batch), sampling.batch_size, sampling.prior_weight)
-    parts = batch._replace(noisy_latents=drawn.of(batch.noisy_latents), target=drawn.of(batch.target))
-    if batch.weights.numel():
-        parts = parts._replace(weights=drawn.of(batch.weights))
+    parts = batch._replace(
+        noisy_latents=drawn.of(batch.noisy_latents),
+        target=drawn.of(batch.target),
+        weights=surroundings.weigh(batch.weights, drawn),
+    )
     with surroundings.standing_in():
         gradient, _ = bp_low(learner, model, parts, sampling)
     return gradient, loss

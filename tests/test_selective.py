@@ -5,6 +5,7 @@ import gc
 import itertools
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -245,10 +246,11 @@ def test_a_window_predicts_what_the_whole_picture_does_there(prepare, quantizati
     learner, model, subjects, sampling = prepare(**flags)
     spread(learner)
     batch, surroundings = draw(subjects, script.BP_LOW, sampling, model), model.surroundings
-    for seed in range(4):
-        drawn = surroundings.draw_windows(batch.noisy_latents, torch.Generator().manual_seed(seed))
-        assert len(set(drawn.corners)) > 1 or seed
-        whole = predict(model, batch)
+    whole, height = predict(model, batch), batch.noisy_latents.shape[2]
+    inner = [(grid := surroundings.grid, 0), (0, height - surroundings.side), (grid, 2 * grid)]  # not only tiles
+    inside = script.windows.Windows(inner, surroundings.side, height, height)
+    generator = torch.Generator().manual_seed(0)
+    for drawn in (inside, *(surroundings.draw_windows(batch.noisy_latents, generator) for _ in range(3))):
         with torch.no_grad(), surroundings.kept(drawn):
             assert torch.equal(predict(model, batch), whole)
         with surroundings.standing_in():
@@ -257,6 +259,26 @@ def test_a_window_predicts_what_the_whole_picture_does_there(prepare, quantizati
             expected = one[:, top : top + drawn.side, left : left + drawn.side]
             torch.testing.assert_close(part, expected, rtol=1e-4, atol=1e-5)
         assert torch.equal(predict(model, batch), whole)  # nothing stays
+
+
+@pytest.mark.parametrize("height, width", [(16, 16), (16, 24), (20, 12), (8, 8)])
+def test_every_entry_of_a_picture_counts_alike_in_what_is_drawn(height, width):
+    """By expectation: the weighed windows of 4,000 draws add up to nearly the same everywhere, edges included."""
+    surroundings = script.windows.Surroundings(
+        SimpleNamespace(config=SimpleNamespace(block_out_channels=[1, 1, 1]), modules=list), 8
+    )
+    latents, generator = torch.zeros(4000, 1, height, width), torch.Generator().manual_seed(0)
+    drawn = surroundings.draw_windows(latents, generator)
+    weights = surroundings.weigh(torch.empty(4000, 0), drawn)
+    weights = torch.ones(4000, 1, 8, 8) if weights.numel() == 0 else weights
+    assert (height % 8, width % 8) == (0, 0) or weights.std() > 0
+    seen = torch.zeros(height, width)
+    for (top, left), square in zip(drawn.corners, weights[:, 0].square()):
+        assert top % surroundings.grid == left % surroundings.grid == 0
+        seen[top : top + 8, left : left + 8] += square * height * width / 64 / 4000
+    assert (seen - 1).abs().max() < 0.15, seen
+    masks = torch.rand(4000, 1, height, width, generator=generator)  # with a mask, its weights come on top
+    torch.testing.assert_close(surroundings.weigh(masks, drawn), weights * drawn.of(masks))
 
 
 def predict(model, batch):
