@@ -165,7 +165,7 @@ def zo_gradient(loss_fn, theta, num_perturbations, perturbation_scale, generator
     """
     base_loss, estimate = loss_fn(theta), torch.zeros_like(theta)
     for _ in range(num_perturbations):
-        direction = torch.randn(theta.shape, generator=generator).to(theta)
+        direction = examples.to_device(torch.randn(theta.shape, generator=generator), theta.device)
         slope = (loss_fn(theta + perturbation_scale * direction) - base_loss) / perturbation_scale
         estimate += direction * (slope / num_perturbations)
     return estimate, base_loss
@@ -343,7 +343,8 @@ def train_step(learner, model, subjects, sampling, progress, average=lambda tens
         average: takes the mean of a tensor over processes.
 
     Returns:
-        The kind, and the mean loss of this process, a scalar on the device: nothing here waits for it.
+        The kind, and the mean loss of this process, a scalar on the device. Nothing here waits for it, but for the
+        scaler of float16 gradients, which asks once a step of BP-low whether they have overflown.
     """
     device, theta = model.compute.device, learner.theta
     probabilities = sampling.probabilities(progress, model.scheduler.config.num_train_timesteps)

@@ -267,6 +267,8 @@ def dequantize(weight, scale, dtype, buffer):
     before the product with activations, not after it: the unscaled product of int8 values overflows float16.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        if dtype.itemsize < 4 and torch.compiler.is_compiling():  # one kernel, which rounds once, as on CUDA below
+            return (weight.float() * scale).to(dtype)
         return weight.to(dtype) * scale.to(dtype)
     space = buffer.like(weight, dtype)
     if weight.is_cuda:  # one kernel that reads int8 and writes `dtype`
@@ -558,7 +560,15 @@ def stream_weights(denoiser, device, folder):
 
 
 def prediction_errors(
-    candidates, batch, family, text_encoder, denoiser, first_id, max_candidates=None, memory_format=None
+    candidates,
+    batch,
+    family,
+    text_encoder,
+    denoiser,
+    first_id,
+    max_candidates=None,
+    memory_format=None,
+    whole_passes=False,
 ):
     """Errors of the predictions of m candidates for the placeholder's vectors, all on the same batch of b examples.
 
@@ -574,6 +584,7 @@ def prediction_errors(
         first_id: id of the placeholder's first vector; its k ids are consecutive.
         max_candidates: candidates per forward pass; None evaluates all at once.
         memory_format: of the latents given to the denoiser; None leaves them as they are.
+        whole_passes: of several passes the last is filled up: a compiled denoiser meets one shape.
 
     Yields:
         ε_φ(z_t, t, c(y*)) - ε of the candidates of one pass, float32 `[at most max_candidates, b, C, h, w]`; under
@@ -581,7 +592,11 @@ def prediction_errors(
     """
     table = text_encoder.get_input_embeddings()
     num_vectors = candidates.shape[1]
-    for chunk in candidates.split(max_candidates or len(candidates)):
+    size = max_candidates or len(candidates)
+    for chunk in candidates.split(size):
+        wanted = len(chunk)
+        if whole_passes and wanted < size < len(candidates):
+            chunk = torch.cat([chunk, chunk[:1].expand(size - wanted, -1, -1)])
         m = len(chunk)
         table.write(chunk)
         shift = num_vectors * torch.arange(m, device=chunk.device).view(m, 1, 1)
@@ -592,7 +607,7 @@ def prediction_errors(
         noisy = noisy.contiguous(memory_format=memory_format or torch.preserve_format)
         timesteps, sizes = batch.timesteps.repeat(m), batch.size_ids.repeat(m, 1)
         prediction = family.predict(denoiser, noisy, timesteps, text, sizes)
-        yield batch.weighed(prediction.float().unflatten(0, (m, -1)) - batch.target)
+        yield batch.weighed(prediction.float().unflatten(0, (m, -1))[:wanted] - batch.target)
 
 
 def example_losses(candidates, batch, *model, **options):
@@ -620,10 +635,11 @@ class FrozenModel:
     first_placeholder_id: int
     max_candidates: int | None
     compute: Compute
+    whole_passes: bool = False
 
     def _call(self, function, candidates, batch):
         model = self.family, self.text_encoder, self.denoiser, self.first_placeholder_id, self.max_candidates
-        return function(candidates, batch, *model, memory_format=self.compute.memory_format)
+        return function(candidates, batch, *model, self.compute.memory_format, self.whole_passes)
 
     def losses(self, candidates, batch, per_example=False):
         """`candidate_losses` (or `example_losses`) of this model."""
@@ -1353,7 +1369,7 @@ def assemble_model(args, base, placeholder, prompt_ids, text_encoder, denoiser, 
         encoder.set_input_embeddings(rows)
     limit = args.max_candidates_per_forward
     parts = base.family, text_encoder, denoiser, base.scheduler
-    model = FrozenModel(*parts, placeholder.first_id, limit, compute)
+    model = FrozenModel(*parts, placeholder.first_id, limit, compute, args.torch_compile)
     initial = placeholder.start
     if initial is None:
         initial = torch.cat([table[placeholder.initializer_id].float() for table in tables])
@@ -1409,8 +1425,11 @@ def prepare(
         `Task`.
     """
     in_turn, sampling = in_turn or contextlib.nullcontext, choose_sampling(args)
-    concept, stored_vae = examples.load_concept(pictures, captions, base, args.flip_probability, compute)
-    judged = examples.load_concept(*held_out, base, 0.0, compute)[0] if held_out else None  # as they are
+    encode = compute
+    if args.low_vram and compute.device.type == "cuda":  # where encoding would take more than training does
+        encode = Compute(torch.device("cpu"), torch.float32, compute.memory_format)
+    concept, stored_vae = examples.load_concept(pictures, captions, base, args.flip_probability, encode)
+    judged = examples.load_concept(*held_out, base, 0.0, encode)[0] if held_out else None  # as they are
     prompt_ids = torch.cat([each.prompt_ids for each in (concept, judged) if each])
     with in_turn():
         text_encoder, denoiser, stored = load_networks(args, base, compute, layers_dir)

@@ -152,6 +152,21 @@ def test_split_and_batched_candidates_agree(demo_loss):
     assert len(whole.unique()) == 7
 
 
+def test_a_compiled_model_meets_passes_of_one_size(demo_loss):
+    """Seven candidates in passes of three: the last is filled up, and what fills it up is left out of the losses."""
+    loss_of, start, (_, unet, *_) = demo_loss
+    candidates = start + 0.05 * torch.randn(7, *start.shape, generator=torch.Generator().manual_seed(1))
+    sizes = []
+    hook = unet.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
+    with torch.inference_mode():
+        expected = loss_of(candidates, max_candidates=3)
+        found = loss_of(candidates, max_candidates=3, whole_passes=True)
+        loss_of(candidates[:1], max_candidates=3, whole_passes=True)  # a pass alone stays as it is
+    hook.remove()
+    assert sizes == [3, 3, 1, 3, 3, 3, 1]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_mean_estimate_points_along_autograds_gradient(demo_loss):
     """4,000 directions on the demo base: cosine above 0.95 with backpropagation through text encoder and UNet."""
     loss_of, start, (text_encoder, unet, batch, first) = demo_loss

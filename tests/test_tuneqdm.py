@@ -301,6 +301,21 @@ def test_a_timestep_may_be_a_number_and_scales_can_be_off(unet):
         assert torch.equal(unet(**batch).sample, base(**batch).sample)
 
 
+def test_every_scale_acts_on_the_prediction(unet):
+    """Those of inputs and of outputs, of every layer, one by one; and all the same for the gradient."""
+    changes = tuned(unet, tuneqdm.set_of_timestep(1000), spread=0.0)
+    batch = inputs([700])
+    with torch.no_grad():
+        before = unet(**batch).sample
+        for name, change in changes.items():
+            change.fill_(0.1)
+            assert (unet(**batch).sample - before).abs().max() > 1e-5, name
+            change.zero_()
+        assert torch.equal(unet(**batch).sample, before)
+    gradients = torch.autograd.grad(unet(**batch).sample.square().sum(), changes.values())
+    assert all(gradient.abs().max() > 0 for gradient in gradients)
+
+
 # ---------------------------------------------------------------------------------------------------- precision, steps
 
 

@@ -286,9 +286,11 @@ def predict_memory(text_encoder, denoiser, vae, backend, plan, base, compute):
         mapped += kept
     if plan.streamed:  # one layer and the next one; pages of the mapped file stay until they are dropped
         kept = 2 * largest_bytes + (kept if is_mapped else 0)
+    encoding_on_gpu = 0 if plan.streamed else tensor_bytes(vae) + encoding
     points = 4 * 4 * plan.coordinates  # directions, candidates and intermediate results, in float32
     phases = {
-        "encoding the images": max(vae_bytes if on_cpu else 0, tensor_bytes(vae) + encoding),
+        # which the host does where a GPU is to be spared
+        "encoding the images": max(vae_bytes, tensor_bytes(vae) + encoding) if on_cpu else encoding_on_gpu,
         "quantizing": text_bytes + unquantized_bytes if on_cpu and backend.whole_model else 0,
         "writing the layers to disk": text_bytes + denoiser_bytes if on_cpu and plan.streamed else 0,
         "training": text_bytes + kept + activations + points,
