@@ -12,7 +12,19 @@ import re
 import sys
 from pathlib import Path
 
-from benchmarks.tables import demo, frontier, hardening, memory, methods, selective, signal, speed, targets, tuneqdm
+from benchmarks.tables import (
+    demo,
+    field,
+    frontier,
+    hardening,
+    memory,
+    methods,
+    selective,
+    signal,
+    speed,
+    targets,
+    tuneqdm,
+)
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,6 +59,10 @@ TABLES = {
     "selective_pilots": (selective.selective_pilots, f"{RESULTS}/selective_pilots.json"),
     "selective_gradients": (selective.selective_gradients, f"{RESULTS}/selective_gradients.json"),
     "selective_windows": (selective.selective_windows, f"{RESULTS}/selective_gradients.json"),
+    "field": (
+        field.field,
+        *(path.relative_to(ROOT).as_posix() for path in sorted(ROOT.glob(f"{RESULTS}/field/*.json"))),
+    ),
     "frontier": (frontier.frontier, f"{RESULTS}/frontier_cpu.json"),
     "loading": (memory.loading, f"{RESULTS}/memory_cpu.json"),
     "method_targets": (
