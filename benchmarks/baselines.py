@@ -164,8 +164,8 @@ class _TextualInversion:
 class OfficialLoop(_TextualInversion):
     """ZOODiP's published loop: INT8 by quanto, VAE at every step, and n + 1 separate forward passes of b examples.
 
-    Rebuilt from its description (arXiv 2503.14868); it costs what the official script costs, which compiles the UNet, as
-    `torch_compile` does here. To be fair to it, the losses stay on the device (no wait for it inside a step) and θ is a
+    Rebuilt from its description (arXiv 2503.14868); it costs what the official script costs, which compiles the UNet
+    (here: `torch_compile`). To be fair to it, losses stay on the device (no wait for it inside a step) and θ is a
     float32 master copy.
     """
 
