@@ -261,7 +261,7 @@ class Bench:
         if row.kind is None:
             return name
         alone = row.kind == "official" or row.kind == "floor" and self.device.type == "cuda"
-        return f"{row.kind if alone else 'unquantized'} {row.precision}"
+        return f"{row.kind if alone else 'unquantized'} {row.precision}{' compiled' * row.compiled}"
 
     def groups(self):
         """Lists of row names whose models fit in `--memory_gb` together, the reference rows in each."""
