@@ -19,10 +19,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import tomllib
 from pathlib import Path
 from typing import NamedTuple
-
-import tomllib
 
 
 REPO = Path(__file__).resolve().parent.parent
