@@ -122,8 +122,8 @@ def measure_signal(args):
     gradients = [loss_gradient(exact.model, theta, batch)[0].flatten().double().cpu() for batch in batches]
     exact.model = None  # before the next one comes
     directions = torch.randn((args.directions, *theta.shape), generator=generator)
-    limit = ["--max_candidates_per_forward", 9]
-    task = prepare([*words, "--optimizer", "zo_adam", *limit], device=device)
+    many = ["--num_perturbations", args.directions, "--max_candidates_per_forward", 9]
+    task = prepare([*words, "--optimizer", "zo_adam", *many], device=device)
     default, found = task.args.perturbation_scale, {}
     for scale in SCALES:
         correlations = []

@@ -40,8 +40,8 @@ def arguments(folder, **more):
         "--train_data_dir",
         DEMO / "subjects" / "striped_star",
     ]
-    words += ["--initializer_token", "star", "--rows", "int8", "--optimizers", "zo_adam", "gauss_newton"]
-    words += ["--forwards", 36, "--steps", 2, "--examples", 1, "--directions", 8, "--num_inference_steps", 1]
+    words += ["--initializer_token", "star", "--rows", "int8", "--optimizers", "zo_adam"]
+    words += ["--forwards", 12, "--steps", 2, "--examples", 1, "--directions", 8, "--num_inference_steps", 1]
     words += ["--prompts", DEMO / "prompts.txt", "--output_dir", folder, "--trust_remote_code"]
     words += ["--clip_model", DEMO / "scorer", "--dino_model", DEMO / "scorer" / "identity"]
     return field_report.parse_args(list(map(str, words)))
@@ -67,13 +67,11 @@ def test_a_whole_report(tmp_path, calls, monkeypatch):
     assert row["predicted_mb"] > 100 and row["peak_memory"]["process_mb"] > 100 and row["forwards_per_step"] == 3
     (median, least) = parts["signal"]["correlation_median_and_least"]["0.001"]
     assert parts["signal"]["default_mu"] == 1e-3 and median == least > 0.9
-    assert parts["run: zo_adam"]["steps"] == 12 and parts["run: gauss_newton"]["steps"] == 1
-    for name in args.optimizers:
-        assert parts[f"run: {name}"]["validation_losses"][-1][0] == parts[f"run: {name}"]["steps"]
-        assert set(parts["scores"][name]) >= {"CLIP-T", "CLIP-I", "DINO"} and f"| {name} |" in text
+    assert parts["run: zo_adam"]["steps"] == 4 == parts["run: zo_adam"]["validation_losses"][-1][0]
+    assert set(parts["scores"]["zo_adam"]) >= {"CLIP-T", "CLIP-I", "DINO"} and "| zo_adam |" in text
     assert "| int8 | 64 |" in text and "validation loss (training pictures)" in text and "failed" not in text
     assert json.loads(text.split("```json")[1].split("```")[0]) == report
-    assert Image.open(args.output_dir / "sheet.png").height == 3 * 212  # with the plain word
+    assert Image.open(args.output_dir / "sheet.png").height == 2 * 212  # with the plain word
     assert (
         field.field(report, report).count("demo/base_eps") == 2 or field.field(report, report).count("base_eps") == 2
     )
