@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import tomllib
 from pathlib import Path
 from typing import NamedTuple
@@ -119,6 +120,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("part", nargs="?", default="", help="Only mutants with this in their name or file.")
     parser.add_argument("--report", action="store_true", help="Try nothing; say what is known.")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="Begin no mutant after these.")
     args = parser.parse_args()
     known, passing = json.loads(STORE.read_text()) if STORE.is_file() else {}, {}
     mutants = [mutant for mutant in read_mutants() if args.part in f"{mutant.name} {mutant.file}"]
@@ -126,7 +128,10 @@ def main():
     if waiting and not args.report:
         with tempfile.TemporaryDirectory() as folder:
             copy_of_checkout(Path(folder))
+            ends = time.monotonic() + 60 * args.minutes
             for mutant in waiting:
+                if time.monotonic() > ends:
+                    break
                 verdict = verdict_of(mutant, Path(folder), passing)
                 print(f"{mutant.name}: {verdict}", flush=True)
                 if verdict in ("noticed", "survived"):
