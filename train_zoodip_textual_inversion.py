@@ -1062,7 +1062,7 @@ def estimate_memory(args, base, compute):
     """The `MemoryPrediction` of a run, from the configs alone."""
     parts = base.family.denoiser, "vae"
     networks = base_model.empty_text_encoder(base), *(base_model.empty_model(base, name) for name in parts)
-    entries, kept = args.num_vectors * base.word_width, OPTIMIZERS[args.optimizer].kept_coordinates
+    entries, optimizer = args.num_vectors * base.word_width, OPTIMIZERS[args.optimizer]
     plan = memory.MemoryPlan(
         examples=candidates_per_pass(args) * args.train_batch_size,
         resolution=args.resolution,
@@ -1070,8 +1070,9 @@ def estimate_memory(args, base, compute):
         streamed=args.low_vram,
         openvino=args.unet_backend == "openvino",
         images=bool(args.validation_prompt),
-        coordinates=candidates_per_step(args) * entries + kept(args, entries),
-        checkpointing=args.gradient_checkpointing if OPTIMIZERS[args.optimizer].differentiates else None,
+        coordinates=candidates_per_step(args) * entries + optimizer.kept_coordinates(args, entries),
+        checkpointing=args.gradient_checkpointing if optimizer.differentiates else None,
+        freed_blocks=optimizer.freed_blocks(args),
     )
     return memory.predict_memory(*networks, BACKENDS[args.quantization], plan, base, compute)
 
@@ -1528,7 +1529,7 @@ def train(run):
         DivergedError: the loss is no longer finite.
     """
     args, accelerator, learner, progress = run.args, run.accelerator, run.learner, run.progress
-    memory.keep_freed_blocks(1 if args.low_vram else 32)  # 32: the most that glibc allows, and what it comes to
+    memory.keep_freed_blocks(OPTIMIZERS[args.optimizer].freed_blocks(args))
     average = functools.partial(accelerator.reduce, reduction="mean")
     last_good = learner.result.clone()
     clock = loop.Clock(progress)
