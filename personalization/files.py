@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from .errors import InputError, is_outside, reason
+from .errors import InputError, is_outside, quoted, reason
 from .logs import get_logger
 
 
@@ -99,6 +99,31 @@ def check_writable(flag, folder):
             shutil.rmtree(probe, ignore_errors=True)
     except OSError as error:
         raise InputError(f"{flag} {folder!r} cannot be written ({error.strerror or error}): choose another.") from None
+
+
+def check_apart(flag, path, folder, written="--output_dir", over=False):
+    """Refuses a folder that is written to where it is in, over or under what is read.
+
+    A run moves what others left in its folder aside, and a later one would learn from the pictures of this one.
+
+    Args:
+        flag: that names what is read.
+        path: its value.
+        folder: that is written to.
+        written: the flag that names it.
+        over: whether it may hold what is read.
+
+    Raises:
+        InputError: they are not apart.
+    """
+    read, target = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+    same = read == target or os.path.exists(read) and os.path.exists(target) and os.path.samefile(read, target)
+    where = "is" if same else "lies in" if target.is_relative_to(read) else "holds"
+    if where != "holds" or not over and read.is_relative_to(target):
+        raise InputError(
+            f"{written} {quoted(folder, 300)} {where} {flag} {quoted(path, 300)}, which is read: give a folder apart"
+            " from it."
+        )
 
 
 def save_tensors(path, content):

@@ -147,6 +147,19 @@ def test_what_is_read(place, visitor, repo, tmp_path):
 def test_the_server_fetches_nothing_for_visitors(visitor, url):
     for path in (f"file={url}", f"file/{url}", "file=" + url.replace(":", "%3A").replace("/", "%2F")):
         assert visitor.get(f"/gradio_api/{path}").status_code == 403
+    for path in (f"proxy={url}", "proxy=" + url.replace(":", "%3A").replace("/", "%2F")):
+        assert visitor.get(f"/gradio_api/{path}").status_code >= 400
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1/x.png", "https://evil.com/a.png"])
+def test_no_address_is_fetched_in_the_place_of_a_file(visitor, url, monkeypatch):
+    download = "gradio.processing_utils.async_ssrf_protected_download"
+    monkeypatch.setattr(download, lambda *_, **__: pytest.fail("fetched"))
+    sent = {"path": url, "url": url, "meta": {"_type": "gradio.FileData"}}
+    with pytest.raises(Refused, match="fetches nothing for its visitors"):
+        visitor.do("upload", [sent], "fetched", None, "")
+    with pytest.raises(Refused, match="fetches nothing for its visitors"):
+        visitor.do("save_captions", {"headers": ["a", "b"], "data": [["a.png", sent]], "metadata": None}, "fetched")
 
 
 PROGRAMS = {

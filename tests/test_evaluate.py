@@ -355,6 +355,20 @@ def test_two_words_in_a_file_are_both_known(flags, results):
     assert both != two, "the other word is known, too"
 
 
+def test_a_word_in_capitals_is_drawn_with_all_its_vectors(flags, results, capsys):
+    """CLIP's tokenizer knows no capitals, and plain diffusers compares names as they were typed."""
+    vectors = torch.randn(3, 128, generator=torch.Generator().manual_seed(5)) * 0.1
+    given = []
+    for label, name in (("capitals", "<My-Toy>"), ("small", "<my-toy>"), ("first", "<the-toy>")):
+        (results / label).mkdir()
+        save_file({name: vectors[: 1 if label == "first" else 3]}, results / label / "learned_embeds.safetensors")
+        given.append(f"{label}={results / label}")
+    out = run(flags | {"--num_images_per_prompt": "1"}, *given)
+    drawn = {path.parent.name: Image.open(path).tobytes() for path in out.glob("images/*/000-00.png")}
+    assert drawn["capitals"] == drawn["small"] != drawn["first"]
+    assert "capitals: the word '<My-Toy>', 3 vector(s), of" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "given, said",
     [
@@ -413,8 +427,9 @@ def test_pictures_of_an_unknown_drawing_stay(flags, results, content):
 
 def test_an_output_folder_in_an_input_is_refused(flags, results, demo_base, subject):
     before = sorted(path for path in subject.rglob("*"))
-    for folder in (subject, demo_base, results / "one", results / "one" / "scores", flags["--clip_model"]):
-        with pytest.raises(InputError, match="which is only read: give another"):
+    folders = (subject, demo_base, results / "one", results / "one" / "scores", flags["--clip_model"], results)
+    for folder in folders:
+        with pytest.raises(InputError, match="which is read: give a folder apart from it"):
             run(flags | {"--output_dir": str(folder)}, f"first={results / 'one'}")
     assert sorted(path for path in subject.rglob("*")) == before
 
@@ -451,7 +466,7 @@ def test_a_base_with_nan_draws_nothing(flags, results, demo_base):
     weights = load_file(path)
     weights["decoder.conv_out.bias"] *= NAN
     save_file(weights, path, {"format": "pt"})
-    with pytest.raises(InputError, match="the vae has NaN or infinity in decoder.conv_out.bias"):
+    with pytest.raises(InputError, match="the weights hold NaN or infinity in 'decoder.conv_out.bias'"):
         run(flags | {"--pretrained_model_name_or_path": str(base)})
 
 

@@ -28,6 +28,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_base import build_pictures, build_tiny_base, build_tiny_xl_base, tiny_unet
 
+import evaluate_personalization as evaluation
 import train_selective_dreambooth_lora as lora
 import train_tuneqdm_dreambooth as scales_script
 import train_zoodip_textual_inversion as zoodip
@@ -126,9 +127,14 @@ def test_no_output_folder_is_in_over_or_under_what_is_read(train, tiny, tmp_path
         (world, {pictures: world / "pictures"}, pictures),
     ):
         assert f"--{flag}" in refusal(train, kind, output_dir=output, **flags)
+    cache = {"quantized_cache_dir": world / "base" / "cache"}
+    assert "--quantized_cache_dir" in refusal(train, kind, **base, **cache)
     if kind != "word":
         flags = {"with_prior_preservation": True, "class_prompt": "a star", "class_data_dir": world / "class"}
         assert "--class_data_dir" in refusal(train, kind, output_dir=world, **flags)
+        for folder in (world / "base" / "class", world / "pictures" / "class", world):
+            flags |= {"class_data_dir": folder, pictures: world / "pictures"}
+            assert f"--class_data_dir '{folder}'" in refusal(train, kind, **flags, **base)
     assert sorted(world.rglob("*")) == before
 
 
@@ -423,6 +429,12 @@ def test_half_characters_and_values_that_are_none(words, capsys, kind):
     assert "--validation_prompt -- gives no value" in capsys.readouterr().err
 
 
+def test_half_characters_in_lists(capsys):
+    words = ["--pretrained_model_name_or_path=x", "--class_word=star", "--draw_only", "--results", "a=b", "b=\udc80"]
+    assert refusal(evaluation.parse_args, words) == "2"
+    assert "--results has '\\udc80' in it, which is half of a character" in capsys.readouterr().err
+
+
 def test_onednn_without_memory_is_no_fault_of_the_program():
     error = RuntimeError("could not create a primitive")
     assert errors.is_outside(error) and errors.reason(error) == "out of memory: could not create a primitive"
@@ -708,6 +720,14 @@ def test_the_precision_of_accelerates_launch_is_taken(words, monkeypatch):
         args = zoodip.parse_args(words("word", mixed_precision=asked))
         launch.take_precision(args, torch.device("cpu"))
         assert args.mixed_precision == found
+
+
+def test_what_accelerates_launch_asks_for_is_said_or_refused(train, monkeypatch, caplog):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    launch.take_precision(SimpleNamespace(mixed_precision="no"), torch.device("cpu"))
+    assert "dynamo_backend inductor is not taken" in caplog.text
+    monkeypatch.setattr(launch, "Accelerator", lambda **_: {}["nothing that accelerate knows"])
+    assert "accelerate cannot start as its launch" in refusal(train, "word")
 
 
 def test_image_to_image_is_known_of_our_pipelines(sd, tiny, learned_scales):
