@@ -450,6 +450,10 @@ def claim_images(output_dir, columns, drawing):
     settings = Path(output_dir) / "images" / DRAWING_FILE
     known = read_claim(settings, output_dir, asdict(drawing))
     for column in columns:
+        paths = [image_path(output_dir, column, *cell) for cell in cells_of(drawing)]
+        if column.label not in known and (there := [path for path in paths if os.path.lexists(path)]):
+            raise unknown_pictures(output_dir, f"{DRAWING_FILE} does not know {column.label}/{there[0].name}")
+    for column in columns:
         if known.get(column.label, column.fingerprint) != column.fingerprint:
             for cell in cells_of(drawing):
                 image_path(output_dir, column, *cell).unlink(missing_ok=True)
@@ -471,16 +475,20 @@ def read_claim(path, output_dir, drawing):
         if not isinstance(before, dict) or not isinstance(known, dict):
             raise ValueError(f"{path.name} has entries of another type")
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(
-            f"--output_dir {str(output_dir)!r} has pictures of which nobody can say how they were drawn"
-            f" (images/{path.name}: {reason(error)}): give another."
-        ) from None
+        raise unknown_pictures(output_dir, f"{path.name}: {reason(error)}") from None
     if before != drawing:
         changed = [name for name, value in drawing.items() if before.get(name) != value] or sorted(before)
         raise InputError(
             f"--output_dir {str(output_dir)!r} has pictures drawn otherwise ({', '.join(changed)}): give another."
         )
     return known
+
+
+def unknown_pictures(output_dir, why):
+    return InputError(
+        f"--output_dir {str(output_dir)!r} has pictures of which nobody can say how they were drawn (images/{why}):"
+        " give another."
+    )
 
 
 def cells_of(drawing):
@@ -611,6 +619,8 @@ class Encoders:
             self.clip_processor = AutoImageProcessor.from_pretrained(clip_model)
             if self.clip.config.model_type != "clip":
                 raise ValueError(f"it is a {self.clip.config.model_type} model and no CLIP")
+            if len(self.tokenizer) > self.clip.config.text_config.vocab_size:
+                raise ValueError("its tokenizer belongs to another model, with more words")
             self.clip_texts(["a photo"]), self.clip_images([Image.new("RGB", (64, 64))])
         with judging("--dino_model", dino_model):
             self.dino = load_encoder(AutoModel, dino_model, **code).to(device)

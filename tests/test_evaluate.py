@@ -425,6 +425,20 @@ def test_pictures_of_an_unknown_drawing_stay(flags, results, content):
         run(flags, f"first={results / 'one'}")
 
 
+@pytest.mark.parametrize("label", ["plain-word", "second"])
+def test_pictures_that_nobody_claims_are_no_results(flags, results, label):
+    """They are neither scored nor overwritten, with no word of how they were drawn or with that of other columns."""
+    given = [f"first={results / 'one'}", f"second={results / 'two'}"]
+    if label == "second":
+        run(flags, given[0])
+    path = Path(flags["--output_dir"]) / "images" / label / "000-00.png"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"of a user")
+    with pytest.raises(InputError, match=f"nobody can say how they were drawn .*{label}/000-00.png"):
+        run(flags, *given)
+    assert path.read_bytes() == b"of a user"
+
+
 def test_an_output_folder_in_an_input_is_refused(flags, results, demo_base, subject):
     before = sorted(path for path in subject.rglob("*"))
     folders = (subject, demo_base, results / "one", results / "one" / "scores", flags["--clip_model"], results)
@@ -441,6 +455,15 @@ def copied(folder, target, change):
     weights = {k: v for k, v in ((k, change(k, v)) for k, v in load_file(path).items()) if v is not None}
     save_file(weights, path, {"format": "pt"})
     return str(target)
+
+
+def test_a_tokenizer_of_another_encoder_judges_nothing(flags, results, repo):
+    scorer = copied(repo / "demo" / "scorer", results / "clip", lambda key, value: value)
+    tokenizer = evaluation.AutoTokenizer.from_pretrained(scorer)
+    tokenizer.add_tokens([f"<word-{i}>" for i in range(9)])
+    tokenizer.save_pretrained(scorer)
+    with pytest.raises(InputError, match="--clip_model .* its tokenizer belongs to another model"):
+        run(flags | {"--clip_model": scorer}, f"first={results / 'one'}")
 
 
 ENCODERS = {

@@ -621,6 +621,13 @@ def test_a_word_is_learned_under_the_name_that_the_tokenizer_has(train, tiny, tm
     assert placeholder.expand("a <My-Toy>") == "a <my-toy> <my-toy>_1" and placeholder.is_in("A <MY-TOY>")
 
 
+def test_a_word_longer_than_names_of_files(train):
+    """All is learned and written; the files that are named after it are named after its beginning."""
+    out = train("word", placeholder_token=f"<{'ä' * 300}>")
+    assert load_file(out / RESULTS["word"]).keys() == {f"<{'ä' * 300}>"}
+    assert (out / f"{'ä' * 100}.safetensors").is_file()
+
+
 @pytest.mark.parametrize("word", ["'<my-dog>'", "‘<my-dog>’", "“<my-dog>”", '"<my-dog>"'])
 def test_quotes_that_stayed_around_a_word(train, words, capsys, word):
     assert "give '<my-dog>'." in refusal(train, "word", placeholder_token=word)
