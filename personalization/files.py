@@ -78,6 +78,9 @@ def temporary_folder(parent):
     return tempfile.TemporaryDirectory(prefix=".tmp-layers-", dir=parent)
 
 
+PROBE = r"\.tmp-\d+-\w{8}"  # names of folders by which it is tried whether one can be written
+
+
 def check_writable(flag, folder):
     """Creates a folder and makes sure that files and folders can be written there and renamed, as a run does.
 
@@ -86,19 +89,22 @@ def check_writable(flag, folder):
     """
     if not str(folder).strip():
         raise InputError(f"{flag} {folder!r} names no folder: give one.")
+    folder, mine = Path(folder), f".tmp-{os.getpid()}-"  # all processes of a launch pass here at once
     try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        # A name of its own: all processes of a launch pass here at once.
-        probe = Path(tempfile.mkdtemp(prefix=f".tmp-{os.getpid()}-", dir=folder))
+        folder.mkdir(parents=True, exist_ok=True)
         try:
+            probe = Path(tempfile.mkdtemp(prefix=mine, dir=folder))
             (probe / "new").write_bytes(b"probe")
             os.rename(probe / "new", probe / "file")
             (probe / "folder").mkdir()
             os.rename(probe / "folder", probe / "renamed")
         finally:
-            shutil.rmtree(probe, ignore_errors=True)
+            for probe in folder.glob(mine + 8 * "?"):  # wherever a signal came
+                shutil.rmtree(probe, ignore_errors=True)
     except OSError as error:
-        raise InputError(f"{flag} {folder!r} cannot be written ({error.strerror or error}): choose another.") from None
+        raise InputError(
+            f"{flag} {str(folder)!r} cannot be written ({error.strerror or error}): choose another."
+        ) from None
 
 
 def check_apart(flag, path, folder, written="--output_dir", over=False):
