@@ -465,7 +465,7 @@ def test_a_tokenizer_of_another_encoder_judges_nothing(flags, results, repo):
     tokenizer = evaluation.AutoTokenizer.from_pretrained(scorer)
     tokenizer.add_tokens([f"<word-{i}>" for i in range(9)])
     tokenizer.save_pretrained(scorer)
-    with pytest.raises(InputError, match="--clip_model .* its tokenizer belongs to another model"):
+    with pytest.raises(InputError, match="--clip_model .*its tokenizer belongs to another model"):
         run(flags | {"--clip_model": scorer}, f"first={results / 'one'}")
 
 
