@@ -222,7 +222,7 @@ def test_scales_are_a_column_too(flags, results, demo_base, repo):
             run(flags, f"tuned={scales}")
     write_json(scales / "tuneqdm_config.json", config)
     of_another = config["scales"] | {
-        "base_sha256": "0" * 64,
+        "base_sha256": 64 * "0",
         "base_sketch": [0.0] * len(config["scales"]["base_sketch"]),
     }
     path = scales / "tuneqdm_scales.safetensors"
