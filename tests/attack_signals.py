@@ -139,7 +139,7 @@ def go(world, name, signals):
     return code, moments, log.read_text(errors="replace")
 
 
-@room("signals", runs, examples=3)
+@room("signals", runs, examples=2)
 def attack_signals(world, data):
     """A run that is asked to stop says one true sentence, and goes on to the very result of an undisturbed one."""
     draw, made = data.draw, world.folder / "made"

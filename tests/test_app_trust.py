@@ -233,6 +233,24 @@ def test_no_folder_outside_is_read(visitor, folder):
         visitor.do("copy_folder", folder, "outside", None, "")
 
 
+@pytest.mark.parametrize("name", ["../../evil", "/evil", "..", "a/../../evil", "C:\\evil", "~/evil", "evil\n/../.."])
+def test_nothing_is_written_outside(place, visitor, started, repo, name):
+    """Whatever a concept or a picture is called, it is a folder of concepts and a file in that."""
+    outside = {path for path in place[2].parent.rglob("*") if not path.is_relative_to(place[2])}
+    concept = visitor.do("upload", visitor.upload((f"x{name}.png", png())), name, None, "")[1]["value"]
+    assert len(list((place[2] / "concepts" / concept).glob("*.png"))) == 1
+    visitor.do("save_captions", {"headers": ["a", "b"], "data": [[f"{name}.png", "x"]], "metadata": None}, name)
+    run = visitor.do("start", "", *form(str(repo / "demo" / "base"), concept=name))[0]["value"]
+    stop(place, visitor, run)
+    for folder in ("concepts", "runs"):
+        assert all(len(path.relative_to(place[2]).parts) == 2 for path in (place[2] / folder).iterdir())
+    words = started[0][0]
+    written = [words[words.index(f"--{flag}") + 1] for flag in ("output_dir", "quantized_cache_dir")]
+    assert all(app.Path(path).resolve().is_relative_to(place[2]) for path in written)
+    assert {path for path in place[2].parent.rglob("*") if not path.is_relative_to(place[2])} == outside
+    assert not app.Path("/evil").exists() and not app.Path("/evil.png").exists()
+
+
 # The owner's login -----------------------------------------------------------------------------------
 
 

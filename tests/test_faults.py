@@ -181,6 +181,21 @@ def test_a_signal_while_finishing_loses_nothing(train, tmp_path, monkeypatch, ki
     assert (out / RESULTS[kind]).is_file()
 
 
+def test_a_signal_stays_one_whatever_a_library_makes_of_it(train, monkeypatch):
+    """Python makes a RuntimeError of what comes while a class is made, as in an import on the way."""
+
+    def importing(*_):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except KeyboardInterrupt as interrupt:
+            raise RuntimeError("Error calling __set_name__") from interrupt
+
+    for where in ("load_component", "finish"):
+        with monkeypatch.context() as patch, errors.handled(errors.interrupt), pytest.raises(Stopped):
+            patch.setattr(base_model if where == "load_component" else zoodip, where, importing)
+            train("word")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_signal_while_loading_promises_no_checkpoint(train, monkeypatch, kind):
     monkeypatch.setattr(base_model, "load_component", lambda *_: os.kill(os.getpid(), signal.SIGTERM))

@@ -19,7 +19,7 @@ from pathlib import Path
 import filelock
 from accelerate.utils import broadcast_object_list
 
-from ..errors import InputError, RunError, Stopped, is_outside, reason
+from ..errors import InputError, RunError, Stopped, is_outside, reason, uncovered
 from ..files import PROBE, read_json, sha256
 from ..logs import get_logger
 from .checkpoints import list_checkpoints
@@ -103,7 +103,8 @@ def saying_what_is_safe(output_dir):
     A request to stop, before there is a run that could be stopped (`loop.stoppable`), becomes a sentence as well.
     """
     try:
-        yield
+        with uncovered():
+            yield
     except (InputError, RunError, Stopped):
         raise
     except KeyboardInterrupt:
