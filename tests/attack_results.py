@@ -94,7 +94,7 @@ def names_like(key):
     return [key.replace("unet", part) for part in parts] + parts + [key + part for part in parts]
 
 
-@room("result folders", results, examples=40)
+@room("result folders", results, examples=20)
 def attack_results(world, data):
     """A result is refused in one sentence before anything is drawn, or can be drawn with."""
     draw, folder = data.draw, world.folder / "result"

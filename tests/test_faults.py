@@ -810,7 +810,11 @@ def test_layers_that_a_model_does_not_use_are_left_alone(train, tiny, tmp_path):
     assert all(value.isfinite().all() for value in load_file(out / RESULTS["lora"]).values())
 
 
-def test_another_rank_is_waited_for_as_long_as_is_said(monkeypatch):
+def test_another_rank_is_waited_for_as_long_as_is_said(words, monkeypatch):
+    started = []
+    monkeypatch.setattr(launch, "Accelerator", lambda **options: started.append(options) or Alone())
+    launch.start(zoodip.parse_args(words("word")))
+    assert [each.timeout.total_seconds() for each in started[0]["kwargs_handlers"]] == [launch.GROUP_SECONDS]
     code = "from personalization.runs import launch; print(launch.GROUP_SECONDS)"
     environment = os.environ | {"ZOODIP_GROUP_TIMEOUT": "7"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=REPO, capture_output=True, text=True)
