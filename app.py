@@ -31,6 +31,7 @@ import personalization.quiet  # noqa: F401, before the libraries whose false ala
 import contextlib
 import functools
 import inspect
+import re
 import shlex
 import sys
 import tempfile
@@ -530,7 +531,23 @@ def build_page(book):
             remembered,
             **quiet,
         )
+    fetch_nothing(page)
     return page
+
+
+def fetch_nothing(page):
+    """Lets no component of a `gr.Blocks` fetch what a visitor names instead of sending a file."""
+
+    def of_a_file(keep):
+        async def keep_file(path):
+            if re.match(r"\s*[a-z][a-z0-9+.-]*:", str(path), re.IGNORECASE):
+                raise gr.Error("This server fetches nothing for its visitors.", print_exception=False)
+            return await keep(path)
+
+        return keep_file
+
+    for block in page.blocks.values():
+        block.async_move_resource_to_block_cache = of_a_file(block.async_move_resource_to_block_cache)
 
 
 def page_tabs(tabs):

@@ -295,6 +295,12 @@ def test_flags_that_may_be_added_name_no_file(method, book, form):
     }
 
 
+@pytest.mark.parametrize("threads, expected", [("4,2", "4"), ("3", "3"), ("", None), ("many", None), ("0", None)])
+def test_a_number_of_threads_from_outside(threads, expected, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    assert launcher()[-1] == (expected or str(psutil.cpu_count(logical=False) or 1))
+
+
 def re_path(name):
     return any(part in name for part in ("dir", "path", "dataset", "hub", "push", "token", "checkpoint_", "tokenizer"))
 

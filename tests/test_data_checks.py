@@ -16,11 +16,11 @@ from conftest import as_arguments
 from PIL import Image
 
 import train_zoodip_textual_inversion as zoodip
+from personalization import files
 from personalization.data import examples, images, prompts
 from personalization.data.captions import kohya_name, mark_concept, read_captions
 from personalization.errors import InputError, first_cause, quoted, shorten
 from personalization.models import base_model
-from personalization.runs import launch
 
 
 @pytest.fixture(autouse=True)
@@ -547,11 +547,11 @@ def test_the_output_folder_is_not_the_data_folder(folder, tmp_path):
     (tmp_path / "link").symlink_to(folder)
     flag = "--train_data_dir"
     for output in (folder, f"{folder}/", f"{folder}/../images", tmp_path / "link"):
-        assert f" is {flag} " in sentence(launch.check_apart, flag, folder, output)
-    assert f" is {flag} " in sentence(launch.check_apart, flag, tmp_path / "link", folder)
-    assert f" lies in {flag} " in sentence(launch.check_apart, flag, folder, folder / "out" / "new")
-    assert f" holds {flag} " in sentence(launch.check_apart, flag, folder, tmp_path)
-    launch.check_apart(flag, folder, tmp_path / "images-2")
+        assert f" is {flag} " in sentence(files.check_apart, flag, folder, output)
+    assert f" is {flag} " in sentence(files.check_apart, flag, tmp_path / "link", folder)
+    assert f" lies in {flag} " in sentence(files.check_apart, flag, folder, folder / "out" / "new")
+    assert f" holds {flag} " in sentence(files.check_apart, flag, folder, tmp_path)
+    files.check_apart(flag, folder, tmp_path / "images-2")
 
 
 @pytest.mark.parametrize(

@@ -3,15 +3,18 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from conftest import as_arguments
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from single_files import as_single_file, write_single_file
 from tiny_base import TOKENIZER, build_pictures, build_tiny_base, build_tiny_xl_base, text_config
 from transformers import CLIPTextModel, CLIPTokenizer
 
+import evaluate_personalization as evaluation
 import train_selective_dreambooth_lora as selective
 import train_tuneqdm_dreambooth as tuneqdm
 import train_zoodip_textual_inversion as zoodip
@@ -134,6 +137,22 @@ def test_the_dreambooth_trainers_take_one(world, tmp_path, script):
         script.main(script.parse_args(as_arguments(chosen)))
     results = [load_file(out / script.PUBLICATION.result_name) for out in outs]
     assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_the_evaluation_draws_with_one(world, tmp_path, family):
+    file, prompts = world / f"{family}.safetensors", tmp_path / "prompts.txt"
+    prompts.write_text("a {}\n")
+    chosen = {"--pretrained_model_name_or_path": file, "--class_word": "star", "--draw_only": True, "--resolution": 16}
+    chosen |= {"--prompts": prompts, "--output_dir": tmp_path / "out", "--num_images_per_prompt": 1}
+    chosen |= {"--num_inference_steps": 4, "--tokenizer_name": world / family / "tokenizer"}
+    evaluation.main(evaluation.parse_args(as_arguments(chosen)))
+    drawn = np.asarray(Image.open(tmp_path / "out" / "images" / "plain-word" / "000-00.png"), dtype=int)
+    pipeline = FAMILIES[family].pipeline.from_pretrained(world / family)
+    pipeline.scheduler = FAMILIES[family].sampler(pipeline.scheduler)
+    options = {"num_inference_steps": 4, "height": 16, "width": 16, "guidance_scale": 7.5}
+    image = pipeline("a star", generator=torch.Generator().manual_seed(0), **options).images[0]
+    assert np.abs(drawn - np.asarray(image, dtype=int)).max() <= 1
 
 
 # -------------------------------------------------------------------------------------------------- the real families

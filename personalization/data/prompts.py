@@ -66,13 +66,18 @@ def placeholder_names(token, num_vectors):
     return [token] + [f"{token}_{i}" for i in range(1, num_vectors)]
 
 
+def normalized(tokenizer, text):
+    """Text as the tokenizer reads it: CLIP's knows no capitals."""
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    return text if normalizer is None else normalizer.normalize_str(text)
+
+
 def as_tokenized(tokenizer, token):
-    """A word as the tokenizer reads it, which is the name that is trained and saved: CLIP's knows no capitals.
+    """A word as the tokenizer reads it, which is the name that is trained and saved.
 
     Programs that compare names as they were typed would not find it otherwise, or all vectors but the first.
     """
-    normalizer = tokenizer.backend_tokenizer.normalizer
-    name = token if normalizer is None else normalizer.normalize_str(token)
+    name = normalized(tokenizer, token)
     if name != token:
         logger.warning(f"--placeholder_token {token!r} is {name!r} to the tokenizer: it is learned under that name.")
     return name

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from ..errors import Stopped, handled, leave_terminal, reason
+from ..errors import Stopped, handled, leave_terminal, reason, uncovered
 from ..flags import Settings
 from ..logs import get_logger
 from ..models.base_model import Base
@@ -224,7 +224,8 @@ def stoppable(run):
         Stopped: with that sentence.
     """
     try:
-        yield
+        with uncovered():
+            yield
     except Stopped:
         raise
     except KeyboardInterrupt:

@@ -551,7 +551,7 @@ class Histories:
         loader, events = self._files.setdefault(str(path), (EventFileLoader(str(path)), []))
         with contextlib.suppress(Exception):  # half a record, or no file any more
             for event in loader.Load():
-                for value in event.summary.value:
+                for value in event.summary.value if is_number(event.step) and is_number(event.wall_time) else ():
                     if value.tensor.float_val:
                         events.append((value.tag, event.step, value.tensor.float_val[0], event.wall_time))
         return events
