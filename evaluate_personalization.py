@@ -61,7 +61,8 @@ from personalization.data.captions import check_unicode
 from personalization.errors import InputError, is_outside, quoted, reason, run_script, shorten
 from personalization.files import atomic_path, check_writable, read_json, sha256, write_json
 from personalization.models import base_model, families, weight_cache
-from personalization.runs import embeddings, provenance
+from personalization.models.compute import Compute
+from personalization.runs import embeddings, provenance, validation
 from personalization.runs.run_folder import occupied
 
 
@@ -907,13 +908,14 @@ def open_pipeline(base, device):
     Raises:
         InputError: the weights of the base are no numbers.
     """
-    pipeline = base.family.pipeline.from_pretrained(
-        base.source.name,
-        revision=base.source.revision,
-        variant=base.source.variant,
-        dtype=torch.float16 if device.type == "cuda" else torch.float32,
-        **base.family.pipeline_options,
-    )
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    if base.single is not None:  # diffusers would ask the Hub for its configs
+        text_encoder = base_model.load_text_encoder(base, dtype).to(device)
+        denoiser = base_model.load_component(base, base.family.denoiser, dtype).to(device)
+        compute = Compute(device, dtype, torch.contiguous_format)
+        return validation.open_pipeline(base, text_encoder, denoiser, compute)
+    how = {"revision": base.source.revision, "variant": base.source.variant, "dtype": dtype}
+    pipeline = base.family.pipeline.from_pretrained(base.source.name, **how, **base.family.pipeline_options)
     for part, model in pipeline.components.items():
         for key, weight in model.state_dict().items() if isinstance(model, torch.nn.Module) else ():
             if weight.is_floating_point() and not weight.isfinite().all():

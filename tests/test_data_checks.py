@@ -19,6 +19,7 @@ import train_zoodip_textual_inversion as zoodip
 from personalization.data import examples, images, prompts
 from personalization.data.captions import kohya_name, mark_concept, read_captions
 from personalization.errors import InputError, first_cause, quoted, shorten
+from personalization.methods import dreambooth
 from personalization.models import base_model
 from personalization.runs import launch
 
@@ -450,6 +451,28 @@ def test_a_caption_that_names_the_class_word_only(base, log):
     assert message.endswith("put {} or <my-toy> there.")
     assert mark_concept(marked, "dog", []) == marked
     assert log() == "--caption_token 'dog' changed nothing: no caption without {} says it."
+
+
+@pytest.mark.parametrize("mark", ["<embedding>", "[trigger]", "[name]"])
+def test_captions_of_other_programs_say_where_the_concept_goes_in_their_way(base, mark):
+    pictures = [images.Picture("a.png", None, f"a photo of {mark} in grass")]
+    placeholder = prompts.add_placeholder(base.tokenizer, "<my-toy>", 1, "star")
+    message = sentence(prompts.build_prompts, pictures, placeholder, base)
+    assert f'or give --caption_token "{mark}", which 1 of 1 such captions name' in message
+    (picture,) = mark_concept(pictures, mark, ["<my-toy>"])
+    assert picture.caption == "a photo of {} in grass"
+
+
+def test_a_placeholder_in_capitals_is_not_replaced_in_part():
+    pictures = [images.Picture("a.png", None, "a photo of <My-Dog>, my dog")]
+    assert mark_concept(pictures, "dog", ["<my-dog>"]) == pictures
+
+
+def test_captions_of_class_images_are_said_to_be_lost(folder, log):
+    (folder / "a.txt").write_text("a photo of a dog in grass")
+    args = SimpleNamespace(class_data_dir=str(folder), num_class_images=2)
+    assert len(dreambooth.read_class_folder(args, 16)) == 2
+    assert "Captions in --class_data_dir are lost (a.png): class images have --class_prompt." in log()
 
 
 def test_repeats_decide_how_often_a_picture_is_drawn():

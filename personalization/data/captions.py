@@ -18,6 +18,7 @@ METADATA_NAMES = "metadata.jsonl", "metadata.csv"
 SIDECARS = ".txt", ".caption"  # of 01.jpg: 01.txt; where there are both, the first counts
 # Files that may hold what somebody wrote about pictures.
 WRITTEN = {*SIDECARS, *".json .jsonl .csv .tsv .yaml .yml .xml .parquet .toml .md .xlsx .ods".split()}
+MARKS = "<embedding>", "[trigger]", "[name]"  # which mark the concept for OneTrainer, ai-toolkit, Automatic1111
 ROW = '{"file_name": "a.png", "text": "a photo of {}"}'
 
 
@@ -124,10 +125,10 @@ def mark_concept(pictures, word, names, flag="--caption_token"):
     """
     if word is None:
         return pictures
-    marked = []
+    marked, names = [], [name.lower() for name in ("{}", *names)]  # as the tokenizer reads them
     for picture in pictures:
         text = picture.caption
-        if text is not None and not any(name in text for name in ("{}", *names)):
+        if text is not None and not any(name in text.lower() for name in names):
             picture = picture._replace(caption=whole_word(word).sub("{}", text))
         marked.append(picture)
     if marked == pictures:
