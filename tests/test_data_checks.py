@@ -352,7 +352,7 @@ def test_what_lies_beside_the_pictures_is_said(folder, log, monkeypatch):
     assert log().splitlines() == [
         f"Ignored 1 files in '{folder}' that are not images: IMG_1.HEIC (IMG_1.HEIC cannot be read here: pip install"
         " pillow-heif, or save such images as JPEG or PNG).",
-        f"Ignored folders in '{folder}': .hidden, x.jpg; only pictures beside them are read.",
+        f"Ignored folders in '{folder}': x.jpg; only pictures beside them are read.",
         f"Skipped links to nothing, pipes or devices in '{folder}': gone.png, loop.png, pipe.png, zero.png.",
     ]
 
@@ -399,11 +399,22 @@ def test_a_text_file_that_cannot_be_read(folder):
     assert "a.txt cannot be read: it is not text in UTF-8: save it as UTF-8." in sentence(read, folder)
 
 
-@pytest.mark.parametrize("name", ["c.txt", "captions.json", "meta_cap.json", "captions.csv", "metadata.parquet"])
+WRITTEN = "c.txt captions.json meta_cap.json captions.csv metadata.parquet captions/a.txt a.png.txt".split()
+
+
+@pytest.mark.parametrize("name", WRITTEN)
 def test_what_somebody_wrote_is_not_dropped_without_a_sentence(folder, log, name):
+    (folder / name).parent.mkdir(exist_ok=True)
     (folder / name).write_bytes(b"x")
     read(folder)
     assert f"If {name} hold captions, they are lost: captions are read from metadata.jsonl" in log()
+
+
+def test_words_in_other_fields_of_metadata_are_said_to_be_lost(folder, log):
+    row = {"file_name": "a.png", "text": "", "tags": "dog, sofa", "width": 40, "hash": "12", "note": ""}
+    (folder / "metadata.jsonl").write_text(json.dumps(row))
+    read(folder)
+    assert log() == "Captions are in the field text of the metadata: what tags say is lost."
 
 
 def test_folders_of_kohya(folder, log):

@@ -263,7 +263,7 @@ def captions_by_file(rows):
     Raises:
         InputError: a row is something else, or two rows differ about one file.
     """
-    captions, line_of = {}, {}
+    captions, line_of, others = {}, {}, {}
     for line, row in rows:
         if not isinstance(row, dict):
             raise InputError(f"line {line} is {kind_of(row)} and not an object such as {ROW}")
@@ -276,10 +276,14 @@ def captions_by_file(rows):
         if name is None:
             raise InputError(f"line {line}: file_name is empty")
         caption, key = check_text(row["text"], f"line {line}: text"), file_key(name)
+        words = (field for field, value in row.items() if isinstance(value, str) and re.search(r"[^\W\d_]", value))
+        others |= dict.fromkeys(words)
         if key not in captions:
             captions[key], line_of[key] = caption, line
         elif captions[key] == caption:
             logger.warning(f"The metadata lists {quoted(name)} twice, in lines {line_of[key]} and {line}.")
         else:
             raise InputError(f"lines {line_of[key]} and {line} have two captions for {quoted(name)}: keep one of them")
+    if unread := [field for field in others if field not in ("file_name", "text")]:
+        logger.warning(f"Captions are in the field text of the metadata: what {some(unread)} say is lost.")
     return captions

@@ -18,6 +18,7 @@ from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from ..errors import InputError, first_cause, plain, quoted, shorten
 from ..logs import get_logger
+from ..models.weight_files import names_in
 from .captions import METADATA_NAMES, SIDECARS, WRITTEN, all_captions, check_text, file_key, kohya_name, some
 
 
@@ -284,7 +285,7 @@ def read_pictures(folder, sizing, flag, masked, mask_dir):
     shown, folder, of_class = quoted(folder, 300), Path(folder), flag == "--class_data_dir"
     inside = [name for name in entries.folders if kohya_name(name)[1]] if not entries.pictures else []
     captions = all_captions(folder, entries.sidecars, flag)
-    report(entries, shown, inside)
+    report(entries, shown, folder, inside)
     class_words = kohya_name(folder)[1]
     listed = [(name, lambda path=folder / name: Image.open(path)) for name in entries.pictures]
     if entries.masks and not masked:
@@ -376,25 +377,26 @@ def unreadable(names):
     return f"{some(names)} cannot be read here: {'pip install pillow-heif, or ' * heif}save such images as JPEG or PNG"
 
 
-def report(entries, shown, inside=()):
+def report(entries, shown, folder, inside=()):
     """Says what of the `Entries` of a folder is not used.
 
     Args:
         shown: the folder, as a sentence has it.
+        folder: its path.
         inside: names of folders in it that are read.
     """
+    folders = [name for name in entries.folders if name not in inside and not name.startswith(".")]
     if entries.ignored:
         advice = f" ({unreadable(entries.foreign)})" if entries.foreign else ""
         names = some(entries.ignored)
         logger.warning(f"Ignored {len(entries.ignored)} files in {shown} that are not images: {names}{advice}.")
-    written = [name for name in entries.ignored if os.path.splitext(name)[1].lower() in WRITTEN]
-    if written:
+    others = [f"{name}/{each}" for name in folders for each in names_in(folder / name)]
+    if written := [name for name in entries.ignored + others if os.path.splitext(name)[1].lower() in WRITTEN]:
         logger.warning(
             f"If {some(written)} hold captions, they are lost: captions are read from {' or '.join(METADATA_NAMES)}"
             " (fields file_name, text), and from 01.txt or 01.caption beside a picture 01.jpg."
         )
-    folders = [name for name in entries.folders if name not in inside]
-    if any(not name.startswith(".") for name in folders):
+    if folders:
         logger.warning(f"Ignored folders in {shown}: {some(folders)}; only pictures beside them are read.")
     if entries.strange:
         logger.warning(f"Skipped links to nothing, pipes or devices in {shown}: {some(entries.strange)}.")
