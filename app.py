@@ -42,7 +42,6 @@ import gradio as gr
 from starlette.middleware import Middleware
 
 from personalization import flags
-from personalization.data.images import some
 from personalization.errors import InputError, quoted, run_script
 from personalization.web import app_runs
 from personalization.web.app_words import (
@@ -71,7 +70,7 @@ from personalization.web.command_lines import (
     shown,
 )
 from personalization.web.guard import Guard, is_loopback
-from personalization.web.workspace import Workspace, is_taken, is_text, model_resolution, safe_name
+from personalization.web.workspace import Workspace, is_text, model_resolution, safe_name
 
 
 SUBJECTS = REPO / "demo" / "subjects"
@@ -232,9 +231,8 @@ class Handlers:
 
     def upload(self, files, concept, base, class_word):
         concept = self.workspace.concept_name(concept) or "my-concept"
-        self.workspace.add_pictures(concept, files or [])
-        if others := [Path(path).name for path in files or [] if not is_taken(path)]:
-            gr.Warning(f"Not taken: {some(others)}. Pictures are JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF.", duration=8)
+        for note in self.workspace.add_pictures(concept, files or []).notes:
+            gr.Warning(say(note), duration=12)
         return [None, *self._added(concept, base, class_word)]
 
     def copy_folder(self, folder, concept, base, class_word):
@@ -242,7 +240,8 @@ class Handlers:
             raise InputError("Choose a folder first, or type the path of one in the workspace.")
         path = self.workspace.readable_path(folder)
         concept = self.workspace.concept_name(concept or path.name)
-        self.workspace.add_folder(concept, folder)
+        for note in self.workspace.add_folder(concept, folder).notes:
+            gr.Warning(say(note), duration=12)
         if path.parent == SUBJECTS and not class_word:  # they are called striped_star, dotted_circle, ...
             class_word = path.name.split("_")[-1]
         return self._added(concept, base, class_word)
@@ -567,7 +566,9 @@ def pictures_step(do):
         elem_id="concept",
     )
     with gr.Row(equal_height=True):
-        parts["upload"] = gr.File(file_count="multiple", label="Drop pictures", height=172, elem_id="upload", scale=2)
+        parts["upload"] = gr.File(
+            file_count="multiple", label="Drop pictures or a ZIP", height=172, elem_id="upload", scale=2
+        )
         with gr.Column():
             parts["folder"] = gr.Dropdown(
                 folders,
@@ -637,7 +638,7 @@ def model_step(do, concept):
             bases,
             value=bases[0][1],
             label="Base model",
-            info="Or type an id on the Hub, or a folder in the workspace.",
+            info="Or type an id on the Hub, or a folder or file in the workspace.",
             allow_custom_value=True,
             elem_id="base",
         )
@@ -880,7 +881,7 @@ def main(args, **options):
             inbrowser=args.open and has_screen(),
             show_error=True,
             ssr_mode=False,
-            max_file_size="100mb",
+            max_file_size="300mb",
             footer_links=[],
             theme=theme,
             css=CSS,

@@ -7,7 +7,7 @@ import torch
 
 from ..errors import InputError, plain, quoted
 from ..logs import get_logger
-from .captions import check_unicode, whole_word
+from .captions import MARKS, check_unicode, whole_word
 
 
 logger = get_logger(__name__)
@@ -194,7 +194,8 @@ def build_prompts(pictures, placeholder, base, learnable_property="object"):
 def or_replace(pictures, class_word):
     """The end of a sentence: the words that stand for the concept in captions without {}, to be replaced; or ""."""
     texts = [picture.caption.lower() for picture in pictures if picture.caption and "{}" not in picture.caption]
-    for word in filter(None, dict.fromkeys([*(picture.class_words for picture in pictures), class_word])):
+    known = [*(picture.class_words for picture in pictures), class_word]
+    for word in filter(None, dict.fromkeys([*MARKS, *known])):
         found = sum(bool(whole_word(word).search(text)) for text in texts)
         if found:
             return f', or give --caption_token "{word}", which {found} of {len(texts)} such captions name'

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from ..data import examples, images, prompts
-from ..data.captions import mark_concept
+from ..data.captions import mark_concept, some
 from ..data.examples import Concept
 from ..errors import InputError, plain, quoted
 from ..files import atomic_path, check_apart, check_writable
@@ -340,6 +340,8 @@ def read_class_folder(args, resolution):
         InputError: there are too few that can be read.
     """
     pictures = images.read_folder(args.class_data_dir, resolution, True, "--class_data_dir")
+    if captioned := [picture.name for picture in pictures if picture.caption is not None]:
+        logger.warning(f"Captions in --class_data_dir are lost ({some(captioned)}): class images have --class_prompt.")
     if len(pictures) < args.num_class_images:
         raise InputError(
             f"--class_data_dir {args.class_data_dir!r} has {len(pictures)} images that can be read, and"
