@@ -531,7 +531,7 @@ class Handlers:
     # The page itself -----------------------------------------------------------------------------------
 
     def load(self, remembered):
-        """A page that is opened or loaded again: with the concept and the run that it had, or a new concept."""
+        """A page that is opened or loaded again: as it was, or with a new concept."""
         remembered = remembered if isinstance(remembered, dict) else {}
         names, concepts = self.book.names(), self.workspace.concepts()
         known = remembered.get("run") in names
@@ -540,7 +540,9 @@ class Handlers:
         values = self.settings_of(concept)
         if known and concept and self.book.open(run_name).form.concept == concept:
             values = form_values(self.book.open(run_name).form)
-        step = TRAINING if known else PICTURES
+        step = remembered.get("step")
+        if type(step) is not int or step not in range(RESULT + 1):
+            step = TRAINING if known else PICTURES
         return [
             gr.update(choices=concepts, value=concept),
             gr.update(choices=self.choices(), value=run_name),
@@ -626,9 +628,9 @@ def build_page(book, captioner=None):
             show, inputs, command, **QUIET
         )
         gr.on(
-            [run.change, pictures["concept"].change],
-            lambda run, concept: {"run": run, "concept": concept},
-            [run, pictures["concept"]],
+            [run.change, pictures["concept"].change, step.change],
+            lambda run, concept, step: {"run": run, "concept": concept, "step": step},
+            [run, pictures["concept"], step],
             remembered,
             **QUIET,
         )
@@ -639,9 +641,9 @@ def page_tabs(tabs):
     return [child for child in tabs.children if isinstance(child, gr.Tab)]
 
 
-def confirmed(question, count=1):
-    """JavaScript that asks before a button does something for good; without a yes its first value is null."""
-    return f"(first, ...others) => [confirm({question!r}) ? first : null, ...others]"
+def confirmed(question):
+    """JavaScript that asks before a button does something for good; without a yes its value is null."""
+    return f"(value) => [confirm({question!r}) ? value : null]"
 
 
 def pictures_step(do):
@@ -1036,14 +1038,6 @@ def main(args, **options):
         print(
             f"Listening on {args.host}: everyone who reaches it may train here and see all that is in the workspace."
         )
-    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # nothing to fetch
-    theme = gr.themes.Soft(primary_hue="indigo", **fonts).set(
-        block_title_background_fill="none",
-        block_title_text_color="*body_text_color",
-        block_title_padding="0",
-        block_label_text_color="*body_text_color",
-        block_label_background_fill="*background_fill_secondary",
-    )
     guard = Middleware(Guard, host=args.host, names=tuple(args.allow_host))
     page = build_page(book, args.captioner).queue(default_concurrency_limit=8)
     try:
@@ -1056,7 +1050,7 @@ def main(args, **options):
             ssr_mode=False,
             max_file_size="100mb",
             footer_links=[],
-            theme=theme,
+            theme=make_theme(),
             css=CSS,
             head=f"<script>{SCRIPT}</script>",
             app_kwargs={"middleware": [guard]},
@@ -1066,6 +1060,33 @@ def main(args, **options):
         raise InputError(why_not_served(args, error)) from None
     queue.keep_moving(book, lambda: page.is_running)
     return page
+
+
+def make_theme():
+    """Gradio's, with borders that are to be seen and help that can be read, in the light and in the dark."""
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # nothing to fetch
+    subdued = {"": "*neutral_600", "_dark": "*neutral_300"}
+    borders = {"": "*neutral_400", "_dark": "*neutral_600"}
+    fields = {"": "*neutral_500", "_dark": "*neutral_400"}
+    colours = {
+        "block_info_text_color": subdued,
+        "body_text_color_subdued": subdued,
+        "input_placeholder_color": subdued,
+        "border_color_primary": borders,
+        "block_border_color": borders,
+        "input_border_color": fields,
+    }
+    named = {name + theme: colour for name, of_themes in colours.items() for theme, colour in of_themes.items()}
+    return gr.themes.Soft(primary_hue="indigo", **fonts).set(
+        block_title_background_fill="none",
+        block_title_text_color="*body_text_color",
+        block_title_padding="0",
+        block_label_text_color="*body_text_color",
+        block_label_background_fill="*background_fill_secondary",
+        block_border_width="1px",
+        input_border_width="1px",
+        **named,
+    )
 
 
 def why_not_served(args, error):

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import hashlib
+import html
 import importlib
 import json
 import os
@@ -24,6 +25,7 @@ import psutil
 import pytest
 from conftest import REPO
 from hub_server import TOKEN, HubServer
+from page import served
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
@@ -416,7 +418,7 @@ def test_a_base_whose_vocabulary_is_not_here_is_left_to_the_script(space, tmp_pa
 def test_a_command_line_works_as_copied(book, form, method, tmp_path):
     """From any folder, with the Python of the server; --help at its end, so that it trains nothing."""
     line = to_copy(book.command(replace(form, method=method, flags=default_flags(method, form.base))))
-    assert line in app.command_box(line).replace("&lt;", "<").replace("&gt;", ">").replace("&#x27;", "'")
+    assert line in html.unescape(app.command_box(line))
     done = subprocess.run(["bash", "-c", f"{line} --help"], cwd=tmp_path, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0 and METHODS[method].script in done.stdout, done.stderr
 
@@ -944,12 +946,14 @@ def test_bad_flags_of_the_server(words, said, capsys):
     assert end.value.code == 2 and said in capsys.readouterr().err
 
 
-def test_a_port_in_use_is_said_in_one_sentence(tmp_path, capsys):
-    with socket.socket() as other, pytest.raises(InputError, match="--port .* is in use, perhaps by this page"):
+def test_a_port_in_use_is_said_in_one_sentence(tmp_path):
+    with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = str(other.getsockname()[1])
-        app.main(app.parse_args(["--workspace", str(tmp_path / "w"), "--port", port]), quiet=True)
+        with pytest.raises(InputError, match="--port .* is in use, perhaps by this page"):
+            with served(tmp_path / "w", "--port", port):
+                pass
 
 
 def test_without_gradio_it_is_one_sentence(tmp_path):

@@ -288,9 +288,7 @@ class RunBook:
             InputError: something is missing, or the disk fails.
         """
         form = checked(form, self.workspace)
-        rows, _ = self.workspace.review(form.concept, 1)
-        if not any(row.thumbnail is not None for row in rows):
-            raise InputError("There are no pictures yet: add some in step 1.")
+        self.command(form)  # says what is missing
         check_form(form, self.workspace)
         with self._starting:
             name = self._next_name(form.concept)

@@ -81,12 +81,12 @@ def status_card(state, sentence, step, steps, seconds_left, doing=None, ahead=0,
             f"<b>Waiting</b> for its turn: {before}. It starts by itself; Stop takes it out.", "calm", "Waiting"
         )
     if state == app_runs.FINISHED:
-        return card(f"<b>Finished</b> after {step} steps. {best}", "good", "Finished")
+        return card(f"<b>Finished</b> after {step} steps. {best}", "good")
     if state == app_runs.STOPPED:
         goes_on = "Resume goes on right there; “Use it as it is” makes the result of what it has learned so far."
-        return card(f"<b>Stopped</b> at {count}, with a checkpoint. {goes_on}{bar}{best}", "calm", "Stopped")
+        return card(f"<b>Stopped</b> at {count}, with a checkpoint. {goes_on}{bar}{best}", "calm")
     if state == app_runs.FAILED:
-        return card(f"<b>Failed</b> at {count}. {say(sentence)}{bar}", "bad", "Failed")
+        return card(f"<b>Failed</b> at {count}. {say(sentence)}{bar}", "bad")
     return card("<b>Not started.</b>", "calm")
 
 

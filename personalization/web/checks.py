@@ -51,7 +51,7 @@ def check_words(form, known):
         raise InputError(f"Its name in prompts, {quoted(name)}, must be one word without spaces, such as <my-dog>.")
     if known is None:
         return
-    if start.lower() not in known:
+    if start and start.lower() not in known:
         raise InputError(
             f"What is it, in one plain word? The base model does not know {quoted(start)} as one word: choose a"
             " simpler one for the same kind of thing, such as dog."
