@@ -514,6 +514,43 @@ def test_a_model_s_caption_names_the_concept(caption, word, expected):
     assert captioner.with_concept(caption, word) == expected
 
 
+def test_captions_are_written_by_a_model_on_this_disk(book, tmp_path):
+    """A tiny BLIP of random weights, in a process of its own; captions that are there stay as they are."""
+    from transformers import (
+        BertTokenizerFast,
+        BlipConfig,
+        BlipForConditionalGeneration,
+        BlipImageProcessor,
+        BlipProcessor,
+    )
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "star", "on", "the", "beach"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    tokenizer = BertTokenizerFast(vocab={word: n for n, word in enumerate(words)})
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = sizes | {
+        "vocab_size": len(words),
+        "bos_token_id": 2,
+        "sep_token_id": 3,
+        "eos_token_id": 3,
+        "pad_token_id": 0,
+    }
+    text |= {"encoder_hidden_size": 16, "max_position_embeddings": 64}
+    config = BlipConfig(
+        text_config=text, vision_config=sizes | {"image_size": 32, "patch_size": 16}, projection_dim=16
+    )
+    BlipForConditionalGeneration(config).save_pretrained(tmp_path)
+    BlipProcessor(BlipImageProcessor(size={"height": 32, "width": 32}), tokenizer).save_pretrained(tmp_path)
+    book.workspace.save_captions("my-toy", [("0.png", ""), ("1.png", "my own {}")])
+    assert book.write_captions("my-toy", tmp_path, "star") == 1 and book.write_captions("my-toy", tmp_path, "") == 0
+    captions = {row.name: row.caption for row in book.workspace.review("my-toy", 64)[0]}
+    assert "{}" in captions["0.png"] and captions["1.png"] == "my own {}"
+    (tmp_path / "config.json").write_text("{}")
+    book.workspace.save_captions("my-toy", [("0.png", "")])
+    *_, (said, _) = app.Handlers(book, tmp_path).write_captions("my-toy", "star", None, "word", "")
+    assert 'class="card bad"' in said and "no model that describes pictures" in said
+
+
 def test_time_left_and_time_in_all():
     history = app_runs.History([(10, 1.0, 100.0), (20, 1.0, 105.0), (30, 1.0, 110.0)], [])
     assert history.seconds_left(50, 0) == 10.0 and history.seconds_left(50, 108) is None
