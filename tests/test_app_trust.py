@@ -305,5 +305,5 @@ def test_one_training_and_one_drawing_at_a_time(place, visitor, started, repo):
     first = book.draw(book.open(run), "a {}", 1, 0, 1, 4)
     next(first)
     for _ in range(3):
-        assert "A drawing is on the way: one at a time" in str(visitor.do("draw", run, "a {}", 1, 0, 1, 4))
+        assert "Images are on the way: one visitor at a time" in str(visitor.do("draw", run, "a {}", 1, 0, 1, 4))
     assert len(list((place[2] / "runs" / run / "drawings").iterdir())) == 1 and len(started) == 2

@@ -588,13 +588,13 @@ class RunBook:
         if "{}" not in prompt:
             raise InputError(f"Put {{}} or {form.subject} into the prompt, where the concept goes.")
         if not (run.output / run.method.result_name).is_file():
-            raise InputError("There is nothing to draw with yet: the run has written no result.")
+            raise InputError("There is nothing to generate with yet: the run has written no result.")
         flags = {"pretrained_model_name_or_path": form.base, "class_word": form.class_word, "draw_only": True}
         flags |= {name: flag_of(run.record["command"], name) for name in ("revision", "variant")}
         flags |= {"results": f"learned={run.output}", "num_images_per_prompt": int(count)}
         flags |= {"num_inference_steps": int(steps), "guidance_scale": float(guidance)}
         flags |= {"batch_size": 1 if not is_demo(form.base) else 4}
-        with self._starting, saying_why("The drawing could not be started"):
+        with self._starting, saying_why("The images could not be started"):
             numbers = [int(path.name) for path in run.folder.glob("drawings/[0-9]*") if path.name.isdecimal()]
             folder = run.folder / "drawings" / f"{max(numbers, default=0) + 1:04d}"
             folder.mkdir(parents=True)

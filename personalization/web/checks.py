@@ -99,12 +99,12 @@ def label(name):
 # Flags with a field of their own, and its label.
 LABELS = {
     "max_train_steps": "Steps",
-    "validation_steps": "Generate samples every",
+    "validation_steps": "Preview every",
     "learning_rate": "Learning rate",
     "train_batch_size": "Batch size",
-    "num_inference_steps": "Denoising steps of a sample",
-    "num_validation_images": "Images a sample",
-    "guidance_scale": "CFG scale of samples",
+    "num_inference_steps": "Denoising steps of a preview",
+    "num_validation_images": "Images a preview",
+    "guidance_scale": "CFG scale of previews",
     "seed": "Seed",
 }
 

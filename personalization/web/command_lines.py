@@ -77,7 +77,7 @@ class Method:
 METHODS = {
     "word": Method(
         title="A new word",
-        about="Learns one word on the quantized model, with little more memory than drawing takes; the result is a few"
+        about="Learns one word on the quantized model, with little more memory than generating takes; the result is a few"
         " kilobytes. --recipe fast follows the exact gradient, paper is ZOODiP: forward passes alone.",
         script="train_zoodip_textual_inversion.py",
         pictures_flag="train_data_dir",
@@ -128,7 +128,7 @@ METHODS = {
     "lora": Method(
         title="A LoRA (selective)",
         about="Trains small adapters by backpropagation through windows of the pictures, with the memory of half the"
-        " resolution; any program that reads a LoRA draws with it.",
+        " resolution; any program that reads a LoRA can use it.",
         script="train_selective_dreambooth_lora.py",
         pictures_flag="instance_data_dir",
         makes_a_word=False,
@@ -265,7 +265,9 @@ def training_command(form, pictures, output_dir, cache):
         raise InputError("Give the concept a name in prompts, such as <my-dog>.")
     prompt = (form.prompt or "").strip()
     if prompt and "{}" not in prompt and form.subject not in prompt:
-        raise InputError(f"The sample prompt {quoted(prompt)} does not say where the concept goes: put {{}} there.")
+        raise InputError(
+            f"The prompt of previews, {quoted(prompt)}, does not say where the concept goes: put {{}} there."
+        )
     flags = {"pretrained_model_name_or_path": form.base, method.pictures_flag: pictures}
     if method.makes_a_word:
         flags |= {"placeholder_token": form.subject.strip(), "initializer_token": form.class_word.strip()}

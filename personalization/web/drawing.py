@@ -54,8 +54,8 @@ class Painter:
             InputError: another drawing is on the way, or the disk fails.
         """
         if self.is_busy():
-            raise InputError("A drawing is on the way: one at a time, so that memory is enough. Try again soon.")
-        with saying_why("The drawing could not be started"):
+            raise InputError("Images are on the way: one visitor at a time, so that memory is enough. Try again soon.")
+        with saying_why("The images could not be started"):
             self.orders.mkdir(parents=True, exist_ok=True)
             self.forget_orders()
             if self.is_alive():

@@ -411,7 +411,7 @@ def look_at(path, resolution):
         size, thumbnail, problems = _seen(path, facts.st_ino, facts.st_size, facts.st_mtime_ns)
     problems = list(problems)
     if thumbnail is not None and min(size) < resolution:
-        how_small = f"is only {size[0]} x {size[1]} pixels and the model draws {resolution} x {resolution}"
+        how_small = f"is only {size[0]} x {size[1]} pixels and the model generates {resolution} x {resolution}"
         problems.append(f"{how_small}: it will be blurred")
     return thumbnail, problems
 
