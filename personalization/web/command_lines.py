@@ -77,8 +77,8 @@ class Method:
 METHODS = {
     "word": Method(
         title="A new word",
-        about="Learns one word on the quantized model, with little more memory than generating takes; the result is a few"
-        " kilobytes. --recipe fast follows the exact gradient, paper is ZOODiP: forward passes alone.",
+        about="Learns one word on the quantized model, with little more memory than generating takes; the result is a"
+        " few kilobytes. --recipe fast follows the exact gradient, paper is ZOODiP: forward passes alone.",
         script="train_zoodip_textual_inversion.py",
         pictures_flag="train_data_dir",
         makes_a_word=True,
@@ -266,7 +266,7 @@ def training_command(form, pictures, output_dir, cache):
     prompt = (form.prompt or "").strip()
     if prompt and "{}" not in prompt and form.subject not in prompt:
         raise InputError(
-            f"The prompt of previews, {quoted(prompt)}, does not say where the concept goes: put {{}} there."
+            f"The prompt of previews {quoted(prompt)} does not say where the concept goes: put {{}} there."
         )
     flags = {"pretrained_model_name_or_path": form.base, method.pictures_flag: pictures}
     if method.makes_a_word:
