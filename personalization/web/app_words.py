@@ -245,7 +245,7 @@ def shots(rows, fit):
 
 def crop_frame(size):
     """The square that a picture (width, height) is cropped to, as HTML over it; "" for a square."""
-    found = images.frame(size[1], size[0], 1000, True)
+    found = images.frame(size[1], size[0], 10_000, True)
     share = [kept / whole for kept, whole in zip(found.kept, found.scaled)]
     if min(share) > 0.99:
         return ""
