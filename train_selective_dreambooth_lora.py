@@ -566,7 +566,7 @@ def override_training_arguments(parser):
     override("max_train_steps", help=length)
     override("gradient_accumulation_steps", help="Batches averaged before one update.")
     override("center_crop", decides=flags.NOTHING, help=dreambooth.CROPS)
-    override("learning_rate", help=f"Learning rate of BP-low's AdamW. {OF_THE_FAMILY}")
+    override("learning_rate", default=None, help=f"Learning rate of BP-low's AdamW. {OF_THE_FAMILY}")
     override("scale_lr", help="Multiply both learning rates by processes x accumulation steps x batch size.")
     override("adam_weight_decay", default=1e-4, help="Weight decay of AdamW.")
     override("adam_epsilon", default=1e-8, help="ε of AdamW.")
