@@ -153,9 +153,9 @@ def test_a_stopped_run_is_finished_as_it_is(train, basics):
         train(finish_now=True, resume_from_checkpoint="latest")
     out = Path(basics["--output_dir"])
     assert not (out / script.WEIGHTS_FILE).exists()
-    train(**{"max_train_steps": 2, "checkpointing_steps": 2})
+    train(checkpointing_steps=2)
     (out / script.WEIGHTS_FILE).unlink()
-    train(max_train_steps=6, finish_now=True, resume_from_checkpoint="latest")
+    train(finish_now=True, resume_from_checkpoint="checkpoint-2")
     assert (out / script.WEIGHTS_FILE).is_file()
     assert json.loads((out / script.PUBLICATION.config_name).read_text())["figures"]["steps"] == 2
 

@@ -68,7 +68,8 @@ class Run:
     @property
     def is_over(self):
         """Whether nothing is left to train."""
-        return self.args.finish_now or self.progress.step >= self.args.max_train_steps
+        args = self.args
+        return args.finish_now or self.progress.step >= args.max_train_steps
 
     def state_dict(self):
         """What all processes have in common."""
