@@ -450,11 +450,12 @@ class Handlers:
         left = history.seconds_left(run.steps, record.get("launched", 0)) if alive else None
         ahead = [other.name for other in self.book.waiting()].index(run.name) if waits else 0
         best = held_out_sentence(history, step if alive else 0)
-        status = status_card(state, sentence, step, run.steps, left, doing, ahead, best)
+        can_go_on = run.can_resume()
+        status = status_card(state, sentence, step, run.steps, left, doing, ahead, best, can_go_on)
         previews, log, table = run.grids(), run.log_tail(), curve(history)
         previews = strip(previews) if previews else ""
         can_resume = not alive and not waits and state != app_runs.FINISHED
-        can_finish = can_resume and run.can_resume()
+        can_finish = can_resume and can_go_on
         done = run.has_result() and not alive and not waits
         return {
             "status": ((run.name, status), status),

@@ -54,7 +54,7 @@ def say(text):
     return html.escape(str(text))
 
 
-def status_card(state, sentence, step, steps, seconds_left, doing=None, ahead=0, best=""):
+def status_card(state, sentence, step, steps, seconds_left, doing=None, ahead=0, best="", has_checkpoint=True):
     """How a run is, as HTML; `page.js` puts its `data-title` into the title of the tab.
 
     Args:
@@ -64,6 +64,7 @@ def status_card(state, sentence, step, steps, seconds_left, doing=None, ahead=0,
         doing: `run_logs.Doing` of one that is on.
         ahead: how many runs come before one that waits.
         best: of `held_out_sentence`.
+        has_checkpoint: whether one that was stopped can go on.
     """
     share = min(1.0, step / steps) if steps else 0.0
     bar = f'<div class="bar" data-step="{step}"><div style="width: {100 * share:.1f}%"></div></div>'
@@ -71,7 +72,7 @@ def status_card(state, sentence, step, steps, seconds_left, doing=None, ahead=0,
     if state == app_runs.RUNNING:
         left = f", about {duration(seconds_left)} left" if seconds_left is not None else ""
         phase = doing.phase if doing else "Training"
-        said = f"<b>Training</b>: {count}{left}." if step else f"<b>Starting</b>: {say(phase)}."
+        said = f"<b>Training</b>: {count}{left}." if step else f"<b>{say(phase)}</b> …"
         line = f"<p><code>{say(doing.bar)}</code></p>" if step and doing and doing.bar else ""
         text = f"{said} You may close this page, it goes on.{bar}{line}{best}"
         return card(text, "busy", f"{share:.0%} {count}" if step else phase)
@@ -83,8 +84,11 @@ def status_card(state, sentence, step, steps, seconds_left, doing=None, ahead=0,
     if state == app_runs.FINISHED:
         return card(f"<b>Finished</b> after {step} steps. {best}", "good")
     if state == app_runs.STOPPED:
-        goes_on = "Resume goes on right there; “Use it as it is” makes the result of what it has learned so far."
-        return card(f"<b>Stopped</b> at {count}, with a checkpoint. {goes_on}{bar}{best}", "calm")
+        goes_on = ", before its first checkpoint. Resume begins anew."
+        if has_checkpoint:
+            goes_on = ", with a checkpoint. Resume goes on right there; “Use it as it is” makes the result of what it"
+            goes_on += " has learned so far."
+        return card(f"<b>Stopped</b> at {count}{goes_on}{bar}{best}", "calm")
     if state == app_runs.FAILED:
         return card(f"<b>Failed</b> at {count}. {say(sentence)}{bar}", "bad")
     return card("<b>Not started.</b>", "calm")
