@@ -41,6 +41,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -799,6 +800,8 @@ def parse_args(input_args=None):
         parser.error("give either --reference_images, a folder of the subject's pictures, or --draw_only.")
     if args.push and args.draw_only:
         parser.error("--push needs scores: leave out --draw_only.")
+    if args.orders is not None and not args.draw_only:
+        parser.error("--orders is for drawing: give --draw_only, too.")
     return args
 
 
@@ -848,6 +851,8 @@ def make_parser():
     add("--dino_model", default="facebook/dinov2-base", path=flags.OR_NAME, help=dino)
     add("--trust_remote_code", action="store_true", help="Run model code beside the weights of --dino_model.")
     add("--output_dir", default="evaluation", path=True, help="Folder that everything is written to.")
+    stay = "With --draw_only: stay, and draw what is ordered in this folder (by the web page), until nothing comes."
+    add("--orders", path=True, metavar="FOLDER", help=stay)
     add("--push", action="store_true", help="Write each result's scores into its config and card, and push it.")
     return parser
 
@@ -859,6 +864,49 @@ def labelled_folder(text):
 
 
 def main(args):
+    opened = {}
+    evaluate(args, opened)
+    if args.orders is not None:
+        take_orders(Path(args.orders), opened)
+
+
+PATIENCE = 300  # seconds that a loaded pipeline waits for more to draw
+
+
+def take_orders(folder, opened, patience=PATIENCE):
+    """Draws what is ordered, with the pipeline that is loaded if the base is the same.
+
+    An order is `order.json` in a folder: {"words": a command line of this script, "log": the file that says how it
+    went}. One that fails ends the process, as it would have ended one of its own.
+
+    Args:
+        folder: of orders.
+        opened: see `evaluate`.
+        patience: seconds without an order after which it returns.
+    """
+    last, order = time.monotonic(), folder / "order.json"
+    while time.monotonic() - last < patience:
+        try:
+            given = read_json(order)
+            order.unlink()
+        except FileNotFoundError:
+            time.sleep(0.1)
+            continue
+        with open(given["log"], "ab") as log:
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+                os.dup2(log.fileno(), stream.fileno())
+        evaluate(parse_args(given["words"]), opened)
+        last = time.monotonic()
+
+
+def evaluate(args, opened):
+    """Draws, and unless it is told otherwise judges.
+
+    Args:
+        args: settings.
+        opened: base -> its pipeline; of one base at most, and kept for the next call.
+    """
     prompts = read_prompts(args.prompts)
     source = base_model.ModelSource(args.pretrained_model_name_or_path, args.revision, args.variant)
     base = base_model.open_base(source, args.tokenizer_name, families.FAMILIES.values())
@@ -884,9 +932,13 @@ def main(args):
     )
     with occupied(output_dir):
         claim_images(output_dir, columns, drawing)
-        draw_missing(output_dir, columns, drawing, open_pipeline(base, device), args.batch_size)
+        if drawing.base not in opened:
+            opened.clear()
+            opened[drawing.base] = open_pipeline(base, device)
+        draw_missing(output_dir, columns, drawing, opened[drawing.base], args.batch_size)
         if args.draw_only:
             print(f"Look at {output_dir / 'images'}")
+            write_json(output_dir / "done.json", {"fingerprints": {c.label: c.fingerprint for c in columns}})
             return
         scores = score_columns(args, columns, drawing, references, encoders)
     if args.push:

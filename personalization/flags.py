@@ -656,6 +656,8 @@ def add_saving_arguments(parser):
         decides=NOTHING,
         help='Checkpoint to go on from: a checkpoint-N folder, or "latest" (which starts afresh if there is none).',
     )
+    finish = "Train no further: write the result of the checkpoint that --resume_from_checkpoint finds."
+    add("--finish_now", action="store_true", decides=NOTHING, help=finish)
     return add
 
 

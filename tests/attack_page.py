@@ -108,7 +108,7 @@ def attack_records(world, data):
             world.page.observe(name, {}),
             world.page.push_line(name, "a/b", True),
             world.page.command(app.TRAINING, name, *form(BASE)),
-            world.page.choose_concept("my-toy", BASE),
+            world.page.choose_concept("my-toy"),
         ]
         sendable(shown)
     assert "Finished" in world.page.observe("good-1", {})[2]
@@ -196,6 +196,12 @@ def value_of(draw, component, good):
     return draw(WORDS)
 
 
+LOOKS = BASE, "word", "--center_crop"
+EVENTS = {  # what a component's own script sends beside the values
+    "remove_picture": {"remove": "nothing.png"},
+    "save_caption": {"picture": "0.png", "caption": "a {}"},
+}
+
 GOOD = {
     "command": lambda: [2, "good-1", *form(BASE)],
     "predict": lambda: form(BASE),
@@ -206,15 +212,17 @@ GOOD = {
     "draw": lambda: ["good-1", "a {}", 1, 0, 2, 4.0],
     "push_line": lambda: ["good-1", "a/b", True],
     "push": lambda: ["good-1", "a/b", True, "hf_x"],
-    "choose_concept": lambda: ["my-toy", BASE],
-    "pictures": lambda: ["my-toy", BASE],
-    "copy_folder": lambda: [str(SUBJECT), "my-toy", BASE, "star"],
-    "upload": lambda: [[], "my-toy", BASE, "star"],
-    "remove_picture": lambda: ["nothing.png", "my-toy", BASE],
-    "save_captions": lambda: [
-        {"headers": ["picture", "caption"], "data": [["0.png", "a {}"]], "metadata": None},
-        "my-toy",
-    ],
+    "choose_concept": lambda: ["my-toy"],
+    "pictures": lambda: ["my-toy", *LOOKS],
+    "copy_folder": lambda: [str(SUBJECT), "my-toy", "star", *LOOKS],
+    "upload": lambda: [[], "my-toy", *LOOKS],
+    "remove_picture": lambda: ["my-toy", *LOOKS],
+    "save_caption": lambda: ["my-toy"],
+    "rename_concept": lambda: ["other", "new"],
+    "delete_concept": lambda: ["other"],
+    "rename_run": lambda: ["other-1", "new"],
+    "delete_run": lambda: ["other-1"],
+    "finish": lambda: ["good-1"],
     "default_values": lambda: ["word", BASE],
     "load": lambda: [{"run": "good-1", "concept": "my-toy"}],
 }
@@ -232,7 +240,8 @@ def attack_forms(world, data):
     values = [value_of(data.draw, c, v) if i in hit else v for i, (c, v) in enumerate(zip(inputs, good))]
     world.faults.clear()
     try:
-        visitor.do(name, *values)
+        event = EVENTS.get(name) and value_of(data.draw, {"type": "html"}, EVENTS[name])
+        visitor.do(name, *values, event=event)
     except Refused as refusal:
         assert is_said(str(refusal)), refusal
     assert not world.faults, f"{name}: {world.faults}"

@@ -74,6 +74,16 @@ def draw(subjects, kind, sampling, model, seed=0):
     return script.draw_batch(subjects[kind], sampling, torch.ones(1000), model.scheduler, g)
 
 
+def test_the_rates_follow_the_family(tiny):
+    """Those of other trainers of LoRAs, and not those of the demo model, which wants twenty times as much."""
+    basics = {"pretrained_model_name_or_path": tiny / "base", "instance_data_dir": tiny / "pictures"}
+    for chosen, wanted in (({}, (1e-4, 1e-4)), ({"learning_rate": 2e-3}, (2e-3, 1e-4))):
+        words = as_arguments({f"--{name}": value for name, value in {**basics, "subject_name": "x", **chosen}.items()})
+        args = script.parse_args(words)
+        script.resolve_settings(args, torch.device("cpu"))
+        assert (args.learning_rate, args.zo_learning_rate) == wanted
+
+
 # ------------------------------------------------------------------------------------------- layers against autograd
 
 LAYERS = {

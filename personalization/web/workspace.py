@@ -279,6 +279,52 @@ class Workspace:
         others = {*entries.pictures, *entries.ignored} - {*names, *entries.masks.values()}
         return Added(copied, not_taken(sorted(name for name in others if not name.startswith("."))))
 
+    def new_concept_name(self, wanted="my-concept"):
+        """A name that no concept has yet: the wanted one, or with a number."""
+        wanted, taken = safe_name(wanted), {name.lower() for name in self.concepts()}
+        numbered = (f"{wanted}-{n}" for n in range(2, 10**6))
+        return wanted if wanted.lower() not in taken else next(n for n in numbered if n.lower() not in taken)
+
+    def rename_concept(self, concept, name):
+        """Gives a concept another name; returns it as it is on the disk.
+
+        Raises:
+            InputError: there is no such concept, no name, it is taken, or the disk fails.
+        """
+        old, new = self.existing_concept(concept), safe_name(str(name or "").strip(), "")
+        if not new:
+            raise InputError("Give the concept a new name first, such as my-dog.")
+        if new != old.name:
+            with self._lock, saying_why(f"The concept {quoted(concept)} could not be renamed"):
+                if (old.parent / new).exists():
+                    raise InputError(f"There is a concept {new} already: choose another name.")
+                old.rename(old.parent / new)
+        return new
+
+    def delete_concept(self, concept):
+        """Deletes a concept with its pictures and captions.
+
+        Raises:
+            InputError: there is no such concept, or the disk fails.
+        """
+        folder = self.existing_concept(concept)
+        with self._lock, saying_why(f"The concept {quoted(concept)} could not be deleted"):
+            if folder.is_symlink():
+                folder.unlink()
+            else:
+                shutil.rmtree(folder)
+
+    def existing_concept(self, concept):
+        """The folder of a concept.
+
+        Raises:
+            InputError: there is none.
+        """
+        name = self.concept_name(concept)
+        if not name or not (self.root / "concepts" / name).is_dir():
+            raise InputError(f"There is no concept {quoted(concept or '')}: choose one.")
+        return self.root / "concepts" / name
+
     def remove_picture(self, concept, name):
         """Deletes a picture of a concept; the caption goes with it."""
         folder = self.concept_folder(concept)
@@ -291,7 +337,7 @@ class Workspace:
                 self._write_captions(folder, captions)
 
     def save_captions(self, concept, rows):
-        """Writes `metadata.jsonl`, whole or not at all.
+        """Writes captions of some pictures into `metadata.jsonl`, all of them or none.
 
         Args:
             concept: its name.
@@ -300,14 +346,14 @@ class Workspace:
         Raises:
             InputError: a caption is no text, or the disk fails; the captions before are still there.
         """
-        folder = self.concept_folder(concept)
+        folder = self.existing_concept(concept)
         there, captions = set(os.listdir(folder)), {}
         for name, text in rows:
             caption = check_text("" if text is None else str(text), f"The caption of {plain(name)}")
             if name in there:
                 captions[name] = " ".join(caption.split()) if caption else ""
         with self._lock, saying_why("The captions could not be saved"):
-            self._write_captions(folder, captions)
+            self._write_captions(folder, self._captions(folder) | captions)
 
     def review(self, concept, resolution):
         """Looks at the pictures of a concept.
@@ -444,7 +490,7 @@ def look_at(path, resolution):
         size, thumbnail, problems = _seen(path, facts.st_ino, facts.st_size, facts.st_mtime_ns)
     problems = list(problems)
     if thumbnail is not None and min(size) < resolution:
-        how_small = f"is only {size[0]} x {size[1]} pixels and the model draws {resolution} x {resolution}"
+        how_small = f"is only {size[0]} x {size[1]} pixels and the model generates {resolution} x {resolution}"
         problems.append(f"{how_small}: it will be blurred")
     return thumbnail, problems
 
