@@ -15,7 +15,8 @@ The shortest command that works, offline, on the demo base of this repository:
 
     python train_selective_dreambooth_lora.py \
         --pretrained_model_name_or_path demo/base --instance_data_dir demo/subjects/striped_star \
-        --subject_name star --train_batch_size 4 --max_train_steps 200 --output_dir star-lora
+        --subject_name star --train_batch_size 4 --learning_rate 2e-3 --zo_learning_rate 2e-3 \
+        --max_train_steps 200 --output_dir star-lora
 
 and on Stable Diffusion 1.5:
 
@@ -403,6 +404,8 @@ def resolve_settings(args, device):
         )
     args.resolution = base_model.check_resolution(base, args.resolution)
     args.center_crop = True
+    for name, value in base.family.settings_of_lora.items():
+        setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
     args.low_resolution = base_model.check_low_resolution(
         args.low_resolution, args.resolution, base.resolution_multiple
     )
@@ -553,8 +556,8 @@ def add_selection_arguments(add):
     add("--num_perturbations", type=int, default=4, limits=flags.Range(1, 4096), page=True, help=directions)
     step = "μ: step of the finite difference. Default: 1e-3, and 1e-2 with bf16."
     add("--perturbation_scale", type=float, limits=flags.Range(0.0, 1.0, above=True), page=True, help=step)
-    rate = "Learning rate of ZO-high's AdamW."
-    add("--zo_learning_rate", type=float, default=2e-3, limits=flags.RATE, page=True, help=rate)
+    rate = f"Learning rate of ZO-high's AdamW. {OF_THE_FAMILY}"
+    add("--zo_learning_rate", type=float, limits=flags.RATE, page=True, help=rate)
 
 
 def override_training_arguments(parser):
@@ -566,13 +569,14 @@ def override_training_arguments(parser):
     override("max_train_steps", help=length)
     override("gradient_accumulation_steps", help="Batches averaged before one update.")
     override("center_crop", decides=flags.NOTHING, help=dreambooth.CROPS)
-    override("learning_rate", default=2e-3, help="Learning rate of BP-low's AdamW.")
+    override("learning_rate", default=None, help=f"Learning rate of BP-low's AdamW. {OF_THE_FAMILY}")
     override("scale_lr", help="Multiply both learning rates by processes x accumulation steps x batch size.")
     override("adam_weight_decay", default=1e-4, help="Weight decay of AdamW.")
     override("adam_epsilon", default=1e-8, help="ε of AdamW.")
 
 
 DEFAULT_STEPS = 500
+OF_THE_FAMILY = "Default: 1e-4 (the demo model, a small one, wants 2e-3)."
 
 
 # =====================================================================================================

@@ -802,7 +802,7 @@ def _find(source, shown):
     try:
         return hf_hub_download(str(source), SCALES_FILE)
     except Exception as error:  # Hub and OS errors alike
-        reason = " ".join(str(error).split())[:300]
+        reason = " ".join(str(error).encode(errors="backslashreplace").decode().split())[:300]
         raise OSError(
             f"{shown} is neither a folder nor a repository on the Hub with {SCALES_FILE} ({reason})."
         ) from error

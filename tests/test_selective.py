@@ -3,6 +3,8 @@
 import copy
 import gc
 import itertools
+import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,13 +19,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
 from safetensors.torch import save_file
+from single_files import old_unet_name
 from tiny_base import SIZE, build_pictures, build_tiny_base
 
 import train_selective_dreambooth_lora as script
 import train_zoodip_textual_inversion as zoodip
 from personalization.errors import InputError
 from personalization.methods import dreambooth
-from personalization.models import base_model
+from personalization.models import base_model, single_file
 from personalization.models.frozen import hand_gradients_through
 
 
@@ -69,6 +72,16 @@ def spread(learner, by=0.1):
 def draw(subjects, kind, sampling, model, seed=0):
     g = torch.Generator().manual_seed(seed)
     return script.draw_batch(subjects[kind], sampling, torch.ones(1000), model.scheduler, g)
+
+
+def test_the_rates_follow_the_family(tiny):
+    """Those of other trainers of LoRAs, and not those of the demo model, which wants twenty times as much."""
+    basics = {"pretrained_model_name_or_path": tiny / "base", "instance_data_dir": tiny / "pictures"}
+    for chosen, wanted in (({}, (1e-4, 1e-4)), ({"learning_rate": 2e-3}, (2e-3, 1e-4))):
+        words = as_arguments({f"--{name}": value for name, value in {**basics, "subject_name": "x", **chosen}.items()})
+        args = script.parse_args(words)
+        script.resolve_settings(args, torch.device("cpu"))
+        assert (args.learning_rate, args.zo_learning_rate) == wanted
 
 
 # ------------------------------------------------------------------------------------------- layers against autograd
@@ -458,6 +471,30 @@ def test_an_untouched_pipeline_predicts_the_same_with_the_adapters(prepare, tiny
         pipeline.load_lora_weights(tmp_path, weight_name="weights.safetensors")
         torch.testing.assert_close(pipeline.unet(sample, torch.tensor(500), text).sample, ours, rtol=1e-5, atol=1e-6)
     assert (before - ours).abs().max() > 1e-3
+
+
+def as_automatic1111(name):
+    """The layer of the original model that Automatic1111 looks up for a LoRA's key, where blocks have 2 layers."""
+    way, i, j, rest = re.fullmatch(r"lora_unet_(down|up)_blocks_(\d+)_attentions_(\d+)_(.+)", name).groups()
+    number, half = 3 * int(i) + int(j), {"down": "input", "up": "output"}[way]
+    return f"diffusion_model_{half}_blocks_{number + (way == 'down')}_1_{rest}"
+
+
+def test_the_names_of_layers_are_those_that_automatic1111_and_comfyui_look_up():
+    """On the real architecture: ComfyUI makes its names of diffusers' layers, Automatic1111 of the original ones."""
+    config = json.loads((single_file.CONFIGS / "sd1" / "unet" / "config.json").read_text())
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(config)
+    script.add_adapters(unet, ["to_k", "to_q", "to_v", "to_out.0"], 1, 1, 0)
+    names = {name.removesuffix(".alpha") for name in script.kohya_tensors(unet) if name.endswith(".alpha")}
+    layers = [name.removesuffix(".base_layer") for name, _ in unet.named_modules() if name.endswith(".base_layer")]
+    assert len(names) == len(layers) == 128
+    assert names == {"lora_unet_" + layer.replace(".", "_") for layer in layers}
+    old = {old_unet_name(f"{layer}.weight", 2, lambda i: i > 0).removesuffix(".weight") for layer in layers}
+    middle = {name for name in names if "mid_block" in name}
+    found = {as_automatic1111(name) for name in names - middle}
+    found |= {name.replace("lora_unet_mid_block_attentions_0", "diffusion_model_middle_block_1") for name in middle}
+    assert found == {"diffusion_model_" + name.replace(".", "_") for name in old}
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input
