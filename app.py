@@ -56,6 +56,7 @@ from personalization.web.app_words import (
     GLYPHS,
     PROGRAMS,
     SCRIPT,
+    SERIES,
     card,
     card_text,
     command_box,
