@@ -191,7 +191,8 @@ def judge(args):
 
 def draw_sheet(images, path, side=192, shown=6):
     """A row for each folder of pictures in `images`, with its name; the first ones of each."""
-    folders = sorted(folder for folder in images.iterdir() if folder.is_dir())
+    folders = sorted((f for f in images.iterdir() if f.is_dir()), key=lambda f: (f.name in OPTIMIZERS, f.name))
+    shown = min(shown, len(list(folders[0].glob("*.png"))))
     sheet = Image.new("RGB", (shown * side, len(folders) * (side + 20)), "white")
     for row, folder in enumerate(folders):
         top = row * (side + 20)
