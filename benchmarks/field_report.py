@@ -151,6 +151,7 @@ def learn(args, name):
     steps = max(1, args.forwards // zoodip.OPTIMIZERS[name].num_forwards(settings))
     flags = given_flags(args) | OPTIMIZERS[name] | {"max_train_steps": steps, "validation_steps": max(1, steps // 5)}
     flags |= {"checkpointing_steps": max(1, steps // 5), "resume_from_checkpoint": "latest", "flip_probability": 0.0}
+    flags |= {"num_validation_samples": args.examples_judged}
     config = config_of(args.output_dir / name, flags)
     figures, kept = config["figures"], ("steps", "forward_passes", "seconds", "validation_losses", "share")
     return {
@@ -190,7 +191,8 @@ def judge(args):
 
 def draw_sheet(images, path, side=192, shown=6):
     """A row for each folder of pictures in `images`, with its name; the first ones of each."""
-    folders = sorted(folder for folder in images.iterdir() if folder.is_dir())
+    folders = sorted((f for f in images.iterdir() if f.is_dir()), key=lambda f: (f.name in OPTIMIZERS, f.name))
+    shown = min(shown, len(list(folders[0].glob("*.png"))))
     sheet = Image.new("RGB", (shown * side, len(folders) * (side + 20)), "white")
     for row, folder in enumerate(folders):
         top = row * (side + 20)
@@ -274,6 +276,7 @@ def parse_args(input_args=None):
     add("--forwards", type=int, default=3000, help="Forward passes of each learning run.")
     add("--steps", type=int, default=20, help="Steps of a run for memory and time.")
     add("--examples", type=int, default=6, help="Examples of the signal.")
+    add("--examples_judged", type=int, default=64, help="Examples of the validation loss.")
     add("--directions", type=int, default=32, help="Directions of the signal.")
     add("--num_inference_steps", type=int, default=25, help="Denoising steps of a picture.")
     add("--output_dir", type=Path, default=Path("field-report"), help="Where everything is written.")

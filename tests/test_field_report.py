@@ -41,7 +41,20 @@ def arguments(folder, **more):
         DEMO / "subjects" / "striped_star",
     ]
     words += ["--initializer_token", "star", "--rows", "int8", "--optimizers", "zo_adam"]
-    words += ["--forwards", 12, "--steps", 2, "--examples", 1, "--directions", 8, "--num_inference_steps", 1]
+    words += [
+        "--forwards",
+        12,
+        "--steps",
+        2,
+        "--examples",
+        1,
+        "--directions",
+        8,
+        "--num_inference_steps",
+        1,
+        "--examples_judged",
+        3,
+    ]
     words += ["--prompts", DEMO / "prompts.txt", "--output_dir", folder, "--trust_remote_code"]
     words += ["--clip_model", DEMO / "scorer", "--dino_model", DEMO / "scorer" / "identity"]
     return field_report.parse_args(list(map(str, words)))

@@ -34,6 +34,8 @@ def one(report):
         plain = [[label, "", "", "", "", "", *shown(row, metrics)] for label, row in plain_words(scores, runs)]
         rows = [[*run_row(name, run), *shown(scores.get(name, {}), metrics)] for name, run in runs.items()]
         lines.append(table(header, plain + rows))
+    if runs:
+        lines.append("Each optimizer's loss is of its own draws (of noise and timesteps): compare its ends, not rows.")
     lines += [f"*{name}* failed: {reason}" for name, reason in failed.items()]
     lines.append(f"By `{report['command']}`.{code_note([report])}")
     return "\n\n".join(lines)
