@@ -683,7 +683,7 @@ def test_runs_and_concepts_are_renamed_and_deleted(book, form, sleeping):
     (run.output / run.method.result_name).write_bytes(b"learned")
     renamed = book.rename(run, "The best one!")
     assert book.names() == ["The-best-one"] and not run.folder.exists()
-    assert (renamed.output / run.method.result_name).read_bytes() == b"learned"
+    assert (renamed.output / renamed.method.result_name).read_bytes() == b"learned"
     assert flag_of(renamed.record["command"], "output_dir") == str(renamed.output), "Resume finds its checkpoints"
     for name, said in (("The-best-one", ""), ("", "a new name first")):
         with pytest.raises(InputError, match=said) if said else contextlib.nullcontext():
