@@ -32,6 +32,7 @@ import contextlib
 import functools
 import importlib.util
 import inspect
+import re
 import shlex
 import socket
 import sys
@@ -48,7 +49,6 @@ from PIL import Image
 from starlette.middleware import Middleware
 
 from personalization import flags
-from personalization.data.images import some
 from personalization.errors import InputError, quoted, run_script
 from personalization.web import app_runs, queue, run_logs
 from personalization.web.app_words import (
@@ -56,6 +56,7 @@ from personalization.web.app_words import (
     GLYPHS,
     PROGRAMS,
     SCRIPT,
+    SERIES,
     card,
     card_text,
     command_box,
@@ -89,7 +90,7 @@ from personalization.web.command_lines import (
     to_copy,
 )
 from personalization.web.guard import Guard, is_loopback
-from personalization.web.workspace import Workspace, is_taken, is_text, model_resolution, safe_name
+from personalization.web.workspace import Workspace, is_text, model_resolution, safe_name
 
 
 SUBJECTS = REPO / "demo" / "subjects"
@@ -293,10 +294,8 @@ class Handlers:
 
     def upload(self, files, concept, *look):
         concept = self.workspace.concept_name(concept) or self.workspace.new_concept_name()
-        self.workspace.add_pictures(concept, files or [])
-        if others := [Path(path).name for path in files or [] if not is_taken(path)]:
-            kinds = "Pictures are JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF."
-            gr.Warning(say(f"Not taken: {some(others)}. {kinds}"), duration=8)
+        for note in self.workspace.add_pictures(concept, files or []).notes:
+            gr.Warning(say(note), duration=12)
         return [None, *self._shown(concept, *look)]
 
     def copy_folder(self, folder, concept, class_word, *look):
@@ -306,7 +305,8 @@ class Handlers:
         if not concept and path.parent != SUBJECTS:
             concept = self.workspace.new_concept_name(path.name)
         concept = self.workspace.concept_name(concept or path.name)
-        self.workspace.add_folder(concept, folder)
+        for note in self.workspace.add_folder(concept, folder).notes:
+            gr.Warning(say(note), duration=12)
         if path.parent == SUBJECTS and not class_word:
             class_word = plain_word_of(path.name)
         return [class_word, *self._shown(concept, *look)]
@@ -635,7 +635,23 @@ def build_page(book, captioner=None):
             remembered,
             **QUIET,
         )
+    fetch_nothing(page)
     return page
+
+
+def fetch_nothing(page):
+    """Lets no component of a `gr.Blocks` fetch what a visitor names instead of sending a file."""
+
+    def of_a_file(keep):
+        async def keep_file(path):
+            if re.match(r"\s*[a-z][a-z0-9+.-]*:", str(path), re.IGNORECASE):
+                raise gr.Error("This server fetches nothing for its visitors.", print_exception=False)
+            return await keep(path)
+
+        return keep_file
+
+    for block in page.blocks.values():
+        block.async_move_resource_to_block_cache = of_a_file(block.async_move_resource_to_block_cache)
 
 
 def page_tabs(tabs):
@@ -660,7 +676,9 @@ def pictures_step(do):
         elem_id="concept",
     )
     with gr.Row(equal_height=True):
-        parts["upload"] = gr.File(file_count="multiple", label="Drop pictures", height=172, elem_id="upload", scale=2)
+        parts["upload"] = gr.File(
+            file_count="multiple", label="Drop pictures or a ZIP", height=172, elem_id="upload", scale=2
+        )
         with gr.Column():
             parts["folder"] = gr.Dropdown(
                 folders,
@@ -756,7 +774,7 @@ def model_step(do):
             bases,
             value=bases[0][1],
             label="Base model",
-            info="Or type an id on the Hub, or a folder in the workspace.",
+            info="Or type an id on the Hub, or a folder or file in the workspace.",
             allow_custom_value=True,
             elem_id="base",
         )
@@ -846,7 +864,7 @@ def training_step():
         x="step",
         y="loss",
         color="series",
-        color_map={"training (running mean)": "#818cf8", "held-out": "#ea580c"},
+        color_map=dict(zip(SERIES, ("#818cf8", "#ea580c"))),
         title="Loss",
         height=280,
         visible=False,
@@ -1049,7 +1067,7 @@ def main(args, **options):
             inbrowser=args.open and has_screen(),
             show_error=False,  # a fault of the page is the log's, and an `InputError` is shown all the same
             ssr_mode=False,
-            max_file_size="100mb",
+            max_file_size="300mb",
             footer_links=[],
             theme=make_theme(),
             css=CSS,

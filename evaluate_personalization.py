@@ -59,8 +59,9 @@ import tuneqdm_pipeline as tuneqdm
 from personalization import flags
 from personalization.data import images
 from personalization.data.captions import check_unicode
+from personalization.data.prompts import normalized
 from personalization.errors import InputError, is_outside, quoted, reason, run_script, shorten
-from personalization.files import atomic_path, check_writable, read_json, sha256, write_json
+from personalization.files import atomic_path, check_apart, check_writable, read_json, sha256, write_json
 from personalization.models import base_model, families, weight_cache
 from personalization.runs import embeddings, provenance
 from personalization.runs.run_folder import occupied
@@ -203,7 +204,7 @@ KINDS = {
     "lora": Kind("pytorch_lora_weights.safetensors", "selective_config.json", "train_selective_dreambooth_lora.py"),
 }
 RESULT_FILE = KINDS["embedding"].result_name
-INPUTS = "pretrained_model_name_or_path", "reference_images", "clip_model", "dino_model"
+INPUTS = "pretrained_model_name_or_path", "tokenizer_name", "reference_images", "clip_model", "dino_model"
 PLAIN, DRAWING_FILE = "plain-word", "drawing.json"
 LABEL = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}"  # the name of a folder
 
@@ -341,6 +342,7 @@ def read_embedding(result):
             f"{result.shown} was learned on another base{home}: its vectors have {numbers[0]} entries and those of"
             f" {result.base.source.name!r} {numbers[1]}."
         )
+    print(f"{result.label}: the word {token!r}, {vectors[0].numel() // found[0]} vector(s), of {result.folder}")
     return result.column("embedding", token, config["settings"])
 
 
@@ -449,6 +451,10 @@ def claim_images(output_dir, columns, drawing):
     settings = Path(output_dir) / "images" / DRAWING_FILE
     known = read_claim(settings, output_dir, asdict(drawing))
     for column in columns:
+        paths = [image_path(output_dir, column, *cell) for cell in cells_of(drawing)]
+        if column.label not in known and (there := [path for path in paths if os.path.lexists(path)]):
+            raise unknown_pictures(output_dir, f"{DRAWING_FILE} does not know {column.label}/{there[0].name}")
+    for column in columns:
         if known.get(column.label, column.fingerprint) != column.fingerprint:
             for cell in cells_of(drawing):
                 image_path(output_dir, column, *cell).unlink(missing_ok=True)
@@ -470,16 +476,20 @@ def read_claim(path, output_dir, drawing):
         if not isinstance(before, dict) or not isinstance(known, dict):
             raise ValueError(f"{path.name} has entries of another type")
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(
-            f"--output_dir {str(output_dir)!r} has pictures of which nobody can say how they were drawn"
-            f" (images/{path.name}: {reason(error)}): give another."
-        ) from None
+        raise unknown_pictures(output_dir, f"{path.name}: {reason(error)}") from None
     if before != drawing:
         changed = [name for name, value in drawing.items() if before.get(name) != value] or sorted(before)
         raise InputError(
             f"--output_dir {str(output_dir)!r} has pictures drawn otherwise ({', '.join(changed)}): give another."
         )
     return known
+
+
+def unknown_pictures(output_dir, why):
+    return InputError(
+        f"--output_dir {str(output_dir)!r} has pictures of which nobody can say how they were drawn (images/{why}):"
+        " give another."
+    )
 
 
 def cells_of(drawing):
@@ -519,6 +529,7 @@ def draw_missing(output_dir, columns, drawing, pipeline, batch_size):
             for start in range(0, len(missing[column.label]), batch_size):
                 cells = missing[column.label][start : start + batch_size]
                 prompts = [drawing.prompts[p].replace("{}", column.word) for p, _ in cells]
+                prompts = [normalized(pipeline.tokenizer, prompt) for prompt in prompts]  # as words are named there
                 generators = [torch.Generator().manual_seed(seed_of(drawing, *cell)) for cell in cells]
                 for cell, image in zip(cells, draw(prompts, generator=generators, **options).images):
                     with atomic_path(image_path(output_dir, column, *cell)) as temporary:
@@ -609,6 +620,8 @@ class Encoders:
             self.clip_processor = AutoImageProcessor.from_pretrained(clip_model)
             if self.clip.config.model_type != "clip":
                 raise ValueError(f"it is a {self.clip.config.model_type} model and no CLIP")
+            if len(self.tokenizer) > self.clip.config.text_config.vocab_size:
+                raise ValueError("its tokenizer belongs to another model, with more words")
             self.clip_texts(["a photo"]), self.clip_images([Image.new("RGB", (64, 64))])
         with judging("--dino_model", dino_model):
             self.dino = load_encoder(AutoModel, dino_model, **code).to(device)
@@ -934,18 +947,16 @@ def evaluate(args, opened):
 
 
 def check_folders(args, columns, output_dir):
-    """Refuses an output folder that is one of the inputs, and results that scores cannot be pushed with.
+    """Refuses an output folder that is not apart from the inputs, and results that scores cannot be pushed with.
 
     Raises:
         InputError: see above.
     """
     inputs = [("--results", column.folder) for column in columns[1:]]
     inputs += [(f"--{name}", getattr(args, name)) for name in INPUTS if getattr(args, name)]
-    for flag, folder in inputs:
-        if os.path.isdir(folder) and output_dir.resolve().is_relative_to(Path(folder).resolve()):
-            raise InputError(
-                f"--output_dir {str(output_dir)!r} is in {flag} {quoted(folder)}, which is only read: give another."
-            )
+    for flag, path in inputs:
+        if os.path.exists(path):  # others are names on the Hub
+            check_apart(flag, path, output_dir)
     for column in columns[1:]:
         if args.push and not column.config_path.is_file():
             raise InputError(
@@ -954,22 +965,17 @@ def check_folders(args, columns, output_dir):
 
 
 def open_pipeline(base, device):
-    """The pipeline of plain diffusers that everything is drawn with.
+    """The pipeline that everything is drawn with, as plain diffusers draws; its weights are judged as for a training.
 
     Raises:
-        InputError: the weights of the base are no numbers.
+        InputError: they are missing, damaged or no numbers.
     """
-    pipeline = base.family.pipeline.from_pretrained(
-        base.source.name,
-        revision=base.source.revision,
-        variant=base.source.variant,
-        dtype=torch.float16 if device.type == "cuda" else torch.float32,
-        **base.family.pipeline_options,
-    )
-    for part, model in pipeline.components.items():
-        for key, weight in model.state_dict().items() if isinstance(model, torch.nn.Module) else ():
-            if weight.is_floating_point() and not weight.isfinite().all():
-                raise InputError(f"{base.source.label}: the {part} has NaN or infinity in {key}: get the model again.")
+    family, dtype = base.family, torch.float16 if device.type == "cuda" else torch.float32
+    parts = {name: base_model.load_component(base, name, dtype) for name in family.components}
+    parts |= dict(zip(family.tokenizers, base.tokenizers))
+    if base.single is not None:  # a file says nothing of how it is drawn with
+        parts["scheduler"] = family.sampler(base.scheduler)
+    pipeline = family.pipeline.from_pretrained(base.root, **parts, **family.pipeline_options)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 

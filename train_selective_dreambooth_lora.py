@@ -166,7 +166,7 @@ def zo_gradient(loss_fn, theta, num_perturbations, perturbation_scale, generator
     """
     base_loss, estimate = loss_fn(theta), torch.zeros_like(theta)
     for _ in range(num_perturbations):
-        direction = torch.randn(theta.shape, generator=generator).to(theta)
+        direction = examples.to_device(torch.randn(theta.shape, generator=generator), theta.device)
         slope = (loss_fn(theta + perturbation_scale * direction) - base_loss) / perturbation_scale
         estimate += direction * (slope / num_perturbations)
     return estimate, base_loss
@@ -300,15 +300,17 @@ def bp_low(learner, model, batch, sampling):
 def bp_window(learner, model, batch, sampling, drawn=None):
     """What `Windows` of a `Batch` of full resolution say, random ones if none are given; returns as `bp_low`.
 
-    The loss is that of the whole pictures.
+    The mean over what is drawn is that of whole pictures; so is the loss.
     """
     surroundings = model.surroundings
     drawn = drawn or surroundings.draw_windows(batch.noisy_latents, learner.data)
     with torch.no_grad(), surroundings.kept(drawn):
         loss = dreambooth_loss(model.errors(batch), sampling.batch_size, sampling.prior_weight)
-    parts = batch._replace(noisy_latents=drawn.of(batch.noisy_latents), target=drawn.of(batch.target))
-    if batch.weights.numel():
-        parts = parts._replace(weights=drawn.of(batch.weights))
+    parts = batch._replace(
+        noisy_latents=drawn.of(batch.noisy_latents),
+        target=drawn.of(batch.target),
+        weights=surroundings.weigh(batch.weights, drawn),
+    )
     with surroundings.standing_in():
         gradient, _ = bp_low(learner, model, parts, sampling)
     return gradient, loss
@@ -342,7 +344,8 @@ def train_step(learner, model, subjects, sampling, progress, average=lambda tens
         average: takes the mean of a tensor over processes.
 
     Returns:
-        The kind, and the mean loss of this process, a scalar on the device: nothing here waits for it.
+        The kind, and the mean loss of this process, a scalar on the device. Nothing here waits for it, but for the
+        scaler of float16 gradients, which asks once a step of BP-low whether they have overflown.
     """
     device, theta = model.compute.device, learner.theta
     probabilities = sampling.probabilities(progress, model.scheduler.config.num_train_timesteps)

@@ -5,6 +5,7 @@ import errno
 import hashlib
 import html
 import importlib
+import io
 import json
 import os
 import shlex
@@ -13,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.error
@@ -23,16 +25,19 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from conftest import REPO
 from hub_server import TOKEN, HubServer
 from page import served
 from PIL import Image
+from safetensors.torch import save_file
 from torch.utils.tensorboard import SummaryWriter
 
 import train_tuneqdm_dreambooth as tuneqdm
 import train_zoodip_textual_inversion as zoodip
+from personalization.data import images
 from personalization.errors import InputError
-from personalization.web import app_runs, app_words, captioner, processes, queue, run_logs, workspace
+from personalization.web import app_runs, app_words, captioner, processes, queue, run_logs, uploads, workspace
 from personalization.web.app_runs import (
     FAILED,
     FINISHED,
@@ -180,7 +185,7 @@ def test_pictures_behind_a_link_and_sent_paths_are_refused(space, tmp_path):
         space.add_folder("my-toy", "models/mine")
     with pytest.raises(InputError, match="outside the workspace"):
         space.add_pictures("my-toy", [tmp_path / "private.png"])
-    assert Workspace(space.root, [tmp_path]).add_pictures("my-toy", [tmp_path / "private.png"]) == 1
+    assert Workspace(space.root, [tmp_path]).add_pictures("my-toy", [tmp_path / "private.png"]).count == 1
 
 
 def test_base_models(space, demo_base):
@@ -195,6 +200,23 @@ def test_base_models(space, demo_base):
     assert app.model_resolution(demo_base) == 64 and app.model_resolution("user/model") == 512
 
 
+def test_base_models_in_single_files(space, form, demo_base, monkeypatch):
+    names = "conditioner.embedders.0.transformer.x", "conditioner.embedders.1.model.x"
+    prefixes = {"xl": names, "v1": ("cond_stage_model.transformer.x",)}
+    for name, text in prefixes.items():
+        content = {key: torch.zeros(1) for key in ("model.diffusion_model.x", "first_stage_model.x", *text)}
+        save_file(content, space.root / "models" / f"{name}.safetensors")
+    (space.root / "models" / "notes.txt").write_text("x")
+    paths = [str(space.root / "models" / f"{name}.safetensors") for name in ("v1", "xl")]
+    assert space.models() == paths and space.base_model("models/xl.safetensors") == paths[1]
+    assert [app.model_resolution(path) for path in paths] == [512, 1024]
+    assert app.model_resolution(space.root / "models" / "none.safetensors") == 512
+    with pytest.raises(InputError, match="is no model in diffusers format .* and no .safetensors or .ckpt"):
+        space.base_model("models/notes.txt")
+    command = RunBook(space).command(replace(form, base="models/xl.safetensors"))
+    assert flag_of(command, "pretrained_model_name_or_path") == paths[1]
+
+
 # =====================================================================================================
 # Pictures and captions
 # =====================================================================================================
@@ -202,7 +224,7 @@ def test_base_models(space, demo_base):
 
 def test_pictures_are_copied_once_and_with_their_captions(space, subject):
     count = len(list(subject.glob("*.png")))
-    assert space.add_folder("My Toy", subject) == count and space.add_folder("My Toy", subject) == 0
+    assert space.add_folder("My Toy", subject) == (count, []) and space.add_folder("My Toy", subject) == (0, [])
     assert space.concepts() == ["My-Toy"]
     rows, notes = space.review("My-Toy", 64)
     wanted = [json.loads(line) for line in (subject / "metadata.jsonl").read_text().splitlines()]
@@ -211,10 +233,103 @@ def test_pictures_are_copied_once_and_with_their_captions(space, subject):
 
     (space.root / "uploads" / "other").mkdir()
     Image.new("RGB", (64, 64), "red").save(space.root / "uploads" / "other" / "0.png")
-    assert space.add_pictures("My-Toy", [space.root / "uploads" / "other" / "0.png"]) == 1  # another with this name
+    another = space.root / "uploads" / "other" / "0.png"  # with this name
+    assert space.add_pictures("My-Toy", [another]).count == 1
     assert "0-2.png" in [row.name for row in space.review("My-Toy", 64)[0]]
     space.remove_picture("My-Toy", "0.png")
     assert "0.png" not in (space.root / "concepts" / "My-Toy" / "metadata.jsonl").read_text()
+
+
+def sent(space, name, content):
+    """A file as a browser sends it: in a folder of its own below the workspace."""
+    folder = Path(tempfile.mkdtemp(dir=space.root / "uploads"))
+    if isinstance(content, str):
+        picture = Image.new("RGB" if name.endswith("jpg") else "L", (64, 48), content)
+        content = io.BytesIO()
+        picture.save(content, "JPEG" if name.endswith("jpg") else "PNG")
+        content = content.getvalue()
+    (folder / name).write_bytes(content)
+    return folder / name
+
+
+def zipped(space, name, **files):
+    path = Path(tempfile.mkdtemp(dir=space.root / "uploads")) / name
+    with zipfile.ZipFile(path, "w") as archive:
+        for each, content in files.items():
+            archive.writestr(each, content)
+    return path
+
+
+CAPTION = "\ufeffa photo of a {}\r\non a sofa\r\n".encode()
+
+
+def test_captions_and_masks_come_with_their_pictures(space):
+    """Text files and masks by the names of pictures, which change where they are taken or not safe."""
+    files = {"IMG 01.jpg": "red", "IMG 01.txt": CAPTION, "IMG 01-masklabel.png": "white", "b.jpg": "blue"}
+    files |= {"b.caption": b"a {} in grass", "b-masklabel.png": "white", "c.jpg": "green", "c.txt": b""}
+    assert space.add_pictures("toy", [sent(space, *file) for file in files.items()]) == (3, [])
+    folder = space.root / "concepts" / "toy"
+    names = {"IMG-01.jpg", "IMG-01-masklabel.png", "b.jpg", "b-masklabel.png", "c.jpg", "metadata.jsonl"}
+    assert set(os.listdir(folder)) == names
+    rows, notes = space.review("toy", 32)
+    captions = {"IMG-01.jpg": "a photo of a {} on a sofa", "b.jpg": "a {} in grass", "c.jpg": ""}
+    assert {row.name: row.caption for row in rows} == captions
+    assert "2 of the pictures have a mask: with --masked_loss among the other flags" in notes[0]
+    more = {"b.jpg": "yellow", "b.txt": b"another {}", "b-masklabel.png": "gray"}
+    assert space.add_pictures("toy", [sent(space, *file) for file in more.items()]) == (1, [])
+    assert {row.name: row.caption for row in space.review("toy", 32)[0]} == captions | {"b-2.jpg": "another {}"}
+    assert space.add_pictures("toy", [sent(space, "c-masklabel.png", "white")]) == (0, [])
+    pictures = images.read_folder(folder, 32, True, masked=True)
+    assert {picture.name for picture in pictures if picture.mask is not None} == {*captions, "b-2.jpg"}
+    space.remove_picture("toy", "b.jpg")
+    assert not {"b.jpg", "b-masklabel.png"} & set(os.listdir(folder)) and "b-2-masklabel.png" in os.listdir(folder)
+
+
+def test_a_zip_file_is_unpacked(space):
+    red, blue = (sent(space, "x.jpg", colour).read_bytes() for colour in ("red", "blue"))
+    files = {"10_my dog/01.jpg": red, "10_my dog/01.txt": b"a {} here", "4_my dog/01.jpg": blue, "readme.pdf": b"x"}
+    files |= {"4_my dog/metadata.csv": b"file_name,text\n01.jpg,a {} there\n", "dog.json": b"{}", ".DS_Store": b"x"}
+    files |= {"__MACOSX/._01.jpg": b"x", "../evil.jpg": red, "/evil.jpg": red, "4_my dog/sub/": b""}
+    count, notes = space.add_pictures("dog", [zipped(space, "dog.ZIP", **files), sent(space, "02.jpg", "green")])
+    assert count == 3
+    assert {row.name: row.caption for row in space.review("dog", 32)[0]} == {
+        "01.jpg": "a {} here",
+        "01-2.jpg": "a {} there",
+        "02.jpg": "",
+    }
+    assert "Not taken: dog.json, readme.pdf." in notes[0] and "If dog.json hold captions, they are lost" in notes[0]
+    assert "drawn equally often" in notes[1]
+    assert not list((space.root / "uploads").glob("brought-*")) and not list(space.root.rglob("evil*"))
+
+
+def test_zip_files_that_are_refused(space, monkeypatch):
+    good = zipped(space, "a.zip", **{"a.jpg": b"x" * 100, "b.jpg": b"y"}).read_bytes()
+    locked = bytearray(good)
+    for mark, at in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
+        locked[locked.index(mark) + at] |= 1
+    for content, said in ((b"no zip", "a.zip is no ZIP file"), (good[:-30], "no ZIP"), (bytes(locked), "password")):
+        with pytest.raises(InputError, match=said):
+            space.add_pictures("dog", [sent(space, "a.zip", content)])
+    for name, value, said in (("MOST_BYTES", 50, "more than 0 GB unpacked"), ("MOST_FILES", 1, "holds 2 files")):
+        with monkeypatch.context() as patch, pytest.raises(InputError, match=said):
+            patch.setattr(uploads, name, value)
+            space.add_pictures("dog", [sent(space, "a.zip", good)])
+    link = zipfile.ZipInfo("a.jpg")
+    link.external_attr = 0o120777 << 16
+    with zipfile.ZipFile(path := space.root / "uploads" / "link.zip", "w") as archive:
+        archive.writestr(link, "/etc/passwd")
+    assert space.add_pictures("dog", [path]) == (0, [])
+    assert not list((space.root / "uploads").glob("brought-*"))
+
+
+def test_photos_of_a_phone(space):
+    heif = pytest.importorskip("pillow_heif")
+    heif.register_heif_opener()
+    content = io.BytesIO()
+    Image.new("RGB", (64, 48), "red").save(content, "HEIF")
+    assert space.add_pictures("dog", [sent(space, "IMG_1.HEIC", content.getvalue())]).count == 1
+    ((name, _, thumbnail, problems),), _ = space.review("dog", 32)
+    assert name == "IMG_1.HEIC" and thumbnail.size == (64, 48) and not problems
 
 
 def test_what_is_wrong_with_pictures(space, subject):
@@ -331,6 +446,12 @@ def test_flags_that_may_be_added_name_no_file(method, book, form):
         "center_crop": True,
         "learning_rate": "-1",
     }
+
+
+@pytest.mark.parametrize("threads, expected", [("4,2", "4"), ("3", "3"), ("", None), ("many", None), ("0", None)])
+def test_a_number_of_threads_from_outside(threads, expected, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    assert launcher()[-1] == (expected or str(psutil.cpu_count(logical=False) or 1))
 
 
 def re_path(name):

@@ -147,6 +147,19 @@ def test_what_is_read(place, visitor, repo, tmp_path):
 def test_the_server_fetches_nothing_for_visitors(visitor, url):
     for path in (f"file={url}", f"file/{url}", "file=" + url.replace(":", "%3A").replace("/", "%2F")):
         assert visitor.get(f"/gradio_api/{path}").status_code == 403
+    for path in (f"proxy={url}", "proxy=" + url.replace(":", "%3A").replace("/", "%2F")):
+        assert visitor.get(f"/gradio_api/{path}").status_code >= 400
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1/x.png", "https://evil.com/a.png"])
+def test_no_address_is_fetched_in_the_place_of_a_file(visitor, url, monkeypatch):
+    download = "gradio.processing_utils.async_ssrf_protected_download"
+    monkeypatch.setattr(download, lambda *_, **__: pytest.fail("fetched"))
+    sent = {"path": url, "url": url, "meta": {"_type": "gradio.FileData"}}
+    with pytest.raises(Refused, match="fetches nothing for its visitors"):
+        visitor.do("upload", [sent], "fetched", None, "")
+    with pytest.raises(Refused, match="fetches nothing for its visitors"):
+        visitor.do("save_captions", {"headers": ["a", "b"], "data": [["a.png", sent]], "metadata": None}, "fetched")
 
 
 PROGRAMS = {
@@ -218,6 +231,24 @@ def test_a_picture_is_decoded_once_for_all_visitors(place, visitor, monkeypatch)
 def test_no_folder_outside_is_read(visitor, folder):
     with pytest.raises(Refused, match="outside the workspace|is not a folder"):
         visitor.do("copy_folder", folder, "outside", "", *LOOK)
+
+
+@pytest.mark.parametrize("name", ["../../evil", "/evil", "..", "a/../../evil", "C:\\evil", "~/evil", "evil\n/../.."])
+def test_nothing_is_written_outside(place, visitor, started, repo, name):
+    """Whatever a concept or a picture is called, it is a folder of concepts and a file in that."""
+    outside = {path for path in place[2].parent.rglob("*") if not path.is_relative_to(place[2])}
+    concept = visitor.do("upload", visitor.upload((f"x{name}.png", png())), name, None, "")[1]["value"]
+    assert len(list((place[2] / "concepts" / concept).glob("*.png"))) == 1
+    visitor.do("save_captions", {"headers": ["a", "b"], "data": [[f"{name}.png", "x"]], "metadata": None}, name)
+    run = visitor.do("start", "", *form(str(repo / "demo" / "base"), concept=name))[0]["value"]
+    stop(place, visitor, run)
+    for folder in ("concepts", "runs"):
+        assert all(len(path.relative_to(place[2]).parts) == 2 for path in (place[2] / folder).iterdir())
+    words = started[0][0]
+    written = [words[words.index(f"--{flag}") + 1] for flag in ("output_dir", "quantized_cache_dir")]
+    assert all(app.Path(path).resolve().is_relative_to(place[2]) for path in written)
+    assert {path for path in place[2].parent.rglob("*") if not path.is_relative_to(place[2])} == outside
+    assert not app.Path("/evil").exists() and not app.Path("/evil.png").exists()
 
 
 # The owner's login -----------------------------------------------------------------------------------

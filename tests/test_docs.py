@@ -115,7 +115,7 @@ def test_figures_of_the_subjects_that_gauss_newton_was_not_tuned_on():
     for subject in ("dotted_circle", "checkered_ring"):
         loss = " | ".join(f"{mean(subject, method, 'loss'):.4f}" for method in compared)
         identity = " | ".join(f"{mean(subject, method, 'identity'):.3f}" for method in compared)
-        assert f"| {subject.replace('_', ' ')} | held-out loss | {loss} |\n| | identity | {identity} |" in page
+        assert f"| {subject.replace('_', ' ')} | validation loss | {loss} |\n| | identity | {identity} |" in page
     ours, paper, naive = (f"{mean('dotted_circle', m, 'identity'):.3f}"[1:] for m in ("fast_float32", *compared[:2]))
     for name in ("docs/results/methods.md", "docs/methods/gauss_newton.md"):
         words = " ".join(text_of(name).split())

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from ..errors import InputError, Stopped, handled, leave_terminal, reason
+from ..errors import InputError, Stopped, handled, leave_terminal, reason, uncovered
 from ..flags import Settings
 from ..logs import get_logger
 from ..models.base_model import Base
@@ -31,7 +31,7 @@ class Progress:
 
     step: int = 0
     seconds: float = 0.0  # of training, over all its parts
-    best_loss: float = float("inf")  # least held-out loss, and the step that had it
+    best_loss: float = float("inf")  # least validation loss, and the step that had it
     best_step: int | None = None
     validations_without_gain: int = 0
     forward_passes: int = 0  # of one example and candidate, over all processes
@@ -230,7 +230,8 @@ def stoppable(run):
         Stopped: with that sentence.
     """
     try:
-        yield
+        with uncovered():
+            yield
     except Stopped:
         raise
     except KeyboardInterrupt:

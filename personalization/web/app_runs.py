@@ -687,7 +687,7 @@ class Histories:
         loader, events = self._files.setdefault(str(path), (EventFileLoader(str(path)), []))
         with contextlib.suppress(Exception):  # half a record, or no file any more
             for event in loader.Load():
-                for value in event.summary.value:
+                for value in event.summary.value if is_number(event.step) and is_number(event.wall_time) else ():
                     if value.tensor.float_val:
                         events.append((value.tag, event.step, value.tensor.float_val[0], event.wall_time))
         return events
@@ -709,7 +709,7 @@ class TimedSteps(NamedTuple):
 
     start: float  # until the first step, without its validation
     step: float
-    held_out: float  # the held-out loss once
+    held_out: float  # the validation loss once
     drawing: float  # one image with `TRIAL`'s inference steps
     peak_mb: int  # of the process
 

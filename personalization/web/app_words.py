@@ -15,7 +15,7 @@ from ..data import images
 from . import app_runs
 
 
-SERIES = "training (running mean)", "held-out"
+SERIES = "training (running mean)", "validation"
 GLYPHS = {app_runs.RUNNING: "●", app_runs.FINISHED: "✓", app_runs.STOPPED: "■", app_runs.FAILED: "✕"}
 GLYPHS |= {app_runs.WAITING: "…"}
 
@@ -148,7 +148,7 @@ def prediction_card(memory_table, timed, flags, workspace):
 
 
 def curve(history, most=400):
-    """Losses as rows for the plot: the training loss as a running mean, and the held-out loss."""
+    """Losses as rows for the plot: the training loss as a running mean, and the validation loss."""
     rows, losses = [], [(step, value) for step, value, _ in history.loss]
     width = max(1, len(losses) // 20)
     every = max(1, len(losses) // most)

@@ -213,7 +213,8 @@ class Form:
 
 def launcher():
     """The words before a script: accelerate, told everything that it would ask or warn about."""
-    threads = int(os.environ.get("OMP_NUM_THREADS") or psutil.cpu_count(logical=False) or 1)
+    wanted = re.match(r"\s*(\d{1,4})", os.environ.get("OMP_NUM_THREADS", ""))  # "4,2" is of nested loops
+    threads = int(wanted[1] if wanted else 0) or psutil.cpu_count(logical=False) or 1
     words = "accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no"
     return [*words.split(), "--num_cpu_threads_per_process", str(threads)]
 
