@@ -615,9 +615,9 @@ def test_what_a_run_is_doing():
         ([0.3, 0.4, 0.5, 0.6], "now 0.6000: no better in the last 3 looks. It no longer improves: stop?"),
     ],
 )
-def test_the_held_out_loss_as_a_sentence(losses, said):
+def test_the_validation_loss_as_a_sentence(losses, said):
     history = app_runs.History([], [(25 * n, loss, 0.0) for n, loss in enumerate(losses)])
-    sentence = app.held_out_sentence(history, 100)
+    sentence = app.validation_sentence(history, 100)
     assert sentence.endswith(said) and bool(sentence) == bool(said)
 
 

@@ -63,7 +63,7 @@ def status_card(state, sentence, step, steps, seconds_left, doing=None, ahead=0,
         seconds_left: None as long as nobody knows.
         doing: `run_logs.Doing` of one that is on.
         ahead: how many runs come before one that waits.
-        best: of `held_out_sentence`.
+        best: of `validation_sentence`.
         has_checkpoint: whether one that was stopped can go on.
     """
     share = min(1.0, step / steps) if steps else 0.0
@@ -94,8 +94,8 @@ def status_card(state, sentence, step, steps, seconds_left, doing=None, ahead=0,
     return card("<b>Not started.</b>", "calm")
 
 
-def held_out_sentence(history, step):
-    """The held-out loss as a sentence; "" where there is too little of it.
+def validation_sentence(history, step):
+    """The validation loss as a sentence; "" where there is too little of it.
 
     Args:
         history: `app_runs.History`.
@@ -105,7 +105,7 @@ def held_out_sentence(history, step):
     if len(losses) < 3:
         return ""
     (least, best), (last, at) = min(losses), losses[-1]
-    said = f"Held-out loss: best at step {best} ({least:.4f})"
+    said = f"Validation loss: best at step {best} ({least:.4f})"
     if best == at:
         return f"{said}, still improving."
     since = sum(when > best for _, when in losses)
@@ -113,7 +113,7 @@ def held_out_sentence(history, step):
     return f"{worse}. It no longer improves: stop?" if since >= PATIENCE and step else f"{worse}."
 
 
-PATIENCE = 3  # looks at the held-out loss without a better one, after which the page asks whether to stop
+PATIENCE = 3  # looks at the validation loss without a better one, after which the page asks whether to stop
 
 
 def prediction_card(memory_table, timed, flags, workspace):
