@@ -63,7 +63,6 @@ from personalization.web.app_words import (
     curve,
     downloads,
     empty,
-    validation_sentence,
     pair,
     prediction_card,
     say,
@@ -73,6 +72,7 @@ from personalization.web.app_words import (
     strip,
     tiles,
     uses,
+    validation_sentence,
 )
 from personalization.web.checks import LABELS as FIELDS
 from personalization.web.command_lines import (
