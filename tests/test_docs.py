@@ -108,9 +108,8 @@ def test_times_and_memory_of_the_hardware_table():
         (entry,) = [e for e in frontier if (e["architecture"], e["row"], e["resolution"]) == wanted]
         seconds = statistics.fmean(entry["cpu_seconds_of_steps"][1:])
         length = f"projected: {500 * seconds / 3600:.1f} hours"
-        row(
-            f"{resolution} px", add, (f"{seconds:.1f} s", length), f"{entry['measured']['peak_rss_mb'] / 1024:.1f} GiB"
-        )
+        memory = f"{entry['measured']['peak_rss_mb'] / 1024:.1f} GiB"
+        row(f"{resolution} px", add, (f"{seconds:.1f} s", length), memory)
 
 
 def test_figures_of_the_subjects_that_gauss_newton_was_not_tuned_on():
