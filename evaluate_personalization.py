@@ -511,7 +511,7 @@ def draw_missing(output_dir, columns, drawing, pipeline, batch_size):
     """Draws every picture of every column that is not there yet.
 
     Raises:
-        InputError: a result does not fit the base; nothing was drawn.
+        InputError: a result does not fit the base, and nothing was drawn, or what it draws is no numbers.
     """
     missing = {
         c.label: [n for n in cells_of(drawing) if not is_drawn(image_path(output_dir, c, *n), drawing.resolution)]
@@ -525,6 +525,7 @@ def draw_missing(output_dir, columns, drawing, pipeline, batch_size):
             pass
     bar = tqdm(total=sum(map(len, missing.values())), desc="Drawing")
     for column in columns:
+        options["callback_on_step_end"] = functools.partial(check_latents, column)
         with showing(column, pipeline) as draw:
             for start in range(0, len(missing[column.label]), batch_size):
                 cells = missing[column.label][start : start + batch_size]
@@ -536,6 +537,18 @@ def draw_missing(output_dir, columns, drawing, pipeline, batch_size):
                         image.save(temporary)
                 bar.update(len(cells))
     bar.close()
+
+
+def check_latents(column, pipeline, step, timestep, tensors):
+    """A callback of pipelines, which make black pictures of what is no number.
+
+    Raises:
+        InputError: a step came to NaN or infinity.
+    """
+    if not tensors["latents"].isfinite().all():
+        whose = "the base model" if column.folder is None else f"--results {column.label}={column.folder}"
+        raise InputError(f"{whose} draws NaN or infinity: its numbers are too large, get or train it again.")
+    return tensors
 
 
 @contextlib.contextmanager

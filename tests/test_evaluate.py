@@ -345,6 +345,15 @@ def test_an_embedding_that_cannot_be_judged_is_refused(flags, results, monkeypat
         run(flags, f"first={results / 'one'}", f"odd={results / 'odd'}")
 
 
+def test_what_draws_no_numbers_is_refused(flags, results):
+    """Large numbers are finite, and what comes of them is not; pipelines make a black picture of it."""
+    (results / "large").mkdir()
+    save_file({"<x>": torch.full((1, 128), 1e25)}, results / "large" / "learned_embeds.safetensors")
+    with pytest.raises(InputError, match="--results large=.* draws NaN or infinity"):
+        run(flags, f"large={results / 'large'}")
+    assert not list((results / "scores").glob("images/large/*.png"))
+
+
 def test_two_words_in_a_file_are_both_known(flags, results):
     (results / "both").mkdir()
     words = {
