@@ -17,30 +17,53 @@ ROWS = {  # row -> its name, and when to take it
     "gradient-everything-kept": ("exact gradient, INT8, everything kept", "memory to spare"),
     "ti-fp32": ("Textual Inversion as diffusers has it, float32", "never: the exact gradient above is the same"),
 }
+# Steps to where the paper ends: its own length, or the forwards that the demo model took (`methods.json`) over those
+# of a step. The exact gradient is that of its float32 row; through INT8 weights it was not run to there.
+PAPERS_STEPS = 30_000
+LIKE = {"paper": None, "gauss-newton-bf16": ("fast", 34), "gauss-newton-openvino-bf16": ("fast", 34)}
+LIKE |= {"gauss-newton": ("fast_float32", 34), "gradient": ("gradient_ti", 3), "ti-fp32": ("gradient_ti", 3)}
 SIZES = {"sd15": "SD 1.5", "sdxl": "SDXL", "demo": "demo"}
 
 
-def frontier(result):
-    """benchmarks/results/frontier_cpu.json, as `benchmarks/bench_frontier.py` writes it."""
+def steps_to_the_papers_loss(row, methods):
+    """Of a row, by `methods.json`."""
+    like = max((name for name in LIKE if row.startswith(name)), key=len)
+    if LIKE[like] is None:
+        return PAPERS_STEPS
+    method, forwards = LIKE[like]
+    return round(methods["summary"][method]["reaches"]["loss"] / forwards)
+
+
+def points(result, methods):
+    """Of every entry: itself, MB of the loop above imports, seconds of a step, steps to the paper's loss."""
     entries = sorted(result["entries"], key=lambda e: (e["architecture"], e["resolution"], list(ROWS).index(e["row"])))
-    rows = []
     for entry in entries:
         measured, seconds = entry["measured"], entry["cpu_seconds_of_steps"][1:]
-        name, when = ROWS[entry["row"]]
-        size = f"{SIZES[entry['architecture']]}, {entry['resolution']} px"
         imports = measured["peak_anonymous_mb"] - measured["peak_anonymous_above_imports_mb"]
         loop = measured["phases"]["training"]["peak_anonymous_mb"] - imports
+        yield entry, loop, sum(seconds) / len(seconds), steps_to_the_papers_loss(entry["row"], methods)
+
+
+def frontier(result, methods):
+    """benchmarks/results/frontier_cpu.json, as `benchmarks/bench_frontier.py` writes it, and methods.json."""
+    rows = []
+    for entry, loop, seconds, steps in points(result, methods):
+        measured, (name, when) = entry["measured"], ROWS[entry["row"]]
+        size = f"{SIZES[entry['architecture']]}, {entry['resolution']} px"
         memory = [measured["peak_anonymous_above_imports_mb"], loop, measured["peak_rss_mb"]]
         memory = [f"{megabytes:.0f} MB" for megabytes in memory]
-        rows.append([size, name, *memory, f"{sum(seconds) / len(seconds):.1f} s", when])
-    first = entries[0]
+        hours = f"{seconds * steps / 3600:.{1 if seconds * steps < 36_000 else 0}f} h"
+        rows.append([size, name, *memory, f"{seconds:.1f} s", f"{steps:,}", hours, when])
+    first = result["entries"][0]
     note = (
         f"Random weights, batch 1, float32 activations unless said, one thread of {first['hardware']['name']}, torch"
         f" {first['versions']['torch']}. Time: CPU seconds of a step, the mean of the second and third. Anonymous"
         " memory above imports is the most of any phase: where the loop has less, it is the VAE's, which encodes the"
         " pictures first. Peak: with mapped pages of the weight file, which the system can"
-        f" drop; a process that only imports the libraries has {first['imports_peak_rss_mb']:.0f} MB. MB = 2^20. By"
-        " `benchmarks/bench_frontier.py`." + code_note(entries)
+        f" drop; a process that only imports the libraries has {first['imports_peak_rss_mb']:.0f} MB. MB = 2^20."
+        " Steps: the paper's own 30,000, and what the others took on the demo model to where its loss ends"
+        " ([methods](methods.md), float32 weights): a projection, nobody has trained so long here. By"
+        " `benchmarks/bench_frontier.py`." + code_note(result["entries"])
     )
     header = [
         "model",
@@ -49,6 +72,8 @@ def frontier(result):
         "of it in the loop",
         "peak of the process",
         "CPU time",
+        "steps to the paper's loss",
+        "product",
         "take it for",
     ]
     return table(header, rows) + "\n\n" + note

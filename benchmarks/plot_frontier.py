@@ -1,0 +1,50 @@
+#!/usr/bin/env python
+"""docs/frontier.png: memory against time of every way to a word, from `benchmarks/results`.
+
+    python benchmarks/plot_frontier.py
+
+Time is that of the way to the paper's final loss, a projection (see docs/results/frontier.md); memory, that of the
+training loop above imported libraries.
+"""
+
+import json
+
+import matplotlib.pyplot as plt
+
+from benchmarks.common import DOCS, RESULTS
+from benchmarks.tables.frontier import ROWS, SIZES, points
+from personalization.files import atomic_path
+
+
+plt.switch_backend("Agg")
+
+MARKERS = "osD^vP*XhH<>"
+
+
+def main():
+    result, methods = (json.loads((RESULTS / name).read_text()) for name in ("frontier_cpu.json", "methods.json"))
+    figure, axis = plt.subplots(figsize=(10, 5), constrained_layout=True)
+    sizes, names = [], list(ROWS)
+    for entry, loop, seconds, steps in points(result, methods):
+        size = f"{SIZES[entry['architecture']]}, {entry['resolution']} px"
+        if size not in sizes:
+            sizes.append(size)
+        row = names.index(entry["row"])
+        axis.scatter(
+            seconds * steps / 3600,
+            loop,
+            marker=MARKERS[row],
+            color=f"C{sizes.index(size)}",
+            s=60,
+            label=f"{size}: {ROWS[entry['row']][0].replace('*', '').replace('`', '')}",
+        )
+    axis.set(xscale="log", yscale="log", xlabel="hours to the paper's final loss, one thread (projected)")
+    axis.set(ylabel="memory of the loop above imports, MB")
+    axis.grid(alpha=0.3, which="both")
+    figure.legend(loc="outside right upper", fontsize=7)
+    with atomic_path(DOCS / "frontier.png") as temporary:
+        figure.savefig(temporary, dpi=90)
+
+
+if __name__ == "__main__":
+    main()
