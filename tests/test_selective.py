@@ -485,9 +485,10 @@ def test_the_names_of_layers_are_those_that_automatic1111_and_comfyui_look_up():
     config = json.loads((single_file.CONFIGS / "sd1" / "unet" / "config.json").read_text())
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(config)
-    script.add_adapters(unet, ["to_k", "to_q", "to_v", "to_out.0"], 1, 1, 0)
-    names = {name.removesuffix(".alpha") for name in script.kohya_tensors(unet) if name.endswith(".alpha")}
-    layers = [name.removesuffix(".base_layer") for name, _ in unet.named_modules() if name.endswith(".base_layer")]
+    layers = [name for name, _ in unet.named_modules() if name.endswith(("to_k", "to_q", "to_v", "to_out.0"))]
+    adapters = {f"unet.{layer}.lora_{half}.weight": torch.zeros(1, 1) for layer in layers for half in "AB"}
+    kohya = script.convert_state_dict_to_kohya(adapters)  # as `kohya_tensors` writes them
+    names = {name.removesuffix(".alpha") for name in kohya if name.endswith(".alpha")}
     assert len(names) == len(layers) == 128
     assert names == {"lora_unet_" + layer.replace(".", "_") for layer in layers}
     old = {old_unet_name(f"{layer}.weight", 2, lambda i: i > 0).removesuffix(".weight") for layer in layers}
