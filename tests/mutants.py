@@ -105,6 +105,11 @@ def verdict_of(mutant, folder, passing):
         path.write_text(right, encoding="utf-8")
 
 
+def read_verdicts():
+    """What is known: digest -> "noticed" or "survived"."""
+    return json.loads(STORE.read_text()) if STORE.is_file() else {}
+
+
 def report(mutants, known):
     """Prints what is known of mutants; returns whether each of them was noticed."""
     verdicts = {mutant.name: known.get(digest(mutant), "not tried") for mutant in mutants}
@@ -122,7 +127,7 @@ def main():
     parser.add_argument("--report", action="store_true", help="Try nothing; say what is known.")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="Begin no mutant after these.")
     args = parser.parse_args()
-    known, passing = json.loads(STORE.read_text()) if STORE.is_file() else {}, {}
+    known, passing = read_verdicts(), {}
     mutants = [mutant for mutant in read_mutants() if args.part in f"{mutant.name} {mutant.file}"]
     waiting = [mutant for mutant in mutants if digest(mutant) not in known]
     if waiting and not args.report:
@@ -135,7 +140,7 @@ def main():
                 verdict = verdict_of(mutant, Path(folder), passing)
                 print(f"{mutant.name}: {verdict}", flush=True)
                 if verdict in ("noticed", "survived"):
-                    known[digest(mutant)] = verdict
+                    known = read_verdicts() | {digest(mutant): verdict}  # another process may be at it, too
                     STORE.write_text(json.dumps(known, indent=1) + "\n")
     return 0 if report(mutants, known) else 1
 
