@@ -157,9 +157,7 @@ def test_no_address_is_fetched_in_the_place_of_a_file(visitor, url, monkeypatch)
     monkeypatch.setattr(download, lambda *_, **__: pytest.fail("fetched"))
     sent = {"path": url, "url": url, "meta": {"_type": "gradio.FileData"}}
     with pytest.raises(Refused, match="fetches nothing for its visitors"):
-        visitor.do("upload", [sent], "fetched", None, "")
-    with pytest.raises(Refused, match="fetches nothing for its visitors"):
-        visitor.do("save_captions", {"headers": ["a", "b"], "data": [["a.png", sent]], "metadata": None}, "fetched")
+        visitor.do("upload", [sent], "fetched", *LOOK)
 
 
 PROGRAMS = {
@@ -237,9 +235,9 @@ def test_no_folder_outside_is_read(visitor, folder):
 def test_nothing_is_written_outside(place, visitor, started, repo, name):
     """Whatever a concept or a picture is called, it is a folder of concepts and a file in that."""
     outside = {path for path in place[2].parent.rglob("*") if not path.is_relative_to(place[2])}
-    concept = visitor.do("upload", visitor.upload((f"x{name}.png", png())), name, None, "")[1]["value"]
+    concept = visitor.do("upload", visitor.upload((f"x{name}.png", png())), name, *LOOK)[1]["value"]
     assert len(list((place[2] / "concepts" / concept).glob("*.png"))) == 1
-    visitor.do("save_captions", {"headers": ["a", "b"], "data": [[f"{name}.png", "x"]], "metadata": None}, name)
+    visitor.do("save_caption", name, event={"picture": f"{name}.png", "caption": "x"})
     run = visitor.do("start", "", *form(str(repo / "demo" / "base"), concept=name))[0]["value"]
     stop(place, visitor, run)
     for folder in ("concepts", "runs"):
