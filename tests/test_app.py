@@ -645,6 +645,7 @@ def test_captions_are_written_by_a_model_on_this_disk(book, tmp_path):
         BlipProcessor,
     )
 
+    torch.manual_seed(0)
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "star", "on", "the", "beach"]
     (tmp_path / "vocab.txt").write_text("\n".join(words))
     tokenizer = BertTokenizerFast(vocab={word: n for n, word in enumerate(words)})

@@ -26,9 +26,14 @@ document.addEventListener("input", (event) => {
   if (slider) slider.style.setProperty("--at", `${event.target.value}%`);
 });
 
-const pageTitle = document.title;
+let ownTitle = null; // while a run's is shown; this script begins before the page has one
 setInterval(() => {
   const title = document.querySelector("#status [data-title]")?.dataset.title;
-  const wanted = title || pageTitle;
-  if (document.title !== wanted) document.title = wanted;
+  if (title) {
+    ownTitle ??= document.title;
+    document.title = title;
+  } else if (ownTitle !== null) {
+    document.title = ownTitle;
+    ownTitle = null;
+  }
 }, 1000);
