@@ -153,6 +153,19 @@ def test_split_and_batched_candidates_agree(demo_loss):
     assert len(whole.unique()) == 7
 
 
+def test_candidates_of_several_vectors_keep_to_their_own_rows(demo_loss):
+    _, start, (text_encoder, unet, batch, first) = demo_loss
+    ids = batch.prompt_ids.clone()
+    ids[0, (ids[0] == first).nonzero()[0, 0] + 1] = first + 1  # the second vector, in the place of a word
+    candidates = start + 0.05 * torch.randn(4, 2, start.shape[-1], generator=torch.Generator().manual_seed(1))
+    model = batch._replace(prompt_ids=ids), SD1, TextEncoders(SD1, [text_encoder]), unet, first
+    with torch.inference_mode():
+        together = zoodip.candidate_losses(candidates, *model)
+        one_by_one = zoodip.candidate_losses(candidates, *model, max_candidates=1)
+    torch.testing.assert_close(together, one_by_one, rtol=1e-5, atol=1e-6)
+    assert len(together.unique()) == 4
+
+
 def test_a_compiled_model_meets_passes_of_one_size(demo_loss):
     """Seven candidates in passes of three: the last is filled up, and what fills it up is left out of the losses."""
     loss_of, start, (_, unet, *_) = demo_loss
