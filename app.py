@@ -1104,7 +1104,10 @@ def make_theme():
         block_label_background_fill="*background_fill_secondary",
         block_border_width="1px",
         input_border_width="1px",
-        button_primary_background_fill="*primary_600",  # white on 500 is 4.47:1
+        checkbox_label_background_fill_selected="*primary_600",  # white on 500 is 4.47:1
+        checkbox_label_background_fill_selected_dark="*primary_600",
+        button_secondary_background_fill_hover_dark="*primary_600",
+        button_primary_background_fill="*primary_600",
         button_primary_background_fill_hover="*primary_700",
         button_primary_background_fill_dark="*primary_600",
         button_primary_background_fill_hover_dark="*primary_700",
