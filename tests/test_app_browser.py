@@ -356,7 +356,7 @@ def test_errors_are_sentences(browser, address, root, subject):
     toast(page, "There are no pictures yet")
     tab(page, 1)
     clicked = time.monotonic()
-    page.locator("#tiles button").first.click()  # one click from an empty page to a training
+    page.locator("#tiles button:has-text('Teach it')").first.click()  # one click from an empty page to a training
     page.wait_for_selector("#status :text('Starting')")
     assert value_of(page, "#concept") == subject.name
     if SCREENSHOTS:  # in full length, on a quiet machine
