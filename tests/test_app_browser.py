@@ -211,7 +211,7 @@ def test_from_pictures_to_a_download(browser, address, root, subject, tmp_path, 
     page.wait_for_selector("#status .busy")
     wait_until(page, lambda: step_of(page) >= 2)
     page.wait_for_selector("#samples img")
-    assert re.search(r"\d+% step \d+ of", page.title())
+    wait_until(page, lambda: re.search(r"\d+% step \d+ of", page.title()))
     if not SCREENSHOTS:
         page.reload()
         page.wait_for_selector("#status .bar")
