@@ -905,6 +905,8 @@ def take_orders(folder, opened, patience=PATIENCE):
         except FileNotFoundError:
             time.sleep(0.1)
             continue
+        except ValueError as error:
+            raise InputError(f"{order}: {error}; draw again.") from None
         with open(given["log"], "ab") as log:
             for stream in (sys.stdout, sys.stderr):
                 stream.flush()

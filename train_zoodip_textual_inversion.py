@@ -289,6 +289,8 @@ class Int8Layer(torch.nn.Module):
         buffer: `DequantizationBuffer` of the model.
     """
 
+    groups = 1  # of output channels that see different inputs
+
     def __init__(self, layer, buffer):
         super().__init__()
         weight, scale = quantize_per_channel(layer.weight)
@@ -300,7 +302,7 @@ class Int8Layer(torch.nn.Module):
         """Yields the weight in `dtype`, see `dequantize`, some output channels at a time: `(channels, weight)`."""
         count = len(self.weight)
         step = max(1, SLICE_BYTES * count // (self.weight.numel() * dtype.itemsize))
-        if step >= count or torch.compiler.is_exporting() or getattr(self, "groups", 1) > 1:
+        if step >= count or torch.compiler.is_exporting() or self.groups > 1:
             step = count
         for first in range(0, count, step):
             channels = slice(first, first + step)
@@ -1523,7 +1525,7 @@ def held_out_loss(model, theta, batches):
 
 
 def train(run):
-    """The training loop: forward passes only.
+    """The training loop.
 
     Raises:
         DivergedError: the loss is no longer finite.
@@ -1551,8 +1553,8 @@ def train(run):
 
             # The one read-out of the device: everything above runs without waiting for it. It also comes before
             # anything is judged or saved, so that no NaN ever replaces a good checkpoint or ends in the result.
-            due = (args.logging_steps, args.validation_steps, args.save_steps, args.checkpointing_steps)
-            due = last or any(step % every == 0 for every in due)
+            intervals = args.logging_steps, args.validation_steps, args.save_steps, args.checkpointing_steps
+            due = last or any(step % every == 0 for every in intervals)
             stop = stop_requested(due)
             if due or stop:
                 mean_loss = average(interval_loss / interval).item()

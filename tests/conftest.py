@@ -24,6 +24,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_base import build_pictures, build_tiny_base
 
 import train_zoodip_textual_inversion as zoodip
 
@@ -32,6 +33,18 @@ REPO = Path(__file__).resolve().parent.parent
 SCRIPT = REPO / "train_zoodip_textual_inversion.py"
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A folder with a tiny `base` and `pictures`."""
+    folder = tmp_path_factory.mktemp("tiny")
+    build_tiny_base(folder / "base")
+    build_pictures(folder / "pictures")
+    gc.collect()
+    gc.freeze()  # what the imports left is not looked through at every garbage collection of a run
+    yield folder
+    gc.unfreeze()
 
 
 def pytest_runtest_setup(item):

@@ -259,8 +259,8 @@ def test_from_pictures_to_a_download(browser, address, root, subject, tmp_path, 
     page.click("#draw")
     page.wait_for_selector("#drawn img")
     page.wait_for_selector("#drawing .card", state="detached")
-    assert page.locator("#drawn img").count() == 8
-    assert page.evaluate("Array.from(document.images).every(image => image.complete && image.naturalWidth > 0)")
+    wait_until(page, lambda: page.locator("#drawn img").count() == 8)
+    wait_until(page, lambda: page.evaluate("Array.from(document.images).every(image => image.naturalWidth > 0)"))
     page.get_by_role("tab", name="ComfyUI").click()
     page.wait_for_selector("#use-comfyui :text('embedding:my-toy')")
     assert page.locator("#files a").count() >= 2
@@ -274,8 +274,8 @@ def test_from_pictures_to_a_download(browser, address, root, subject, tmp_path, 
     tab(page, 1)
     page.get_by_text("Rename or delete this concept").click()
     page.click("#delete-concept")
+    wait_until(page, lambda: not (root / "concepts" / "my-toy").exists() and value_of(page, "#concept") == "")
     page.wait_for_selector("#tiles button")
-    assert not (root / "concepts" / "my-toy").exists() and value_of(page, "#concept") == ""
     assert hosts <= {"127.0.0.1"}, "the page asks nobody else"
     if SCREENSHOTS:
         write_screenshots(shots, repo / SCREENSHOTS, repo)
@@ -289,7 +289,7 @@ def test_no_wrong_start(browser, root, tmp_path, repo):
         page, _ = open_page(browser, address)
         page.locator("#upload input[type=file]").set_input_files([tmp_path / "tall.png"])
         page.wait_for_selector("#shots .shot i")  # a photo of 3:4 shows its crop
-        assert value_of(page, "#concept") == "my-concept"
+        wait_until(page, lambda: value_of(page, "#concept") == "my-concept")
         tab(page, 2)
         fill(page, "#class-word", "golden retriever")
         wait_until(page, lambda: "--center_crop" in page.locator("#command").inner_text())
@@ -316,7 +316,7 @@ def test_no_wrong_start(browser, root, tmp_path, repo):
         assert value_of(other, "#concept") == "" and not other.locator("#shots img").count()
         other.locator("#upload input[type=file]").set_input_files([tmp_path / "tall.png"])
         other.wait_for_selector("#shots .shot")
-        assert value_of(other, "#concept") == "my-concept-2"
+        wait_until(other, lambda: value_of(other, "#concept") == "my-concept-2")
         other.close()
 
         # What is typed is no HTML.
@@ -326,7 +326,7 @@ def test_no_wrong_start(browser, root, tmp_path, repo):
     with serve(root, port=port):
         page.reload()
         page.wait_for_selector("#shots .shot")
-        assert value_of(page, "#concept") == "my-concept", "it is remembered over a start of the server"
+        wait_until(page, lambda: value_of(page, "#concept") == "my-concept")  # remembered over a start of the server
 
 
 def write_screenshots(shots, folder, repo):
@@ -361,7 +361,7 @@ def test_errors_are_sentences(browser, address, root, subject):
     clicked = time.monotonic()
     page.locator("#tiles button:has-text('Teach it')").first.click()  # one click from an empty page to a training
     page.wait_for_selector("#status :text('Starting')")
-    assert value_of(page, "#concept") == subject.name
+    wait_until(page, lambda: value_of(page, "#concept") == subject.name)
     if SCREENSHOTS:  # in full length, on a quiet machine
         page.wait_for_selector("#status :text('Finished')", timeout=4 * SLOW)
         print(f"From one click to the result: {time.monotonic() - clicked:.0f} s")

@@ -537,3 +537,10 @@ def test_pictures_of_another_drawing_are_not_mixed(flags, results):
 def test_the_demo_ships_its_identity_encoder_as_it_is_built(repo):
     shipped = repo / "demo" / "scorer" / "identity" / "modeling_identity.py"
     assert shipped.read_bytes() == (repo / "demo" / "modeling_identity.py").read_bytes()
+
+
+@pytest.mark.parametrize("written", ["{", "[]", "\x00"])
+def test_a_damaged_order_is_a_sentence(tmp_path, written):
+    (tmp_path / "order.json").write_text(written)
+    with pytest.raises(InputError, match="order.json"):
+        evaluation.take_orders(tmp_path, {})

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_base import build_pictures, build_tiny_base, build_tiny_xl_base, tiny_unet
+from tiny_base import build_pictures, build_tiny_xl_base, tiny_unet
 
 import evaluate_personalization as evaluation
 import train_selective_dreambooth_lora as lora
@@ -46,14 +46,6 @@ from personalization.runs import hub, launch, loop
 SCRIPTS = {"word": zoodip, "scales": scales_script, "lora": lora}
 RESULTS = {"word": "learned_embeds.safetensors", "scales": tuneqdm.SCALES_FILE, "lora": lora.WEIGHTS_FILE}
 KINDS = [*SCRIPTS]
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    build_tiny_base(folder / "base")
-    build_pictures(folder / "pictures")
-    return folder
 
 
 @pytest.fixture
@@ -813,10 +805,14 @@ def test_layers_that_a_model_does_not_use_are_left_alone(train, tiny, tmp_path):
 def test_another_rank_is_waited_for_as_long_as_is_said(words, monkeypatch):
     started = []
     monkeypatch.setattr(launch, "Accelerator", lambda **options: started.append(options) or Alone())
-    launch.start(zoodip.parse_args(words("word")))
-    assert [each.timeout.total_seconds() for each in started[0]["kwargs_handlers"]] == [launch.GROUP_SECONDS]
-    code = "from personalization.runs import launch; print(launch.GROUP_SECONDS)"
-    environment = os.environ | {"ZOODIP_GROUP_TIMEOUT": "7"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=REPO, capture_output=True, text=True)
-    assert done.stdout.strip() == "7.0"
+    args = zoodip.parse_args(words("word"))
+    for value, seconds in ((None, 600), ("7", 7)):
+        if value:
+            monkeypatch.setenv("ZOODIP_GROUP_TIMEOUT", value)
+        launch.start(args)
+        assert [each.timeout.total_seconds() for each in started[-1]["kwargs_handlers"]] == [seconds]
+    for value in ("abc", "nan", "-1", "inf", ""):
+        monkeypatch.setenv("ZOODIP_GROUP_TIMEOUT", value)
+        with pytest.raises(errors.InputError, match="ZOODIP_GROUP_TIMEOUT"):
+            launch.start(args)
     assert errors.is_outside(RuntimeError("[../gloo/unbound_buffer.cc:81] Timed out waiting 7000ms for recv"))

@@ -1,7 +1,6 @@
 """BP-low and ZO-high: gradients against autograd, which kind when, and updates against loops of one kind."""
 
 import copy
-import gc
 import itertools
 import json
 import re
@@ -20,7 +19,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig
 from safetensors.torch import save_file
 from single_files import old_unet_name
-from tiny_base import SIZE, build_pictures, build_tiny_base
+from tiny_base import SIZE
 
 import train_selective_dreambooth_lora as script
 import train_zoodip_textual_inversion as zoodip
@@ -32,17 +31,6 @@ from personalization.models.frozen import hand_gradients_through
 
 BACKPROPAGATE = {"scaled": script.bp_low, "window": script.bp_window}
 ALWAYS, NEVER = 100.0, -100.0  # midpoints of a ramp that is 1, or 0, everywhere
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    build_tiny_base(folder / "base")
-    build_pictures(folder / "pictures")
-    gc.collect()
-    gc.freeze()  # what the imports left is not looked through at every garbage collection of a run
-    yield folder
-    gc.unfreeze()
 
 
 @pytest.fixture

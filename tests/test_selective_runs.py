@@ -1,7 +1,6 @@
 """Whole runs of BP-low / ZO-high: outputs, resuming, processes, the Hub, evaluation, and what a user can get wrong."""
 
 import ast
-import gc
 import json
 import shutil
 import sys
@@ -16,7 +15,6 @@ from conftest import REPO, _run, as_arguments
 from diffusers import StableDiffusionPipeline
 from hub_server import TOKEN, HubServer, Repo
 from safetensors.torch import load_file
-from tiny_base import build_pictures, build_tiny_base
 
 import evaluate_personalization as evaluation
 import train_selective_dreambooth_lora as script
@@ -29,17 +27,6 @@ from personalization.models import base_model
 
 SCRIPT = REPO / "train_selective_dreambooth_lora.py"
 WEIGHTS, KOHYA, CONFIG = script.WEIGHTS_FILE, script.KOHYA_FILE, script.PUBLICATION.config_name
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    build_tiny_base(folder / "base")
-    build_pictures(folder / "pictures")
-    gc.collect()
-    gc.freeze()  # what the imports left is not looked through at every garbage collection of a run
-    yield folder
-    gc.unfreeze()
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from hub_server import TOKEN, HubServer, Repo
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
-from tiny_base import build_pictures, build_tiny_base
+from tiny_base import build_pictures
 
 import train_tuneqdm_dreambooth as script
 import tuneqdm_pipeline as tuneqdm
@@ -39,14 +39,6 @@ from personalization.models import base_model
 
 SCRIPT = REPO / "train_tuneqdm_dreambooth.py"
 SCALES, CONFIG = tuneqdm.SCALES_FILE, tuneqdm.CONFIG_FILE
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    build_tiny_base(folder / "base")
-    build_pictures(folder / "pictures")
-    return folder
 
 
 @pytest.fixture

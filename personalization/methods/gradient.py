@@ -115,8 +115,8 @@ class GradientOptimizer(Optimizer):
             page=True,
             decides=RUN,
             help="Activations that are computed once more in the backward pass instead of kept. block: inside each"
-            " block, a quarter more time; layer: of these, once more, inside attentions and feed-forwards, for large"
-            " pictures; none: nothing.",
+            " block, for two fifths more time; layer: of these, once more, inside attentions and feed-forwards, for"
+            " large pictures; none: nothing.",
         )
 
     def check(self, args):

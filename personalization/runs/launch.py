@@ -1,5 +1,6 @@
 """The start of a run: its Accelerator, its folders, its trackers and its length, the last of its settings."""
 
+import contextlib
 import logging
 import math
 import os
@@ -11,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 
 from .. import flags
-from ..errors import InputError, is_outside, reason
+from ..errors import InputError, is_outside, quoted, reason
 from ..files import check_apart, check_writable
 from ..logs import get_logger
 from ..models import memory, weight_cache
@@ -55,12 +56,13 @@ def start(args):
     logging_dir = Path(args.output_dir) / args.logging_dir
     logging.basicConfig(format="%(asctime)s - %(levelname)s - %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     check_engines()
+    timeout = timedelta(seconds=group_seconds())
     try:
         accelerator = Accelerator(
             mixed_precision="no",  # weights and activations are cast once, by hand: autocast would cast at every step
             log_with=None if args.report_to == "none" else args.report_to,
             project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=logging_dir),
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=GROUP_SECONDS))],
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
         )
     except Exception as error:  # whatever accelerate raises on settings in the environment
         if is_outside(error):
@@ -77,11 +79,22 @@ def start(args):
     return accelerator
 
 
-# Seconds that a process waits for the others of its launch, which may be drawing validation images.
-GROUP_SECONDS = float(os.environ.get("ZOODIP_GROUP_TIMEOUT", 600))
 # ACCELERATE_USE_...
 ENGINES = {"DEEPSPEED": "DeepSpeed", "FSDP": "FSDP", "MEGATRON_LM": "Megatron-LM"}
 ENGINES |= {"PARALLELISM_CONFIG": "a parallelism configuration"}
+
+
+def group_seconds():
+    """Seconds that a process waits for the others of its launch, which may be drawing validation images.
+
+    Raises:
+        InputError: ZOODIP_GROUP_TIMEOUT is no such number.
+    """
+    given = os.environ.get("ZOODIP_GROUP_TIMEOUT", "600")
+    with contextlib.suppress(ValueError):
+        if 0 < float(given) <= 10**6:
+            return float(given)
+    raise InputError(f"ZOODIP_GROUP_TIMEOUT is {quoted(given)} and must be seconds, at most 1000000: set it anew.")
 
 
 def check_engines():
