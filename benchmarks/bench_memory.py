@@ -167,6 +167,7 @@ def predict(flags, device):
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
     said = common.run([sys.executable, "-c", ESTIMATE, *flags, "--estimate_memory"], **hidden)
     figures = json.loads(said.splitlines()[-1])
+    figures.pop("denoiser_label")
     libraries, phases = figures["libraries"], figures.pop("phases")  # a phase of 0 bytes does not take place
     sums = {f"while {name}": megabytes(size + libraries) for name, size in phases.items() if size}
     return {name: megabytes(size) for name, size in figures.items()} | sums

@@ -18,7 +18,7 @@ import re
 import shlex
 import subprocess
 import sys
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -102,7 +102,7 @@ def provenance(command=None, device="cpu", libraries=LIBRARIES):
     return {
         "command": command_line(command),
         **CODE,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "hardware": hardware(device),
         "versions": installed_versions(libraries),
         "busy_before": busy_before(),

@@ -245,6 +245,9 @@ def list_runs(grid, names, subjects, seeds, milestones, image_milestones, judgin
                 listed.append(Run(folder, name, method, subject, 0, (0,), (0,), judging, base, source))
         else:
             when = (milestones, image_milestones) if milestones else (ablations.milestones(name),) * 2
+            if method.budget:
+                when = [tuple(each for each in one if each <= method.budget) for one in when]
+                when[1] = when[1] or when[0][-1:]  # its end is drawn
             listed.append(Run(folder, name, method, subject, seed, *when, judging, base, source))
     return listed
 

@@ -75,7 +75,7 @@ def prepare(settings):
     texts = dreambooth.instance_texts(pictures, settings.instance_prompt, settings.subject_name)
     subjects, _ = script.load_subjects(settings, pictures, texts, None, base, compute)
     conditioning, _, _ = dreambooth.encode_texts(settings, texts, base, compute)
-    model, _ = script.load_model(settings, base, compute, conditioning, None)
+    model, _ = script.load_model(settings, base, compute, conditioning)
     return script.start_learner(settings, model), model, subjects, script.choose_sampling(settings)
 
 

@@ -124,7 +124,7 @@ def train_and_judge(settings, bits, subject, judge, lengths):
     loaded, _ = dreambooth.encode_pictures(pictures, texts, None, base, settings.flip_probability, compute)
     conditioning, _, _ = dreambooth.encode_texts(settings, texts, base, compute)
     if bits:
-        model, changes, _ = script.load_model(settings, base, compute, table, conditioning, None)
+        model, changes, _ = script.load_model(settings, base, compute, table, conditioning)
     else:
         unet = base_model.load_component(base, "unet")
         changes = dict(unet.requires_grad_(True).named_parameters())

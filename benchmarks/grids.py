@@ -20,6 +20,12 @@ def by_gradient(title, rate, learner="gradient"):
     return Method(title, f"{AUTOGRAD} --learning_rate {rate} --lr_scheduler cosine {PUTS}", learner)
 
 
+def by_small_gradient(title, budget=None, flags=""):
+    """The script's own, through the INT8 model with checkpointing; a forward computed again counts as one more."""
+    words = f"--optimizer gradient --quantization int8 --mixed_precision no {PUTS} {flags}"
+    return Method(title, words, budget=budget)
+
+
 def by_evolution(title, dimension, sigma):
     """CMA-ES with 30 candidates a step."""
     flags = f"--quantization int8 --mixed_precision no --num_perturbations 29 --train_batch_size 1 {PUTS}"
@@ -34,7 +40,17 @@ GRIDS = {
         "paper": Method("ZOODiP, paper's settings", f"{PAPER} {PUTS}"),
         "naive_zo": Method("naive ZO (no SG, no PUTS)", f"{PAPER} --sg_window 0 {UNIFORM}"),
         "gf_ti": by_evolution("GF-TI (CMA-ES)", 32, 1.0),
+        "gradient_750": by_small_gradient("gradient, INT8, checkpointed (ours), short", 750),
+        "gradient_1500": by_small_gradient("gradient, INT8, checkpointed (ours)", 1500),
+        "gradient_6000": by_small_gradient("gradient, INT8, checkpointed (ours), long", 6000),
         "fast": Method("Gauss-Newton, bf16 (ours)", "--optimizer gauss_newton --mixed_precision bf16"),
         "fast_float32": Method("Gauss-Newton, fp32 (ours)", "--optimizer gauss_newton --mixed_precision no"),
-    }
+    },
+    "gradient_rates": {  # to choose `gradient.RATE_OF_SPREAD`; a word of the demo base has a spread of 0.035
+        f"rate_{share}_{budget}": by_small_gradient(
+            f"{share} of the spread, {budget:,} forwards", budget, f"--learning_rate {share * 0.035:.4g}"
+        )
+        for share in (0.1, 0.25, 0.5, 1.0, 1.5)
+        for budget in (750, 1500)
+    },
 }

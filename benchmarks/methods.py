@@ -41,7 +41,8 @@ def prepare(words, length=None):
 class ForwardCount:
     """Example-forwards through a UNet. A backward pass counts as two, so one that autograd follows costs three.
 
-    A derivative that a pass computes beside its value is a row of its batch, and counts as one.
+    With checkpointing (`block`, not `layer`) it costs four. A derivative that a pass computes beside its value is a row
+    of its batch, and counts as one.
     """
 
     def __init__(self, unet):
@@ -225,12 +226,14 @@ class Method:
         flags: of the script.
         learner: key of `LEARNERS`; None is the plain word, which learns nothing.
         options: of the learner.
+        budget: example-forwards, where they are fewer than what the others get; its schedule is as short.
     """
 
     title: str
     flags: str = ""
     learner: str | None = "flagship"
     options: dict = field(default_factory=dict)
+    budget: int | None = None
 
     def make(self, task):
         return LEARNERS[self.learner](task, **self.options)

@@ -268,7 +268,7 @@ def test_the_table_says_how_sure_and_how_complete_it_is():
     sure += [stored("n_1", s, k, {4500: 0.6 + 0.01 * k}) for s in SUBJECTS for k in range(2)]
     assert "**+0.1050 [+0.1000, +0.1100]**" in tables.ablation(result_of("n", sure))
     with_kept = tables.ablation(result_of("sg_puts", [stored("paper", "a", 0, {4500: 0.5}, [5, 6])]))
-    assert "i*/τ" in with_kept and "| 0.55 |" in with_kept and with_kept.endswith("(ablation_sg.png)")
+    assert "i*/τ" in with_kept and "| 0.55 |" in with_kept and with_kept.endswith("(../ablation_sg.png)")
 
 
 def test_figures_are_drawn_from_what_is_there(tmp_path):

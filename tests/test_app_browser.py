@@ -15,6 +15,7 @@ import time
 import zipfile
 from pathlib import Path
 
+import psutil
 import pytest
 from PIL import Image
 from test_app import serve
@@ -57,7 +58,7 @@ def address(root):
         yield url
     for path in root.glob("runs/*/run.json"):
         for process in app_runs.processes_of(app_runs.Run(path.parent).record.get("process")):
-            with contextlib.suppress(app_runs.psutil.Error):
+            with contextlib.suppress(psutil.Error):
                 process.kill()
 
 

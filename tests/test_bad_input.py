@@ -88,7 +88,7 @@ def fault(basics, no_models, capsys):
         ({"resume_from_checkpoint": "checkpoint-7"}, "--resume_from_checkpoint 'checkpoint-7' is not a checkpoint"),
         ({"pretrained_model_name_or_path": "./no-model"}, "--pretrained_model_name_or_path './no-model' is not a"),
         ({"mixed_precision": "fp16"}, "--mixed_precision fp16 is unusably slow on a CPU"),
-        ({"gradient_checkpointing": True}, "--gradient_checkpointing means nothing here: no backward pass"),
+        ({"gradient_checkpointing": True}, "--gradient_checkpointing belongs to --optimizer gradient"),
         ({"dataloader_num_workers": 4}, "--dataloader_num_workers means nothing here"),
         ({"adam_beta1": 1.0}, "--adam_beta1 1.0 must be a finite number of at least 0 and below 1"),
         ({"flip_probability": 1.5}, "--flip_probability 1.5 must be a finite number of at least 0 and at most 1"),

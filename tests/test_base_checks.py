@@ -659,7 +659,6 @@ def test_absurd_sizes_are_refused(train, monkeypatch, flags, expected):
 
 
 def test_a_mere_shortage_stays_a_warning(basics, monkeypatch, caplog):
-    zoodip.Accelerator()
     host = SimpleNamespace(available=0, total=10**9)
     monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: host)
     monkeypatch.setattr(memory.psutil, "swap_memory", lambda: SimpleNamespace(total=10**9))

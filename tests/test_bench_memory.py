@@ -36,7 +36,9 @@ def test_two_rows_write_what_was_measured_and_predicted(tmp_path, monkeypatch):
     assert sum(trained["children_mb"].values()) < 10
     assert {"start", "quantizing the UNet", "training"} <= set(trained["phases"])
     assert abs(by_row["int8-first"]["deviation_percent"]) < 10
-    assert by_row["int8-first"]["predicted_mb"]["unet"] == pytest.approx(trained["components_mb"]["unet"], rel=0.05)
+    assert by_row["int8-first"]["predicted_mb"]["denoiser"] == pytest.approx(
+        trained["components_mb"]["unet"], rel=0.05
+    )
     loading = by_row["load-int8-no-cache"]["loading"]
     assert 0 < loading["peak_anonymous_above_start_mb"] <= loading["peak_rss_above_start_mb"] < 50
     assert by_row["int8-first"]["command"].startswith("python train_zoodip_textual_inversion.py --pretrained")

@@ -221,7 +221,10 @@ def test_scales_are_a_column_too(flags, results, demo_base, repo):
         with pytest.raises(InputError, match=expected):
             run(flags, f"tuned={scales}")
     write_json(scales / "tuneqdm_config.json", config)
-    of_another = config["scales"] | {"base_sha256": "", "base_sketch": [0.0] * len(config["scales"]["base_sketch"])}
+    of_another = config["scales"] | {
+        "base_sha256": 64 * "0",
+        "base_sketch": [0.0] * len(config["scales"]["base_sketch"]),
+    }
     path = scales / "tuneqdm_scales.safetensors"
     for metadata, expected in (
         ({"tuneqdm": json.dumps(of_another)}, "was trained on another base"),

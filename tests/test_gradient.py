@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 import train_zoodip_textual_inversion as zoodip
 from personalization.data import prompts
 from personalization.methods.gradient import loss_gradient
-from personalization.models import base_model
+from personalization.models import base_model, frozen
 
 
 CPU = torch.device("cpu")
@@ -93,11 +93,32 @@ def test_it_equals_plain_autograd_on_sdxl(basics, repo):
 @pytest.mark.parametrize("quantization", ["int8", "nf4", "none"])
 def test_checkpointing_changes_no_bit(basics, quantization):
     found = []
-    for checkpointing in ("none", "block"):
+    for checkpointing in frozen.CHECKPOINTING:
         task = build(basics, **SHORT, gradient_checkpointing=checkpointing, quantization=quantization)
         with torch.no_grad():
             found.append(loss_gradient(task.model, *start_and_batch(task))[0])
-    assert torch.equal(*found) and found[0].abs().max() > 0
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2]) and found[0].abs().max() > 0
+
+
+def test_feed_forwards_in_parts_are_the_same(basics, monkeypatch):
+    found = []
+    for tokens in (10**6, 3):
+        monkeypatch.setattr(frozen, "TOKENS_AT_A_TIME", tokens)
+        task = build(basics, **SHORT, gradient_checkpointing="layer")
+        with torch.no_grad():
+            found.append(loss_gradient(task.model, *start_and_batch(task))[0])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5 * found[0].abs().max().item())
+
+
+def test_a_backward_pass_in_slices_of_weights_is_the_same(basics, monkeypatch):
+    found = []
+    for size in (2**25, 2**12):
+        monkeypatch.setattr(zoodip, "SLICE_BYTES", size)
+        task = build(basics, **SHORT)
+        with torch.no_grad():
+            found.append(loss_gradient(task.model, *start_and_batch(task))[0])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5 * found[0].abs().max().item())
+    assert not torch.equal(*found)  # sums in another order: they were slices
 
 
 def test_checkpointing_keeps_less(basics):

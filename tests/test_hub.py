@@ -24,6 +24,7 @@ from personalization.errors import InputError, PushError
 from personalization.files import write_json
 from personalization.models.base_model import ModelSource
 from personalization.runs import hub as hub_module
+from personalization.runs import launch
 from personalization.runs.embeddings import save_full_pipeline
 from personalization.runs.hub import Publication, write_model_card
 from personalization.runs.run_folder import ResultFolder
@@ -393,7 +394,7 @@ def test_an_older_run_without_a_list_is_pushed_by_names_but_never_through_links(
 
 
 def test_a_list_cannot_name_what_is_never_published(here, run):
-    (run / "checkpoint-1").mkdir()
+    (run / "checkpoint-1").mkdir(exist_ok=True)
     (run / "checkpoint-1" / "state.pt").write_bytes(b"private")
     config = json.loads((run / "zoodip_config.json").read_text())
     config["files"]["checkpoint-1/state.pt"] = hashlib.sha256(b"private").hexdigest()
@@ -460,7 +461,7 @@ def test_push_only_with_a_damaged_embedding_is_one_sentence(here, run, damage, l
 
 
 def test_only_the_main_process_talks_to_the_hub(here, basics, monkeypatch):
-    monkeypatch.setattr(zoodip.Accelerator, "is_main_process", property(lambda self: False))
+    monkeypatch.setattr(launch.Accelerator, "is_main_process", property(lambda self: False))
     before = len(here.requests)
     flags = {**basics, "--push_to_hub": True, "--num_validation_samples": 0}
     zoodip.main(zoodip.parse_args(as_arguments(flags)))

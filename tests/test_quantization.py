@@ -62,6 +62,18 @@ def test_int8_layer_equals_the_layer_with_its_dequantized_weight(name):
         assert (quantized(x) - layer(x)).norm() < 0.02 * layer(x).norm()
 
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_weight_in_slices_gives_the_same(name, monkeypatch):
+    layer, shape = LAYERS[name]
+    quantized, x = int8(layer), torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        whole = quantized(x)
+        monkeypatch.setattr(zoodip, "SLICE_BYTES", 4 * quantized.weight[:5].numel())
+        sizes = [len(weight) for _, weight in quantized.slices(torch.float32)]
+        assert sum(sizes) == len(layer.weight) and max(sizes) == (12 if "grouped" in name else 5)
+        torch.testing.assert_close(quantized(x), whole)
+
+
 def test_layers_of_a_model_share_a_buffer_but_models_do_not_and_autograd_gets_its_own():
     buffer = DequantizationBuffer()
     layers = [int8(LAYERS["linear"][0], buffer) for _ in range(2)]

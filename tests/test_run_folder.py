@@ -23,7 +23,7 @@ from personalization import errors
 from personalization.data import examples
 from personalization.errors import DivergedError, InputError, RunError
 from personalization.files import sha256, write_json
-from personalization.runs import checkpoints, run_folder
+from personalization.runs import checkpoints, launch, run_folder
 
 
 QUIET = {"num_validation_samples": 0, "quantization": "none"}
@@ -466,6 +466,6 @@ def test_a_diverged_run_does_not_cost_another_runs_result(train):
 
 
 def test_a_tracker_that_does_not_start_is_bad_input(train, monkeypatch):
-    monkeypatch.setattr(zoodip.Accelerator, "init_trackers", full)
+    monkeypatch.setattr(launch.Accelerator, "init_trackers", full)
     with pytest.raises(InputError, match="--report_to tensorboard does not start .*--report_to none"):
         train(**QUIET, report_to="tensorboard")

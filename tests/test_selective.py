@@ -54,7 +54,7 @@ def prepare(tiny):
         texts = dreambooth.instance_texts(pictures, None, "star")
         subjects, _ = script.load_subjects(args, pictures, texts, None, base, compute)
         conditioning, _, _ = dreambooth.encode_texts(args, texts, base, compute)
-        model, _ = script.load_model(args, base, compute, conditioning, None)
+        model, _ = script.load_model(args, base, compute, conditioning)
         return script.start_learner(args, model), model, subjects, script.choose_sampling(args)
 
     return make

@@ -113,7 +113,9 @@ def test_launch_writes_everything(basics):
         for name in weights
         for part in ("lora_down.weight", "lora_up.weight", "alpha")
     }
-    assert {tensor.item() for name, tensor in kohya.items() if name.endswith("alpha")} == {4.0}
+    assert {tensor.item() for name, tensor in kohya.items() if name.endswith("alpha")} == {
+        2
+    }  # the rank: 4 is in the matrices
     card = (out / "README.md").read_text()
     assert "load_lora_weights" in card and "on pictures of 8 px" in card and '"a photo of star on the beach"' in card
     events = b"".join(path.read_bytes() for path in (out / "logs").rglob("*tfevents*"))
@@ -259,7 +261,7 @@ def test_a_launched_run_is_pushed_and_drawn_from_the_hub_by_plain_diffusers(hub,
     code += "\nlayer = pipeline.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1.to_q"
     code += "\nprint(layer.scaling, pipeline.get_active_adapters())"
     done = _run([sys.executable, "-c", code], 0, environment | {"PYTHONPATH": ""}, 300)
-    assert done.stdout.strip().endswith("{'default_0': 2.0} ['default_0']")  # alpha / rank = 4 / 2
+    assert done.stdout.strip().endswith("{'default_0': 1.0} ['default_0']")  # alpha / rank is in the matrices
 
 
 def test_push_only(hub, train, tmp_path, monkeypatch):
@@ -271,7 +273,7 @@ def test_push_only(hub, train, tmp_path, monkeypatch):
     push = ["--push_only", "--output_dir", str(out)]
     script.main(script.parse_args(push))
     repo = hub.repos["alice/later"]
-    assert set(repo.files) == {".gitattributes", "README.md", WEIGHTS, CONFIG, "loss_curve.png"}
+    assert set(repo.files) == {".gitattributes", "README.md", WEIGHTS, KOHYA, CONFIG, "loss_curve.png"}
     (out / WEIGHTS).write_bytes((out / WEIGHTS).read_bytes()[:-1])
     with pytest.raises(InputError, match=f"{WEIGHTS}' .*bring back"):
         script.main(script.parse_args(push))
@@ -311,13 +313,13 @@ def test_results_that_cannot_be_a_column(train, tiny):
     for change, expected in [
         ({"settings": config["settings"] | {"subject_name": None}}, "does not say what its subject is called"),
         ({"base_model": "another"}, "was learned on 'another' and not on"),
-        ({"settings": None}, "holds no LoRA weights that can be read"),
+        ({"settings": None}, "holds no config that can be read"),
     ]:
         write_json(out / CONFIG, config | change)
         with pytest.raises(InputError, match=expected):
             column(out, tiny / "base")
     (out / CONFIG).unlink()
-    with pytest.raises(InputError, match="holds no LoRA weights that can be read"):
+    with pytest.raises(InputError, match="has no selective_config.json, which says what its subject is called"):
         column(out, tiny / "base")
 
 

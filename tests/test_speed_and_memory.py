@@ -221,7 +221,6 @@ def test_estimate_memory_prints_and_loads_nothing(train, monkeypatch, capsys):
     ],
 )
 def test_too_little_memory_is_said_with_the_flags_that_fit(basics, monkeypatch, caplog, case, fix):
-    zoodip.Accelerator()
     rss = 500 * 2**20
     monkeypatch.setattr(memory, "process_memory", lambda: memory.ProcessMemory(rss, rss))
     flags = {"--num_perturbations": 8, "--quantization": "none", "--quantized_cache_dir": "none"}

@@ -129,7 +129,7 @@ def dreambooth_run(script, base_folder, place, **more):
 def test_tuneqdm(place, given, prediction):
     base_folder = place / f"sd-{prediction}"
     args, base, compute, subject, conditioning, table = dreambooth_run(tuneqdm, base_folder, place)
-    model, _, _ = tuneqdm.load_model(args, base, compute, table, conditioning, None)
+    model, _, _ = tuneqdm.load_model(args, base, compute, table, conditioning)
     sampling, generator = tuneqdm.choose_sampling(args, table), torch.Generator().manual_seed(0)
     batch = tuneqdm.draw_batch(subject, sampling, model.scheduler, generator)
     check(base_folder, batch, given, model.unet, lambda: model.errors(batch))
@@ -139,7 +139,7 @@ def test_tuneqdm(place, given, prediction):
 def test_lora(place, given, prediction):
     base_folder = place / f"sd-{prediction}"
     args, base, compute, subject, conditioning = dreambooth_run(selective, base_folder, place)
-    model, _ = selective.load_model(args, base, compute, conditioning, None)
+    model, _ = selective.load_model(args, base, compute, conditioning)
     sampling, generator = selective.choose_sampling(args, 1), torch.Generator().manual_seed(0)
     weights = torch.ones(base.scheduler.config.num_train_timesteps)
     batch = selective.draw_batch(subject, sampling, weights, model.scheduler, generator)

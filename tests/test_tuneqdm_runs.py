@@ -248,7 +248,9 @@ def test_the_cache_changes_nothing_and_is_mapped(train, tmp_path):
 
 
 def test_nan_stops_and_keeps_the_last_good_scales(train, tmp_path):
-    with pytest.raises(DivergedError, match=r"the loss became .* at step \d+: .*learning_rate"):
+    with pytest.raises(
+        DivergedError, match=r"(the loss became|the changes of the scales went beyond) .* at step \d+: .*learning_rate"
+    ):
         train(learning_rate=1e30, max_train_steps=40, logging_steps=1)
     assert all(scale.isfinite().all() for scale in load_file(tmp_path / "out" / SCALES).values())
 

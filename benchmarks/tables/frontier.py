@@ -5,13 +5,14 @@ from benchmarks.tables.markdown import code_note, table
 
 ROWS = {  # row -> its name, and when to take it
     "paper": ("ZOODiP, the paper's step (n = 2)", "the paper, to the letter"),
-    "paper-one-candidate": ("the same, one candidate a pass", "the least memory at 512 px with plain PyTorch"),
+    "paper-one-candidate": ("the same, one candidate a pass", "the paper in less memory"),
     "paper-low-vram": ("the same, `--low_vram`", "a GPU that cannot hold the INT8 weights"),
     "gauss-newton": ("Gauss-Newton, float32", "an engine without a backward pass"),
     "gauss-newton-bf16": ("Gauss-Newton, bfloat16", "the same, with bfloat16 units"),
     "gauss-newton-openvino": ("Gauss-Newton, OpenVINO, float32", "a CPU with memory to spare"),
     "gauss-newton-openvino-bf16": ("Gauss-Newton, OpenVINO, bfloat16", "the same, with bfloat16 units"),
     "gradient": ("**exact gradient, INT8, checkpointed**", "whenever PyTorch computes"),
+    "gradient-layer": ("the same, `--gradient_checkpointing layer`", "the least memory, pictures of 512 px and more"),
     "gradient-bf16": ("the same, bfloat16 activations", "the same, with bfloat16 units"),
     "gradient-everything-kept": ("exact gradient, INT8, everything kept", "memory to spare"),
     "ti-fp32": ("Textual Inversion as diffusers has it, float32", "never: the exact gradient above is the same"),

@@ -115,7 +115,8 @@ class GradientOptimizer(Optimizer):
             page=True,
             decides=RUN,
             help="Activations that are computed once more in the backward pass instead of kept. block: inside each"
-            " block, a quarter more time; none: nothing.",
+            " block, a quarter more time; layer: of these, once more, inside attentions and feed-forwards, for large"
+            " pictures; none: nothing.",
         )
 
     def check(self, args):
@@ -139,8 +140,8 @@ class GradientOptimizer(Optimizer):
         return 1
 
     def num_forwards(self, args):
-        """One, two for the backward pass, and one more for what checkpointing computes again."""
-        return 3 if args.gradient_checkpointing == "none" else 4
+        """One, two for the backward pass, and one more for each time that checkpointing computes them again."""
+        return 3 + frozen.CHECKPOINTING.index(args.gradient_checkpointing)
 
     def num_steps(self, args, family):
         return 500

@@ -3,6 +3,9 @@
 import functools
 
 import torch
+from diffusers.models.attention import FeedForward
+from diffusers.models.attention_processor import Attention
+from torch.utils.checkpoint import checkpoint
 
 
 class FrozenProduct(torch.autograd.Function):
@@ -18,37 +21,56 @@ class FrozenProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        layer = ctx.layer
-        weight = layer.dequantized(gradient.dtype)
-        if weight.dim() == 2:
-            return gradient @ weight, None, None
-        return torch.nn.grad.conv2d_input(ctx.shape, weight, gradient, *layer.options()), None, None
+        total = None
+        for channels, weight in ctx.layer.slices(gradient.dtype):
+            if weight.dim() == 2:
+                part = gradient[..., channels] @ weight
+            else:
+                part = torch.nn.grad.conv2d_input(ctx.shape, weight, gradient[:, channels], *ctx.layer.options())
+            total = part if total is None else total.add_(part)
+        return total, None, None
 
 
 def hand_gradients_through(model):
-    """Lets gradients through all frozen INT8 layers of a model, those that have `dequantized`; returns the model.
+    """Lets gradients through all frozen INT8 layers of a model, those that have `slices`; returns the model.
 
     Layers of other kinds (bitsandbytes' Linear4bit, unquantized ones) do so by themselves.
     """
     for layer in model.modules():
-        if hasattr(layer, "dequantized"):
+        if hasattr(layer, "slices"):
             layer.forward = functools.partial(_forward, layer, layer.forward)
     return model
 
 
-# What is computed once more in the backward pass, instead of kept: nothing, or what happens inside blocks.
-CHECKPOINTING = ("none", "block")
+# What is computed once more in the backward pass, instead of kept: nothing; what happens inside blocks; of that, a
+# second time, what happens inside attentions and, some tokens at a time, inside feed-forwards.
+CHECKPOINTING = ("none", "block", "layer")
+TOKENS_AT_A_TIME = 512
 
 
 def make_differentiable(model, checkpointing="none"):
-    """`hand_gradients_through`, and the gradient checkpointing of diffusers or transformers (of `CHECKPOINTING`)."""
+    """`hand_gradients_through`, and gradient checkpointing, of `CHECKPOINTING`."""
     hand_gradients_through(model)
-    if checkpointing == "block" and hasattr(model, "enable_gradient_checkpointing"):
+    if checkpointing == "none":
+        return model
+    if hasattr(model, "enable_gradient_checkpointing"):
         model.enable_gradient_checkpointing()
-    elif checkpointing == "block":
+    else:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()  # transformers checkpoints in training mode only; text encoders have no dropout
+    if checkpointing == "layer":
+        for layer in model.modules():
+            if isinstance(layer, Attention):
+                layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+            elif isinstance(layer, FeedForward):
+                layer.forward = functools.partial(_in_parts, layer.forward)
     return model
+
+
+def _in_parts(forward, states):
+    """A feed-forward of tokens `[b, n, d]`, which does not mix them: its inside is several times as wide."""
+    parts = states.split(TOKENS_AT_A_TIME, dim=1)
+    return torch.cat([checkpoint(forward, part, use_reentrant=False) for part in parts], dim=1)
 
 
 def _forward(layer, product, input):

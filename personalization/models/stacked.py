@@ -47,6 +47,9 @@ class Stacked:
     def dim(self):
         return self.ndim
 
+    def __len__(self):
+        return len(self.rows[0])
+
     def numel(self):
         return self.rows.numel()
 

@@ -101,12 +101,15 @@ def processes_of(record):
 
 
 def ask_to_stop(record):
-    """Ends a session: its script gets Ctrl+C, which writes a checkpoint; a launcher without one yet ends at once."""
+    """Ends a session: its script writes a checkpoint first; a launcher without one yet ends at once.
+
+    Not by Ctrl+C's signal: a page that a shell started in the background ignores it, and its runs with it.
+    """
     processes = processes_of(record)
     scripts = [process for process in processes if is_script(process)]
     for process in scripts or processes:
         with contextlib.suppress(psutil.Error):
-            process.send_signal(signal.SIGINT if scripts else signal.SIGTERM)
+            process.send_signal(signal.SIGTERM)
 
 
 def is_script(process):
