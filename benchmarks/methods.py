@@ -41,8 +41,8 @@ def prepare(words, length=None):
 class ForwardCount:
     """Example-forwards through a UNet. A backward pass counts as two, so one that autograd follows costs three.
 
-    With checkpointing (`block`, not `layer`) it costs four. A derivative that a pass computes beside its value is a row
-    of its batch, and counts as one.
+    With checkpointing (`block`, not `layer`) it costs four. A derivative that a pass computes beside its value is a
+    row of its batch, and counts as one.
     """
 
     def __init__(self, unet):
