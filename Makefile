@@ -1,5 +1,5 @@
 # Each target makes its own virtual environment on a fresh machine; a second call installs nothing.
-.PHONY: demo app docs test attack test-cuda pretend-cuda quality style evaluate ablations benchmark bench-real-photos clean
+.PHONY: demo app docs test attack mutants test-cuda pretend-cuda quality style evaluate ablations benchmark bench-real-photos clean
 
 VENV ?= .venv
 PYTHON ?= python3
@@ -28,6 +28,12 @@ test: $(VENV)/.installed-dev
 ATTACK ?=
 attack: $(VENV)/.installed-dev
 	$(BIN)/python tests/attack.py $(ATTACK)
+
+# Wrong lines that the tests should notice (tests/mutants.toml), half an hour, not part of CI; it goes on where it was.
+# MUTANTS=windows tries some of them, MUTANTS=--report says what is known.
+MUTANTS ?=
+mutants: $(VENV)/.installed-dev
+	$(BIN)/python tests/mutants.py $(MUTANTS)
 
 # On a machine with a GPU (`make test-cuda TORCH=torch`); elsewhere it says so in one line. PYTHON_CUDA=python3 takes that
 # Python as it is: it needs a CUDA build of torch and the packages of requirements-dev.txt.

@@ -9,7 +9,7 @@
 #     "matplotlib>=3.10", "numpy>=2.0", "pillow>=12.0", "tensorboard>=2.21", "tqdm>=4.66", "gradio>=6.31,<7",
 # ]
 # ///
-"""A web page on which a diffusion model learns a subject from a few photos, with the scripts of this repository.
+"""A web page on which a diffusion model learns a concept from a few photos, with the scripts of this repository.
 
     python app.py                               # http://127.0.0.1:7860, everything in ./workspace
     python app.py --workspace /data/concepts --read /data/photos --port 8000
@@ -30,65 +30,74 @@ import personalization.quiet  # noqa: F401, before the libraries whose false ala
 # isort: split
 import contextlib
 import functools
+import importlib.util
 import inspect
+import re
 import shlex
+import socket
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+
+if __name__ == "__main__" and importlib.util.find_spec("gradio") is None:
+    sys.exit("app.py: error: The page needs Gradio: pip install -r requirements-app.txt")
+
 import gradio as gr
+from PIL import Image
 from starlette.middleware import Middleware
 
 from personalization import flags
-from personalization.data.images import some
 from personalization.errors import InputError, quoted, run_script
-from personalization.web import app_runs
+from personalization.web import app_runs, queue, run_logs
 from personalization.web.app_words import (
     CSS,
     GLYPHS,
+    PROGRAMS,
+    SCRIPT,
+    SERIES,
     card,
     card_text,
+    command_box,
     curve,
+    downloads,
     empty,
+    held_out_sentence,
     pair,
     prediction_card,
     say,
+    shots,
+    slider,
     status_card,
     strip,
+    tiles,
+    uses,
 )
+from personalization.web.checks import LABELS as FIELDS
 from personalization.web.command_lines import (
     DEMO_BASE,
     METHODS,
     REPO,
     Form,
     default_flags,
+    fit_of,
     flag_words,
     is_demo,
     offered_methods,
     read_others,
     shown,
+    to_copy,
 )
 from personalization.web.guard import Guard, is_loopback
-from personalization.web.workspace import Workspace, is_taken, is_text, model_resolution, safe_name
+from personalization.web.workspace import Workspace, is_text, model_resolution, safe_name
 
 
 SUBJECTS = REPO / "demo" / "subjects"
 STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+PROMPT = "a photo of a {} on the beach"
 POLL_SECONDS = 1.5
 PICTURES, MODEL, TRAINING, RESULT = range(4)  # the steps of the page
-
-# Flags with a field of their own, and its label.
-FIELDS = {
-    "max_train_steps": "Steps",
-    "validation_steps": "Draw samples every",
-    "learning_rate": "Learning rate",
-    "train_batch_size": "Batch size",
-    "num_inference_steps": "Denoising steps of a sample",
-    "num_validation_images": "Images a sample",
-    "guidance_scale": "Guidance of samples",
-    "seed": "Seed",
-}
 
 
 # =====================================================================================================
@@ -113,12 +122,15 @@ def check_values(values):
 
 @contextlib.contextmanager
 def door(values):
-    """What every handler stands behind: its values are judged, an `InputError` is shown as one sentence."""
+    """What every handler stands behind: its values are judged, an `InputError` is shown as one sentence.
+
+    The browser takes such a sentence for HTML, so it is made some.
+    """
     try:
         check_values(values)
         yield
     except InputError as error:
-        raise gr.Error(str(error), duration=12, print_exception=False) from None
+        raise gr.Error(say(error), duration=12, print_exception=False) from None
 
 
 def answering(handler):
@@ -135,6 +147,31 @@ def answering(handler):
             yield from handler(*values)
 
     return generator if inspect.isgeneratorfunction(handler) else plain
+
+
+def in_its_card(handler):
+    """A generator of cards whose last one says what went wrong, if anything did: no card is busy for ever."""
+
+    @functools.wraps(handler)
+    def generator(*values):
+        try:
+            yield from handler(*values)
+        except InputError as error:
+            yield card(say(error), "bad")
+
+    return generator
+
+
+def tell(text):
+    """Says something in a corner of the page for a while."""
+    gr.Info(say(text), duration=5)
+
+
+def said_by(event, name):
+    """A text that `page.js` or a component's own script sends with an event; "" where it is none."""
+    value = event._data.get(name) if isinstance(event._data, dict) else None
+    check_values([value])
+    return value if isinstance(value, str) else ""
 
 
 def read_form(concept, base, method, class_word, subject, prompt, others, *fields):
@@ -194,92 +231,155 @@ def form_values(form):
     return [form.base, form.method, form.class_word, subject, form.prompt, form.others, *fields]
 
 
+def new_form_values():
+    """The same for a concept of which nobody has said anything yet."""
+    base = str(DEMO_BASE) if DEMO_BASE.is_dir() else STABLE_DIFFUSION
+    return [base, "word", "", "", PROMPT, *default_values("word", base)]
+
+
+@functools.cache
+def demo_subjects():
+    """(name, title, first picture) of the demo's."""
+    found = []
+    for folder in sorted(SUBJECTS.glob("*/")):
+        if pictures := sorted(folder.glob("*.png")):
+            found.append((folder.name, folder.name.replace("_", " "), Image.open(pictures[0]).convert("RGB")))
+    return found
+
+
+def plain_word_of(name):
+    """What a subject of the demo is: they are called striped_star, dotted_circle, ..."""
+    return name.split("_")[-1]
+
+
 class Handlers:
     """What the page does, for one workspace; the state of a visitor is on the page.
 
     Args:
         book: `app_runs.RunBook`.
+        captioner: folder of a model that describes pictures, or None.
     """
 
-    def __init__(self, book):
-        self.book, self.workspace = book, book.workspace
+    def __init__(self, book, captioner=None):
+        self.book, self.workspace, self.captioner = book, book.workspace, captioner
 
     # 1. Pictures ---------------------------------------------------------------------------------------
 
-    def pictures(self, concept, base):
-        """Thumbnails, captions, what is wrong, and the choice of pictures to remove."""
+    def pictures(self, concept, base, method, others):
+        """The pictures with their captions, what is wrong with them, and what to do where there are none."""
         resolution = model_resolution(base) if base else 512
         rows, notes = self.workspace.review(concept, resolution)
         if not rows:
-            words = "Drop 3 to 20 pictures of one thing above, or try it with one of the demo's subjects."
-            return None, [], empty(words), gr.update(choices=[], value=None)
-        gallery = [(row.thumbnail, f"⚠ {row.name}" if row.problems else row.name) for row in rows if row.thumbnail]
+            words = "Drop 3 to 20 pictures of one thing above"
+            words += ", or try it with one of these: one click, a minute or two." if demo_subjects() else "."
+            return "", empty(words), gr.update(visible=True)
         problems = [f"<b>{say(row.name)}</b> {say('; '.join(row.problems))}." for row in rows if row.problems]
         problems += [say(note) for note in notes]
         count = sum(row.thumbnail is not None for row in rows)
-        said = f"{count} picture{'s' * (count != 1)}, nothing wrong with {'it' if count == 1 else 'them'}."
-        found = card("<br>".join(problems), "calm") if problems else card(said, "good")
-        names = [row.name for row in rows]
-        return gallery, [[row.name, row.caption] for row in rows], found, gr.update(choices=names, value=None)
+        found = f"{count} picture{'s' * (count != 1)}, nothing wrong with {'it' if count == 1 else 'them'}."
+        found = card("<br>".join(problems), "calm") if problems else card(found, "good")
+        return shots(rows, fit_of(method, others)), found, gr.update(visible=False)
 
-    def choose_concept(self, concept, base):
-        return self.pictures(concept, base)
+    def settings_of(self, concept):
+        """Values of the form that belong to a concept: those of its newest run, or those of a new one."""
+        runs = self.book.runs_of(self.workspace.concept_name(concept)) if concept else []
+        return form_values(runs[0].form) if runs else new_form_values()
 
-    def _added(self, concept, base, class_word):
-        names = self.workspace.concepts()
-        return [gr.update(choices=names, value=concept), class_word, *self.pictures(concept, base)]
+    def choose_concept(self, concept):
+        values = self.settings_of(concept)
+        return [*values, *self.pictures(concept, values[0], values[1], values[5])]
 
-    def upload(self, files, concept, base, class_word):
-        concept = self.workspace.concept_name(concept) or "my-concept"
-        self.workspace.add_pictures(concept, files or [])
-        if others := [Path(path).name for path in files or [] if not is_taken(path)]:
-            gr.Warning(f"Not taken: {some(others)}. Pictures are JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF.", duration=8)
-        return [None, *self._added(concept, base, class_word)]
+    def _shown(self, concept, *look):
+        return [gr.update(choices=self.workspace.concepts(), value=concept), *self.pictures(concept, *look)]
 
-    def copy_folder(self, folder, concept, base, class_word):
+    def upload(self, files, concept, *look):
+        concept = self.workspace.concept_name(concept) or self.workspace.new_concept_name()
+        for note in self.workspace.add_pictures(concept, files or []).notes:
+            gr.Warning(say(note), duration=12)
+        return [None, *self._shown(concept, *look)]
+
+    def copy_folder(self, folder, concept, class_word, *look):
         if not folder:
             raise InputError("Choose a folder first, or type the path of one in the workspace.")
         path = self.workspace.readable_path(folder)
+        if not concept and path.parent != SUBJECTS:
+            concept = self.workspace.new_concept_name(path.name)
         concept = self.workspace.concept_name(concept or path.name)
-        self.workspace.add_folder(concept, folder)
-        if path.parent == SUBJECTS and not class_word:  # they are called striped_star, dotted_circle, ...
-            class_word = path.name.split("_")[-1]
-        return self._added(concept, base, class_word)
+        for note in self.workspace.add_folder(concept, folder).notes:
+            gr.Warning(say(note), duration=12)
+        if path.parent == SUBJECTS and not class_word:
+            class_word = plain_word_of(path.name)
+        return [class_word, *self._shown(concept, *look)]
 
-    def remove_picture(self, name, concept, base):
-        if name and concept:
+    def remove_picture(self, concept, base, method, others, event: gr.EventData):
+        if concept and (name := said_by(event, "remove")):
             self.workspace.remove_picture(concept, name)
-        return self.pictures(concept, base)
+        return self.pictures(concept, base, method, others)
 
-    def save_captions(self, table, concept):
-        table = [row for row in table if isinstance(row, list) and len(row) > 1]
-        self.workspace.save_captions(concept, [(str(row[0]), row[1]) for row in table])
-        missing = [row[0] for row in table if row[1] and "{}" not in str(row[1])]
-        if missing:
-            return f"Saved. Put {{}} where the concept stands in the caption of {missing[0]}, or its name."
+    def save_caption(self, concept, event: gr.EventData):
+        name, caption = said_by(event, "picture"), said_by(event, "caption")
+        self.workspace.save_captions(concept, [(name, caption)])
+        if caption and "{}" not in caption:
+            return f"Saved. Put {{}} where the concept stands in the caption of {name}, or its name."
         return f"Saved in metadata.jsonl at {time.strftime('%H:%M:%S')}."
+
+    def write_captions(self, concept, class_word, *look):
+        """Has the captions that are missing written by a model on this computer."""
+        yield card("Writing captions …", "busy"), gr.skip()
+        try:
+            count = self.book.write_captions(concept, self.captioner, class_word)
+        except InputError as error:
+            yield card(say(error), "bad"), gr.skip()
+        else:
+            found = self.pictures(concept, *look)
+            done = f"{count} caption{'s' * (count != 1)} written: read them, and correct what is wrong."
+            yield card(done if count else "Every picture has a caption already.", "good"), found[0]
+
+    def rename_concept(self, concept, name):
+        renamed = self.book.rename_concept(concept, name)
+        return gr.update(choices=self.workspace.concepts(), value=renamed), ""
+
+    def delete_concept(self, concept):
+        if not concept:  # the visitor thought again
+            return gr.skip()
+        self.book.delete_concept(concept)
+        values = new_form_values()
+        return [*self._shown(None, values[0], values[1], values[5]), *values]
+
+    def teach(self, event: gr.EventData):
+        """One click: a subject of the demo becomes a concept, and its training starts."""
+        name = said_by(event, "teach")
+        if name not in [subject for subject, _, _ in demo_subjects()]:
+            raise InputError(f"There is no subject {quoted(name)} in the demo.")
+        self.workspace.add_folder(name, SUBJECTS / name)
+        values = new_form_values()
+        values[2] = plain_word_of(name)
+        started = self.start(None, name, *values)
+        return [*started, *self._shown(name, values[0], values[1], values[5]), *values]
 
     # 2. Model and method -------------------------------------------------------------------------------
 
     def command(self, step, run_name, *form):
-        """The command line in view: of the form in steps 1 and 2, of the run in 3 and 4."""
+        """The command line: of the form in steps 1 and 2, of the run in 3 and 4."""
         try:
             if step >= TRAINING and run_name:
-                return shown(self.book.open(run_name).record["command"])
-            return shown(self.book.command(read_form(*form)))
+                return command_box(to_copy(self.book.open(run_name).record["command"]))
+            return command_box(to_copy(self.book.command(read_form(*form))))
         except InputError as error:
-            return f"# {error}"
+            return command_box(f"# {error}")
 
     def predict(self, *form):
         form = read_form(*form)
         flags = {**form.flags, **read_others(form.others, form.method)}
-        yield card("Predicting memory and timing a few steps …", "busy")
+        yield card("Predicting memory …", "busy")
         table = self.book.predict_memory(form)
         yield prediction_card(table, None, flags, self.workspace)
         yield prediction_card(table, self.book.time_steps(form), flags, self.workspace)
 
     def start(self, token, *form):
         run = self.book.start(read_form(*form), (token or "").strip() or None)
+        if run.outcome()[0] == app_runs.WAITING:
+            tell(f"{run.name} waits for its turn, and starts by itself.")
         return gr.update(choices=self.choices(), value=run.name), gr.update(selected=TRAINING), TRAINING, {}
 
     # 3. Training ---------------------------------------------------------------------------------------
@@ -287,9 +387,24 @@ class Handlers:
     def resume(self, run_name, token):
         self.book.resume(self.book.open(run_name), (token or "").strip() or None)
 
+    def finish(self, run_name):
+        self.book.resume(self.book.open(run_name), finish=True)
+
     def stop(self, run_name):
-        self.book.stop(self.book.open(run_name))
-        gr.Info("Stopping after this step, with a checkpoint.", duration=4)
+        run = self.book.open(run_name)
+        was_on = run.is_alive()
+        self.book.stop(run)
+        tell("Stopping after this step, with a checkpoint." if was_on else f"{run.name} no longer waits.")
+
+    def rename_run(self, run_name, name):
+        renamed = self.book.rename(self.book.open(run_name), name)
+        return gr.update(choices=self.choices(), value=renamed.name), "", {}
+
+    def delete_run(self, run_name):
+        if not run_name:  # the visitor thought again
+            return gr.skip(), gr.skip()
+        self.book.delete(self.book.open(run_name))
+        return gr.update(choices=self.choices(), value=next(iter(self.book.names()), None)), {}
 
     def choices(self):
         """Runs for the list: (label, name)."""
@@ -318,67 +433,79 @@ class Handlers:
 
     def _training(self, run):
         """Parts of step 3: name -> (what it depends on, update)."""
+        hidden = gr.update(visible=False)
         if run is None:
             nothing = empty("Nothing has been trained yet. Choose pictures and a model, then start.")
             return {
                 "status": (None, nothing),
-                "plot": (None, gr.update(visible=False)),
+                "plot": (None, hidden),
                 "samples": (None, ""),
                 "log": (None, ""),
-                "stop": (None, gr.update(visible=False)),
-                "resume": (None, gr.update(visible=False)),
-                "next": (None, gr.update(visible=False)),
+                **dict.fromkeys(("stop", "resume", "finish", "next", "manage"), (None, hidden)),
             }
-        history, (state, sentence) = self.book.history(run), run.outcome()
-        alive, step = state == app_runs.RUNNING, history.loss[-1][0] if history.loss else 0
-        left = history.seconds_left(run.steps, run.record.get("launched", 0)) if alive else None
-        status, grids, log = status_card(state, sentence, step, run.steps, left), run.grids(), run.log_tail()
-        strips = "".join(strip(path, f"step {number}") for path, number in reversed(grids))
-        table = curve(history)
-        can_resume = not alive and state != app_runs.FINISHED
+        history, (state, sentence), record = self.book.history(run), run.outcome(), run.record
+        alive, waits = state == app_runs.RUNNING, state == app_runs.WAITING
+        doing = run_logs.doing(run.log_tail(400, start=record.get("log_start", 0))) if alive else None
+        step = max(history.loss[-1][0] if history.loss else 0, doing.step if doing else 0)
+        left = history.seconds_left(run.steps, record.get("launched", 0)) if alive else None
+        ahead = [other.name for other in self.book.waiting()].index(run.name) if waits else 0
+        best = held_out_sentence(history, step if alive else 0)
+        can_go_on = run.can_resume()
+        status = status_card(state, sentence, step, run.steps, left, doing, ahead, best, can_go_on)
+        previews, log, table = run.grids(), run.log_tail(), curve(history)
+        previews = strip(previews) if previews else ""
+        can_resume = not alive and not waits and state != app_runs.FINISHED
+        can_finish = can_resume and can_go_on
+        done = run.has_result() and not alive and not waits
         return {
             "status": ((run.name, status), status),
             "plot": ((run.name, len(table)), gr.update(value=table, visible=len(table) > 0)),
-            "samples": (strips, f'<div class="strips">{strips}</div>'),
+            "samples": (previews, previews),
             "log": ((run.name, log), log),
-            "stop": (alive, gr.update(visible=alive)),
+            "stop": (alive or waits, gr.update(visible=alive or waits)),
             "resume": (can_resume, gr.update(visible=can_resume)),
-            "next": (state, gr.update(visible=state == app_runs.FINISHED)),
+            "finish": (can_finish, gr.update(visible=can_finish)),
+            "next": (done, gr.update(visible=done)),
+            "manage": (True, gr.update(visible=True)),
         }
 
     def _result(self, run):
         """Parts of step 4."""
         done = run is not None and (run.output / run.method.result_name).is_file()
         grids, subject = run.grids() if run else [], run.form.subject if run else "the concept"
-        comparison, drawn = "", ""
+        comparison, generated, files = "", "", ""
         if done:
             hint = card(say(f"Write {subject} or {{}} in a prompt, wherever it should appear."), "good")
-            word = run.form.class_word
+            word, files = run.form.class_word, downloads(run)
             if len(grids) > 1:
                 titles = f"Before: step {grids[0][1]}", f"After: step {grids[-1][1]}"
-                comparison = pair(titles, ([grids[0][0]], [grids[-1][0]]))
+                comparison = slider(grids[0][0], grids[-1][0], titles)
             for drawing, *columns in run.drawings():
                 titles = drawing["prompt"].replace("{}", word), drawing["prompt"].replace("{}", subject)
-                drawn += pair(titles, columns)
+                generated += pair(titles, columns)
         else:
-            hint = empty("The result appears here once a run is finished.")
+            can_finish = run is not None and run.can_resume() and not run.is_alive()
+            words = "The result appears here once a run is finished"
+            hint = empty(words + (": “Use it as it is”, in step 3, finishes this one now." if can_finish else "."))
         package = None
         try:
             package = run.package() if done else None
         except InputError as error:  # a full disk; the files themselves are there
             hint = card(say(error), "bad")
         file = str(run.output / run.method.result_name) if done else None
-        name, text = run.name if run else None, card_text(run) if done else ""
+        name, text, used = run.name if run else None, card_text(run) if done else "", uses(run) if done else {}
         return {
             "hint": (hint, hint),
             "comparison": (comparison, comparison),
-            "drawing": ((name, done), gr.update(visible=done)),
-            "drawn": (drawn, drawn),
+            "generating": ((name, done), gr.update(visible=done)),
+            "generated": (generated, generated),
             "file": ((name, file, str(package)), gr.update(value=file)),
             "package": (
                 (name, str(package)),
                 gr.update(value=str(package) if package else None, interactive=bool(package)),
             ),
+            "files": (files, files),
+            **{program: ((name, used.get(program)), used.get(program, "")) for program in PROGRAMS},
             "card": ((name, text), text),
         }
 
@@ -386,9 +513,9 @@ class Handlers:
 
     def draw(self, run_name, prompt, count, seed, steps, guidance):
         run = self.book.open(run_name)
-        yield card("Drawing …", "busy")
+        yield card("Generating …", "busy")
         for line in self.book.draw(run, prompt, count, seed, steps, guidance):
-            yield card(f"Drawing … <code>{say(line[-90:])}</code>", "busy")
+            yield card(f"Generating … <code>{say(line[-90:])}</code>", "busy")
         yield ""
 
     def push(self, run_name, repo_id, private, token):
@@ -405,29 +532,26 @@ class Handlers:
     # The page itself -----------------------------------------------------------------------------------
 
     def load(self, remembered):
-        """A page that is opened or loaded again: the concept and the run that it had, or the newest."""
+        """A page that is opened or loaded again: as it was, or with a new concept."""
         remembered = remembered if isinstance(remembered, dict) else {}
         names, concepts = self.book.names(), self.workspace.concepts()
-        run_name = remembered.get("run") if remembered.get("run") in names else names[0] if names else None
+        known = remembered.get("run") in names
+        run_name = remembered.get("run") if known else names[0] if names else None
         concept = remembered.get("concept") if remembered.get("concept") in concepts else None
-        form = None
-        if run_name:
-            form = self.book.open(run_name).form
-            concept = concept or (form.concept if form.concept in concepts else None)
-        if form is None or concept != form.concept:
-            base = str(DEMO_BASE) if DEMO_BASE.is_dir() else STABLE_DIFFUSION
-            values = [base, "word", "", "", "a photo of a {} on the beach", *default_values("word", base)]
-        else:
-            values = form_values(form)
-        base = values[0]
+        values = self.settings_of(concept)
+        if known and concept and self.book.open(run_name).form.concept == concept:
+            values = form_values(self.book.open(run_name).form)
+        step = remembered.get("step")
+        if type(step) is not int or step not in range(RESULT + 1):
+            step = TRAINING if known else PICTURES
         return [
             gr.update(choices=concepts, value=concept),
             gr.update(choices=self.choices(), value=run_name),
             {},
-            gr.update(selected=TRAINING if run_name else PICTURES),
-            TRAINING if run_name else PICTURES,
+            gr.update(selected=step),
+            step,
             *values,
-            *self.pictures(concept, base),
+            *self.pictures(concept, values[0], values[1], values[5]),
         ]
 
 
@@ -436,15 +560,19 @@ class Handlers:
 # =====================================================================================================
 
 
-def build_page(book):
-    """The `gr.Blocks` for a `RunBook`."""
-    do = Handlers(book)
-    with gr.Blocks(title="Teach a model your subject", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
-        remembered = gr.BrowserState({}, storage_key="zoodip-page")
+QUIET = {"show_progress": "hidden", "queue": True}
+
+
+def build_page(book, captioner=None):
+    """The `gr.Blocks` for a `RunBook`; `captioner` as for `Handlers`."""
+    do = Handlers(book, captioner)
+    with gr.Blocks(title="Teach a model your concept", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
+        # The names are no secret: without one of its own, each start of the server would forget them.
+        remembered = gr.BrowserState({}, storage_key="zoodip-page", secret="zoodip-page")
         step, seen = gr.State(PICTURES), gr.State({})
         with gr.Row(equal_height=True):
             gr.Markdown(
-                "# Teach a model your subject\nFrom a few photos to new pictures of it, on the computer you have.",
+                "# Teach a model your concept\nFrom a few photos to new pictures of it, on the computer you have.",
                 elem_id="title",
             )
             run = gr.Dropdown(
@@ -453,94 +581,92 @@ def build_page(book):
         with gr.Tabs(selected=PICTURES) as tabs:
             with gr.Tab("1 · Pictures", id=PICTURES):
                 pictures = pictures_step(do)
-            with gr.Tab("2 · Model and method", id=MODEL):
-                model = model_step(do, pictures["concept"])
+            with gr.Tab("2 · Model", id=MODEL):
+                model = model_step(do)
             with gr.Tab("3 · Training", id=TRAINING):
                 training = training_step()
             with gr.Tab("4 · Result", id=RESULT):
                 result = result_step()
-        command = gr.Code(
-            label="The same as a command line, to be run in the folder of this repository",
-            interactive=False,
-            elem_id="command",
-            show_line_numbers=False,
-            buttons=["copy"],
-        )
+        command = gr.HTML(elem_id="command")
         timer = gr.Timer(POLL_SECONDS)
-        quiet = {"show_progress": "hidden", "queue": True}
         form = [pictures["concept"], *model["form"]]
 
-        # Pictures
-        connect_pictures(do, pictures, model)
-        gr.on([pictures["next"].click], lambda: gr.update(selected=MODEL), None, tabs, **quiet)
-
-        gr.on([training["next"].click], lambda: gr.update(selected=RESULT), None, tabs, **quiet)
-
-        # Model and method
-        inputs, show = [step, run, *form], answering(do.command)
-        changes = [component.change for component in (pictures["concept"], run, *model["form"])]
-        gr.on(changes, show, inputs, command, trigger_mode="always_last", **quiet)
-        for number, tab in enumerate(page_tabs(tabs)):
-            tab.select(lambda number=number: number, None, step, **quiet).then(show, inputs, command, **quiet)
-        model["predict"].click(answering(do.predict), form, model["prediction"], show_progress="hidden")
-        started = model["start"].click(
-            answering(do.start), [model["token"], *form], [run, tabs, step, seen], show_progress="minimal"
-        )
-
-        # Training and result
+        # Every so often, and after whatever changes a run
         watched = {
             "fn": answering(do.observe),
             "inputs": [run, seen],
             "outputs": [seen, run, *training["out"], *result["out"]],
         }
-        timer.tick(**watched, trigger_mode="once", concurrency_limit=None, **quiet)
-        run.input(lambda: {}, None, seen, **quiet).then(**watched, **quiet)
-        started.success(**watched, **quiet)
-        training["stop"].click(answering(do.stop), run, None, show_progress="minimal").then(**watched, **quiet)
-        resumed = training["resume"].click(answering(do.resume), [run, model["token"]], None, show_progress="minimal")
-        resumed.then(**watched, **quiet)
-        drawing = [run, *(result[name] for name in ("prompt", "count", "seed", "steps", "guidance"))]
-        gr.on(
-            [result["draw"].click, result["prompt"].submit],
-            answering(do.draw),
-            drawing,
-            result["progress"],
-            show_progress="hidden",
-            concurrency_limit=None,
-        ).then(**watched, **quiet)
-        what = [run, result["repo"], result["private"]]
-        gr.on(
-            [run.change, result["repo"].change, result["private"].change],
-            answering(do.push_line),
-            what,
-            result["line"],
-            **quiet,
+        timer.tick(**watched, trigger_mode="once", concurrency_limit=None, **QUIET)
+        run.input(lambda: {}, None, seen, **QUIET).then(**watched, **QUIET)
+
+        # Pictures
+        taught = connect_pictures(do, pictures, model, [run, tabs, step, seen])
+        taught.success(**watched, **QUIET)
+        gr.on([pictures["next"].click], lambda: gr.update(selected=MODEL), None, tabs, **QUIET)
+
+        # Model and method
+        inputs, show = [step, run, *form], answering(do.command)
+        changes = [component.change for component in (pictures["concept"], run, *model["form"])]
+        gr.on(changes, show, inputs, command, trigger_mode="always_last", **QUIET)
+        for number, tab in enumerate(page_tabs(tabs)):
+            tab.select(lambda number=number: number, None, step, **QUIET).then(show, inputs, command, **QUIET)
+        predict = answering(in_its_card(do.predict))
+        model["predict"].click(predict, form, model["prediction"], show_progress="hidden")
+        started = model["start"].click(
+            answering(do.start), [model["token"], *form], [run, tabs, step, seen], show_progress="minimal"
         )
-        result["push"].click(answering(do.push), [*what, result["token"]], result["pushed"], show_progress="hidden")
+        started.success(**watched, **QUIET)
+
+        # Training and result
+        connect_training(do, training, run, seen, model["token"], watched)
+        gr.on([training["next"].click], lambda: gr.update(selected=RESULT), None, tabs, **QUIET)
+        connect_result(do, result, run, watched)
 
         # Opened, or loaded again
         loaded = [pictures["concept"], run, seen, tabs, step, *model["form"], *pictures["out"]]
-        page.load(answering(do.load), remembered, loaded, **quiet).then(**watched, **quiet).then(
-            show, inputs, command, **quiet
+        page.load(answering(do.load), remembered, loaded, **QUIET).then(**watched, **QUIET).then(
+            show, inputs, command, **QUIET
         )
         gr.on(
-            [run.change, pictures["concept"].change],
-            lambda run, concept: {"run": run, "concept": concept},
-            [run, pictures["concept"]],
+            [run.change, pictures["concept"].change, step.change],
+            lambda run, concept, step: {"run": run, "concept": concept, "step": step},
+            [run, pictures["concept"], step],
             remembered,
-            **quiet,
+            **QUIET,
         )
+    fetch_nothing(page)
     return page
+
+
+def fetch_nothing(page):
+    """Lets no component of a `gr.Blocks` fetch what a visitor names instead of sending a file."""
+
+    def of_a_file(keep):
+        async def keep_file(path):
+            if re.match(r"\s*[a-z][a-z0-9+.-]*:", str(path), re.IGNORECASE):
+                raise gr.Error("This server fetches nothing for its visitors.", print_exception=False)
+            return await keep(path)
+
+        return keep_file
+
+    for block in page.blocks.values():
+        block.async_move_resource_to_block_cache = of_a_file(block.async_move_resource_to_block_cache)
 
 
 def page_tabs(tabs):
     return [child for child in tabs.children if isinstance(child, gr.Tab)]
 
 
+def confirmed(question):
+    """JavaScript that asks before a button does something for good; without a yes its value is null."""
+    return f"(value) => [confirm({question!r}) ? value : null]"
+
+
 def pictures_step(do):
     """Step 1; its components by name."""
     parts, demo = {}, REPO / "demo" in do.workspace.readable
-    folders = [(f"Demo: {p.name.replace('_', ' ')}", str(p)) for p in sorted(SUBJECTS.glob("*/")) if demo]
+    folders = [(f"Demo: {title}", str(SUBJECTS / name)) for name, title, _ in demo_subjects() if demo]
     parts["concept"] = gr.Dropdown(
         do.workspace.concepts(),
         value=None,
@@ -550,66 +676,94 @@ def pictures_step(do):
         elem_id="concept",
     )
     with gr.Row(equal_height=True):
-        parts["upload"] = gr.File(file_count="multiple", label="Drop pictures", height=172, elem_id="upload", scale=2)
+        parts["upload"] = gr.File(
+            file_count="multiple", label="Drop pictures or a ZIP", height=172, elem_id="upload", scale=2
+        )
         with gr.Column():
             parts["folder"] = gr.Dropdown(
                 folders,
                 value=None,
                 label="Or take them from a folder",
-                info="One of the demo's subjects, or a path on the server.",
+                info="One of the demo's, or a path on the server.",
                 allow_custom_value=True,
                 elem_id="folder",
             )
             parts["copy"] = gr.Button("Use these pictures", size="sm", elem_id="copy-folder")
     found = gr.HTML(elem_id="found")
-    with gr.Row():
-        gallery = gr.Gallery(
-            show_label=False,
-            columns=4,
-            height=310,
-            object_fit="cover",
-            interactive=False,
-            buttons=[],
-            elem_id="gallery",
-        )
-        with gr.Column():
-            captions = gr.Dataframe(
-                headers=["picture", "caption"],
-                type="array",
-                interactive=True,
-                static_columns=[0],
-                column_widths=["32%", "68%"],
-                label="Captions: say what else is in the picture; {} marks the concept",
-                wrap=True,
-                max_height=270,
-                buttons=[],
-                elem_id="captions",
-            )
-            parts["saved"] = gr.Markdown(elem_id="saved")
-    with gr.Accordion("Remove a picture", open=False), gr.Row():
-        parts["which"] = gr.Dropdown([], label="Picture", scale=3)
-        parts["remove"] = gr.Button("Remove", variant="stop", size="sm")
-    parts["next"] = gr.Button("Next: model and method", variant="primary", elem_id="to-model")
-    return parts | {"captions": captions, "out": [gallery, captions, found, parts["which"]]}
+    parts["tiles"] = gr.HTML(
+        tiles(demo_subjects() if demo and DEMO_BASE.is_dir() else []),
+        elem_id="tiles",
+        js_on_load="""element.addEventListener("click", (event) => {
+            const tile = event.target.closest("[data-teach]");
+            if (tile) trigger("select", { teach: tile.dataset.teach });
+        });""",
+    )
+    parts["shots"] = gr.HTML(
+        elem_id="shots",
+        js_on_load="""element.addEventListener("change", ({ target }) => {
+            const picture = target.dataset.caption;
+            if (picture !== undefined) trigger("submit", { picture, caption: target.value });
+        });
+        element.addEventListener("click", (event) => {
+            const button = event.target.closest("[data-remove]");
+            if (button) trigger("delete", { remove: button.dataset.remove });
+        });""",
+    )
+    parts["saved"] = gr.Markdown("Captions say what else is in a picture; {} marks the concept.", elem_id="saved")
+    if do.captioner:
+        parts["describe"] = gr.Button("Write the captions that are missing", size="sm", elem_id="write-captions")
+        parts["described"] = gr.HTML(elem_id="described")
+    with gr.Accordion("Rename or delete this concept", open=False, elem_id="manage-concept"), gr.Row():
+        parts["new_name"] = gr.Textbox(label="New name of the concept", scale=3, elem_id="concept-name")
+        parts["rename"] = gr.Button("Rename the concept", size="sm", elem_id="rename-concept")
+        parts["delete"] = gr.Button("Delete the concept", variant="stop", size="sm", elem_id="delete-concept")
+    parts["next"] = gr.Button("Next: model", variant="primary", elem_id="to-model")
+    return parts | {"out": [parts["shots"], found, parts["tiles"]]}
 
 
-def connect_pictures(do, pictures, model):
-    """What happens in step 1."""
-    concept, base, word = pictures["concept"], model["base"], model["class_word"]
-    added = [concept, word, *pictures["out"]]
-    concept.input(answering(do.choose_concept), [concept, base], pictures["out"], show_progress="hidden")
+def connect_pictures(do, pictures, model, started):
+    """What happens in step 1.
+
+    Args:
+        pictures, model: components of the steps.
+        started: outputs of `Handlers.start`.
+
+    Returns:
+        The event that a tile was taught.
+    """
+    concept, word, form, out = pictures["concept"], model["class_word"], model["form"], pictures["out"]
+    base, method, others = form[0], form[1], form[5]
+    look = [base, method, others]
+    concept.input(answering(do.choose_concept), concept, [*form, *out], show_progress="hidden")
     pictures["upload"].upload(
-        answering(do.upload), [pictures["upload"], concept, base, word], [pictures["upload"], *added]
+        answering(do.upload), [pictures["upload"], concept, *look], [pictures["upload"], concept, *out]
     )
-    pictures["copy"].click(answering(do.copy_folder), [pictures["folder"], concept, base, word], added)
-    pictures["remove"].click(answering(do.remove_picture), [pictures["which"], concept, base], pictures["out"])
-    pictures["captions"].input(
-        answering(do.save_captions), [pictures["captions"], concept], pictures["saved"], show_progress="hidden"
+    pictures["copy"].click(
+        answering(do.copy_folder), [pictures["folder"], concept, word, *look], [word, concept, *out]
     )
-    base.change(answering(do.pictures), [concept, base], pictures["out"], show_progress="hidden")
+    pictures["shots"].delete(answering(do.remove_picture), [concept, *look], out, show_progress="hidden")
+    pictures["shots"].submit(answering(do.save_caption), concept, pictures["saved"], show_progress="hidden")
+    if do.captioner:
+        pictures["describe"].click(
+            answering(do.write_captions),
+            [concept, word, *look],
+            [pictures["described"], pictures["shots"]],
+            show_progress="hidden",
+        )
+    pictures["rename"].click(
+        answering(do.rename_concept), [concept, pictures["new_name"]], [concept, pictures["new_name"]]
+    )
+    pictures["delete"].click(
+        answering(do.delete_concept),
+        concept,
+        [concept, *out, *form],
+        js=confirmed("Delete this concept with its pictures and captions?"),
+    )
+    gr.on([base.change, others.change], answering(do.pictures), [concept, *look], out, show_progress="hidden")
+    return pictures["tiles"].select(answering(do.teach), None, [*started, concept, *out, *form])
 
 
-def model_step(do, concept):
+def model_step(do):
     """Step 2; its components by name."""
     methods = offered_methods()
     bases = [("Demo base: tiny, a minute a run", str(DEMO_BASE))] if DEMO_BASE.is_dir() else []
@@ -620,7 +774,7 @@ def model_step(do, concept):
             bases,
             value=bases[0][1],
             label="Base model",
-            info="Or type an id on the Hub, or a folder in the workspace.",
+            info="Or type an id on the Hub, or a folder or file in the workspace.",
             allow_custom_value=True,
             elem_id="base",
         )
@@ -651,9 +805,7 @@ def model_step(do, concept):
     )
     fields = {}
     with gr.Row():
-        prompt = gr.Textbox(
-            "a photo of a {} on the beach", label="Sample prompt", info="{} marks the concept.", scale=2
-        )
+        prompt = gr.Textbox(PROMPT, label="Prompt of previews", info="{} marks the concept.", scale=2)
         for name in ("max_train_steps", "validation_steps"):
             fields[name] = number_field(name)
     with gr.Accordion("More settings", open=False):
@@ -671,7 +823,7 @@ def model_step(do, concept):
             type="password",
         )
     with gr.Row():
-        predict = gr.Button("What will it take?", elem_id="predict")
+        predict = gr.Button("How much memory and time?", elem_id="predict")
         start = gr.Button("Start training", variant="primary", elem_id="start")
     prediction = gr.HTML(elem_id="prediction")
     ordered = [fields[name] for name in FIELDS]
@@ -706,21 +858,22 @@ def training_step():
     with gr.Row():
         stop = gr.Button("Stop", variant="stop", visible=False, elem_id="stop")
         resume = gr.Button("Resume", variant="primary", visible=False, elem_id="resume")
-    with gr.Row():
-        plot = gr.LinePlot(
-            x="step",
-            y="loss",
-            color="series",
-            color_map={"training (running mean)": "#818cf8", "held-out": "#ea580c"},
-            title="Loss",
-            height=300,
-            visible=False,
-            elem_id="curve",
-        )
-        samples = gr.HTML(elem_id="samples")
+        finish = gr.Button("Use it as it is", visible=False, elem_id="finish")
+    samples = gr.HTML(elem_id="samples")
+    plot = gr.LinePlot(
+        x="step",
+        y="loss",
+        color="series",
+        color_map=dict(zip(SERIES, ("#818cf8", "#ea580c"))),
+        title="Loss",
+        height=280,
+        visible=False,
+        elem_id="curve",
+    )
     with gr.Accordion("Log", open=False):
         log = gr.Textbox(
             show_label=False,
+            label="Log",
             lines=12,
             max_lines=12,
             autoscroll=True,
@@ -728,35 +881,66 @@ def training_step():
             elem_id="log",
             buttons=["copy"],
         )
+    with gr.Accordion("Rename or delete this run", open=False, visible=False, elem_id="manage-run") as manage:
+        with gr.Row():
+            new_name = gr.Textbox(label="New name of the run", scale=3, elem_id="run-name")
+            rename = gr.Button("Rename the run", size="sm", elem_id="rename-run")
+            delete = gr.Button("Delete the run", variant="stop", size="sm", elem_id="delete-run")
     following = gr.Button("Next: result", variant="primary", visible=False, elem_id="to-result")
     return {
         "stop": stop,
         "resume": resume,
+        "finish": finish,
         "next": following,
-        "out": [status, plot, samples, log, stop, resume, following],
+        "new_name": new_name,
+        "rename": rename,
+        "delete": delete,
+        "out": [status, plot, samples, log, stop, resume, finish, following, manage],
     }
+
+
+def connect_training(do, training, run, seen, token, watched):
+    """What happens in step 3; afterwards the run is looked at, as `watched` says."""
+    training["stop"].click(answering(do.stop), run, None, show_progress="minimal").then(**watched, **QUIET)
+    resumed = training["resume"].click(answering(do.resume), [run, token], None, show_progress="minimal")
+    resumed.then(**watched, **QUIET)
+    training["finish"].click(answering(do.finish), run, None, show_progress="minimal").then(**watched, **QUIET)
+    renamed = training["rename"].click(
+        answering(do.rename_run), [run, training["new_name"]], [run, training["new_name"], seen]
+    )
+    renamed.success(**watched, **QUIET)
+    deleted = training["delete"].click(
+        answering(do.delete_run), run, [run, seen], js=confirmed("Delete this run with its result and its pictures?")
+    )
+    deleted.success(**watched, **QUIET)
 
 
 def result_step():
     """Step 4; its components by name, and "out" as `Handlers.observe` fills them."""
     hint = gr.HTML(elem_id="hint")
     comparison = gr.HTML(elem_id="comparison")
-    with gr.Column(visible=False) as drawing:
+    with gr.Column(visible=False) as generating:
         with gr.Row():
             prompt = gr.Textbox(
-                "a photo of a {} in the snow", label="Draw", info="{} marks the concept.", scale=4, elem_id="prompt"
+                "a photo of a {} in the snow", label="Prompt", info="{} marks the concept.", scale=4, elem_id="prompt"
             )
-            draw = gr.Button("Draw", variant="primary", elem_id="draw", scale=1)
-        with gr.Accordion("Settings of drawings", open=False), gr.Row():
+            draw = gr.Button("Generate", variant="primary", elem_id="draw", scale=1)
+        with gr.Accordion("Settings of generated images", open=False), gr.Row():
             count = gr.Slider(1, 8, 4, step=1, label="Images")
             seed = gr.Number(0, label="Seed", precision=0)
             steps = gr.Slider(1, 100, 25, step=1, label="Denoising steps")
-            guidance = gr.Slider(0, 15, 5, step=0.5, label="Guidance")
+            guidance = gr.Slider(0, 15, 5, step=0.5, label="CFG scale")
         progress = gr.HTML(elem_id="drawing")
-        drawn = gr.HTML(elem_id="drawn")
+        generated = gr.HTML(elem_id="drawn")
         with gr.Row():
             file = gr.DownloadButton("Download what was learned", elem_id="download")
             package = gr.DownloadButton("Download everything (ZIP)", interactive=False, elem_id="package")
+        files, used = gr.HTML(elem_id="files"), []
+        gr.Markdown("**Use it in**")
+        with gr.Tabs(elem_id="use-it-in"):
+            for program in PROGRAMS:
+                with gr.Tab(program):
+                    used.append(gr.Markdown(elem_id=f"use-{program.lower()}", buttons=["copy"]))
         with gr.Accordion("Push to the Hub", open=False):
             gr.Markdown("This card goes with it; your pictures stay here.")
             card = gr.Markdown(elem_id="card", container=True, max_height=340)
@@ -779,7 +963,31 @@ def result_step():
             pushed = gr.HTML(elem_id="pushed")
     parts = {"prompt": prompt, "count": count, "seed": seed, "steps": steps, "guidance": guidance, "draw": draw}
     parts |= {"progress": progress, "repo": repo, "token": token, "private": private, "line": line, "push": push}
-    return parts | {"pushed": pushed, "out": [hint, comparison, drawing, drawn, file, package, card]}
+    out = [hint, comparison, generating, generated, file, package, files, *used, card]
+    return parts | {"pushed": pushed, "out": out}
+
+
+def connect_result(do, result, run, watched):
+    """What happens in step 4."""
+    drawing = [run, *(result[name] for name in ("prompt", "count", "seed", "steps", "guidance"))]
+    gr.on(
+        [result["draw"].click, result["prompt"].submit],
+        answering(in_its_card(do.draw)),
+        drawing,
+        result["progress"],
+        show_progress="hidden",
+        concurrency_limit=None,
+    ).then(**watched, **QUIET)
+    what = [run, result["repo"], result["private"]]
+    gr.on(
+        [run.change, result["repo"].change, result["private"].change],
+        answering(do.push_line),
+        what,
+        result["line"],
+        **QUIET,
+    )
+    push = answering(in_its_card(do.push))
+    result["push"].click(push, [*what, result["token"]], result["pushed"], show_progress="hidden")
 
 
 # =====================================================================================================
@@ -795,6 +1003,8 @@ def parse_args(words=None):
     for folder in args.read:
         if not Path(folder).is_dir():
             parser.error(f"--read {folder!r} is not a folder.")
+    if args.captioner is not None and not (Path(args.captioner) / "config.json").is_file():
+        parser.error(f"--captioner {args.captioner!r} is no folder of a model with a config.json: download one first.")
     return args
 
 
@@ -820,8 +1030,10 @@ def make_parser():
     port = "Port to listen at. Default: the first free one from 7860 on."
     add("--port", type=int, limits=flags.Range(1, 65535), help=port)
     add("--open", action="store_true", help="Open the page in a browser, where there is a screen.")
-    at_once = "Number of trainings at the same time."
+    at_once = "Number of trainings at the same time; others wait for their turn."
     add("--trainings", type=int, default=1, limits=flags.Range(1, 1000), help=at_once)
+    describer = "Folder of a model that describes pictures (transformers, image to text), for captions."
+    add("--captioner", metavar="FOLDER", path=True, help=describer)
     return parser
 
 
@@ -845,34 +1057,66 @@ def main(args, **options):
         print(
             f"Listening on {args.host}: everyone who reaches it may train here and see all that is in the workspace."
         )
-    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # nothing to fetch
-    theme = gr.themes.Soft(primary_hue="indigo", **fonts).set(
-        block_title_background_fill="none",
-        block_title_text_color="*body_text_color",
-        block_title_padding="0",
-        block_label_text_color="*body_text_color",
-        block_label_background_fill="*background_fill_secondary",
-    )
     guard = Middleware(Guard, host=args.host, names=tuple(args.allow_host))
-    page = build_page(book).queue(default_concurrency_limit=8)
+    page = build_page(book, args.captioner).queue(default_concurrency_limit=8)
     try:
         page.launch(
             server_name=args.host,
             server_port=args.port,
             allowed_paths=[str(workspace.root / name) for name in ("concepts", "runs")],
             inbrowser=args.open and has_screen(),
-            show_error=True,
+            show_error=False,  # a fault of the page is the log's, and an `InputError` is shown all the same
             ssr_mode=False,
-            max_file_size="100mb",
+            max_file_size="300mb",
             footer_links=[],
-            theme=theme,
+            theme=make_theme(),
             css=CSS,
+            head=f"<script>{SCRIPT}</script>",
             app_kwargs={"middleware": [guard]},
             **options,
         )
     except OSError as error:
-        raise InputError(f"--port {args.port or ''}: {error}") from None
+        raise InputError(why_not_served(args, error)) from None
+    queue.keep_moving(book, lambda: page.is_running)
     return page
+
+
+def make_theme():
+    """Gradio's, with borders that are to be seen and help that can be read, in the light and in the dark."""
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # nothing to fetch
+    subdued = {"": "*neutral_600", "_dark": "*neutral_300"}
+    borders = {"": "*neutral_400", "_dark": "*neutral_600"}
+    fields = {"": "*neutral_500", "_dark": "*neutral_400"}
+    colours = {
+        "block_info_text_color": subdued,
+        "body_text_color_subdued": subdued,
+        "input_placeholder_color": subdued,
+        "border_color_primary": borders,
+        "block_border_color": borders,
+        "input_border_color": fields,
+    }
+    named = {name + theme: colour for name, of_themes in colours.items() for theme, colour in of_themes.items()}
+    return gr.themes.Soft(primary_hue="indigo", **fonts).set(
+        block_title_background_fill="none",
+        block_title_text_color="*body_text_color",
+        block_title_padding="0",
+        block_label_text_color="*body_text_color",
+        block_label_background_fill="*background_fill_secondary",
+        block_border_width="1px",
+        input_border_width="1px",
+        **named,
+    )
+
+
+def why_not_served(args, error):
+    """What is said of a server that could not listen."""
+    if args.port is None:
+        return f"No port from 7860 on is free ({error}): give another with --port."
+    where = f"--port {args.port} at --host {args.host}"
+    with contextlib.closing(socket.socket()) as probe:
+        if probe.connect_ex((args.host if args.host != "0.0.0.0" else "127.0.0.1", args.port)) == 0:
+            return f"{where} is in use, perhaps by this page started before: open that, or give another --port."
+    return f"{where} cannot be listened at: choose another port, or the address of this computer."
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -58,8 +59,9 @@ import tuneqdm_pipeline as tuneqdm
 from personalization import flags
 from personalization.data import images
 from personalization.data.captions import check_unicode
+from personalization.data.prompts import normalized
 from personalization.errors import InputError, is_outside, quoted, reason, run_script, shorten
-from personalization.files import atomic_path, check_writable, read_json, sha256, write_json
+from personalization.files import atomic_path, check_apart, check_writable, read_json, sha256, write_json
 from personalization.models import base_model, families, weight_cache
 from personalization.runs import embeddings, provenance
 from personalization.runs.run_folder import occupied
@@ -202,7 +204,7 @@ KINDS = {
     "lora": Kind("pytorch_lora_weights.safetensors", "selective_config.json", "train_selective_dreambooth_lora.py"),
 }
 RESULT_FILE = KINDS["embedding"].result_name
-INPUTS = "pretrained_model_name_or_path", "reference_images", "clip_model", "dino_model"
+INPUTS = "pretrained_model_name_or_path", "tokenizer_name", "reference_images", "clip_model", "dino_model"
 PLAIN, DRAWING_FILE = "plain-word", "drawing.json"
 LABEL = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}"  # the name of a folder
 
@@ -340,6 +342,7 @@ def read_embedding(result):
             f"{result.shown} was learned on another base{home}: its vectors have {numbers[0]} entries and those of"
             f" {result.base.source.name!r} {numbers[1]}."
         )
+    print(f"{result.label}: the word {token!r}, {vectors[0].numel() // found[0]} vector(s), of {result.folder}")
     return result.column("embedding", token, config["settings"])
 
 
@@ -448,6 +451,10 @@ def claim_images(output_dir, columns, drawing):
     settings = Path(output_dir) / "images" / DRAWING_FILE
     known = read_claim(settings, output_dir, asdict(drawing))
     for column in columns:
+        paths = [image_path(output_dir, column, *cell) for cell in cells_of(drawing)]
+        if column.label not in known and (there := [path for path in paths if os.path.lexists(path)]):
+            raise unknown_pictures(output_dir, f"{DRAWING_FILE} does not know {column.label}/{there[0].name}")
+    for column in columns:
         if known.get(column.label, column.fingerprint) != column.fingerprint:
             for cell in cells_of(drawing):
                 image_path(output_dir, column, *cell).unlink(missing_ok=True)
@@ -469,16 +476,20 @@ def read_claim(path, output_dir, drawing):
         if not isinstance(before, dict) or not isinstance(known, dict):
             raise ValueError(f"{path.name} has entries of another type")
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(
-            f"--output_dir {str(output_dir)!r} has pictures of which nobody can say how they were drawn"
-            f" (images/{path.name}: {reason(error)}): give another."
-        ) from None
+        raise unknown_pictures(output_dir, f"{path.name}: {reason(error)}") from None
     if before != drawing:
         changed = [name for name, value in drawing.items() if before.get(name) != value] or sorted(before)
         raise InputError(
             f"--output_dir {str(output_dir)!r} has pictures drawn otherwise ({', '.join(changed)}): give another."
         )
     return known
+
+
+def unknown_pictures(output_dir, why):
+    return InputError(
+        f"--output_dir {str(output_dir)!r} has pictures of which nobody can say how they were drawn (images/{why}):"
+        " give another."
+    )
 
 
 def cells_of(drawing):
@@ -500,7 +511,7 @@ def draw_missing(output_dir, columns, drawing, pipeline, batch_size):
     """Draws every picture of every column that is not there yet.
 
     Raises:
-        InputError: a result does not fit the base; nothing was drawn.
+        InputError: a result does not fit the base, and nothing was drawn, or what it draws is no numbers.
     """
     missing = {
         c.label: [n for n in cells_of(drawing) if not is_drawn(image_path(output_dir, c, *n), drawing.resolution)]
@@ -514,16 +525,30 @@ def draw_missing(output_dir, columns, drawing, pipeline, batch_size):
             pass
     bar = tqdm(total=sum(map(len, missing.values())), desc="Drawing")
     for column in columns:
+        options["callback_on_step_end"] = functools.partial(check_latents, column)
         with showing(column, pipeline) as draw:
             for start in range(0, len(missing[column.label]), batch_size):
                 cells = missing[column.label][start : start + batch_size]
                 prompts = [drawing.prompts[p].replace("{}", column.word) for p, _ in cells]
+                prompts = [normalized(pipeline.tokenizer, prompt) for prompt in prompts]  # as words are named there
                 generators = [torch.Generator().manual_seed(seed_of(drawing, *cell)) for cell in cells]
                 for cell, image in zip(cells, draw(prompts, generator=generators, **options).images):
                     with atomic_path(image_path(output_dir, column, *cell)) as temporary:
                         image.save(temporary)
                 bar.update(len(cells))
     bar.close()
+
+
+def check_latents(column, pipeline, step, timestep, tensors):
+    """A callback of pipelines, which make black pictures of what is no number.
+
+    Raises:
+        InputError: a step came to NaN or infinity.
+    """
+    if not tensors["latents"].isfinite().all():
+        whose = "the base model" if column.folder is None else f"--results {column.label}={column.folder}"
+        raise InputError(f"{whose} draws NaN or infinity: its numbers are too large, get or train it again.")
+    return tensors
 
 
 @contextlib.contextmanager
@@ -608,6 +633,8 @@ class Encoders:
             self.clip_processor = AutoImageProcessor.from_pretrained(clip_model)
             if self.clip.config.model_type != "clip":
                 raise ValueError(f"it is a {self.clip.config.model_type} model and no CLIP")
+            if len(self.tokenizer) > self.clip.config.text_config.vocab_size:
+                raise ValueError("its tokenizer belongs to another model, with more words")
             self.clip_texts(["a photo"]), self.clip_images([Image.new("RGB", (64, 64))])
         with judging("--dino_model", dino_model):
             self.dino = load_encoder(AutoModel, dino_model, **code).to(device)
@@ -786,6 +813,8 @@ def parse_args(input_args=None):
         parser.error("give either --reference_images, a folder of the subject's pictures, or --draw_only.")
     if args.push and args.draw_only:
         parser.error("--push needs scores: leave out --draw_only.")
+    if args.orders is not None and not args.draw_only:
+        parser.error("--orders is for drawing: give --draw_only, too.")
     return args
 
 
@@ -835,6 +864,8 @@ def make_parser():
     add("--dino_model", default="facebook/dinov2-base", path=flags.OR_NAME, help=dino)
     add("--trust_remote_code", action="store_true", help="Run model code beside the weights of --dino_model.")
     add("--output_dir", default="evaluation", path=True, help="Folder that everything is written to.")
+    stay = "With --draw_only: stay, and draw what is ordered in this folder (by the web page), until nothing comes."
+    add("--orders", path=True, metavar="FOLDER", help=stay)
     add("--push", action="store_true", help="Write each result's scores into its config and card, and push it.")
     return parser
 
@@ -846,6 +877,49 @@ def labelled_folder(text):
 
 
 def main(args):
+    opened = {}
+    evaluate(args, opened)
+    if args.orders is not None:
+        take_orders(Path(args.orders), opened)
+
+
+PATIENCE = 300  # seconds that a loaded pipeline waits for more to draw
+
+
+def take_orders(folder, opened, patience=PATIENCE):
+    """Draws what is ordered, with the pipeline that is loaded if the base is the same.
+
+    An order is `order.json` in a folder: {"words": a command line of this script, "log": the file that says how it
+    went}. One that fails ends the process, as it would have ended one of its own.
+
+    Args:
+        folder: of orders.
+        opened: see `evaluate`.
+        patience: seconds without an order after which it returns.
+    """
+    last, order = time.monotonic(), folder / "order.json"
+    while time.monotonic() - last < patience:
+        try:
+            given = read_json(order)
+            order.unlink()
+        except FileNotFoundError:
+            time.sleep(0.1)
+            continue
+        with open(given["log"], "ab") as log:
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+                os.dup2(log.fileno(), stream.fileno())
+        evaluate(parse_args(given["words"]), opened)
+        last = time.monotonic()
+
+
+def evaluate(args, opened):
+    """Draws, and unless it is told otherwise judges.
+
+    Args:
+        args: settings.
+        opened: base -> its pipeline; of one base at most, and kept for the next call.
+    """
     prompts = read_prompts(args.prompts)
     source = base_model.ModelSource(args.pretrained_model_name_or_path, args.revision, args.variant)
     base = base_model.open_base(source, args.tokenizer_name, families.FAMILIES.values())
@@ -871,9 +945,13 @@ def main(args):
     )
     with occupied(output_dir):
         claim_images(output_dir, columns, drawing)
-        draw_missing(output_dir, columns, drawing, open_pipeline(base, device), args.batch_size)
+        if drawing.base not in opened:
+            opened.clear()
+            opened[drawing.base] = open_pipeline(base, device)
+        draw_missing(output_dir, columns, drawing, opened[drawing.base], args.batch_size)
         if args.draw_only:
             print(f"Look at {output_dir / 'images'}")
+            write_json(output_dir / "done.json", {"fingerprints": {c.label: c.fingerprint for c in columns}})
             return
         scores = score_columns(args, columns, drawing, references, encoders)
     if args.push:
@@ -882,18 +960,16 @@ def main(args):
 
 
 def check_folders(args, columns, output_dir):
-    """Refuses an output folder that is one of the inputs, and results that scores cannot be pushed with.
+    """Refuses an output folder that is not apart from the inputs, and results that scores cannot be pushed with.
 
     Raises:
         InputError: see above.
     """
     inputs = [("--results", column.folder) for column in columns[1:]]
     inputs += [(f"--{name}", getattr(args, name)) for name in INPUTS if getattr(args, name)]
-    for flag, folder in inputs:
-        if os.path.isdir(folder) and output_dir.resolve().is_relative_to(Path(folder).resolve()):
-            raise InputError(
-                f"--output_dir {str(output_dir)!r} is in {flag} {quoted(folder)}, which is only read: give another."
-            )
+    for flag, path in inputs:
+        if os.path.exists(path):  # others are names on the Hub
+            check_apart(flag, path, output_dir)
     for column in columns[1:]:
         if args.push and not column.config_path.is_file():
             raise InputError(
@@ -902,22 +978,17 @@ def check_folders(args, columns, output_dir):
 
 
 def open_pipeline(base, device):
-    """The pipeline of plain diffusers that everything is drawn with.
+    """The pipeline that everything is drawn with, as plain diffusers draws; its weights are judged as for a training.
 
     Raises:
-        InputError: the weights of the base are no numbers.
+        InputError: they are missing, damaged or no numbers.
     """
-    pipeline = base.family.pipeline.from_pretrained(
-        base.source.name,
-        revision=base.source.revision,
-        variant=base.source.variant,
-        dtype=torch.float16 if device.type == "cuda" else torch.float32,
-        **base.family.pipeline_options,
-    )
-    for part, model in pipeline.components.items():
-        for key, weight in model.state_dict().items() if isinstance(model, torch.nn.Module) else ():
-            if weight.is_floating_point() and not weight.isfinite().all():
-                raise InputError(f"{base.source.label}: the {part} has NaN or infinity in {key}: get the model again.")
+    family, dtype = base.family, torch.float16 if device.type == "cuda" else torch.float32
+    parts = {name: base_model.load_component(base, name, dtype) for name in family.components}
+    parts |= dict(zip(family.tokenizers, base.tokenizers))
+    if base.single is not None:  # a file says nothing of how it is drawn with
+        parts["scheduler"] = family.sampler(base.scheduler)
+    pipeline = family.pipeline.from_pretrained(base.root, **parts, **family.pipeline_options)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 

@@ -15,7 +15,8 @@ The shortest command that works, offline, on the demo base of this repository:
 
     python train_selective_dreambooth_lora.py \
         --pretrained_model_name_or_path demo/base --instance_data_dir demo/subjects/striped_star \
-        --subject_name star --train_batch_size 4 --max_train_steps 200 --output_dir star-lora
+        --subject_name star --train_batch_size 4 --learning_rate 2e-3 --zo_learning_rate 2e-3 \
+        --max_train_steps 200 --output_dir star-lora
 
 and on Stable Diffusion 1.5:
 
@@ -165,7 +166,7 @@ def zo_gradient(loss_fn, theta, num_perturbations, perturbation_scale, generator
     """
     base_loss, estimate = loss_fn(theta), torch.zeros_like(theta)
     for _ in range(num_perturbations):
-        direction = torch.randn(theta.shape, generator=generator).to(theta)
+        direction = examples.to_device(torch.randn(theta.shape, generator=generator), theta.device)
         slope = (loss_fn(theta + perturbation_scale * direction) - base_loss) / perturbation_scale
         estimate += direction * (slope / num_perturbations)
     return estimate, base_loss
@@ -299,15 +300,17 @@ def bp_low(learner, model, batch, sampling):
 def bp_window(learner, model, batch, sampling, drawn=None):
     """What `Windows` of a `Batch` of full resolution say, random ones if none are given; returns as `bp_low`.
 
-    The loss is that of the whole pictures.
+    The mean over what is drawn is that of whole pictures; so is the loss.
     """
     surroundings = model.surroundings
     drawn = drawn or surroundings.draw_windows(batch.noisy_latents, learner.data)
     with torch.no_grad(), surroundings.kept(drawn):
         loss = dreambooth_loss(model.errors(batch), sampling.batch_size, sampling.prior_weight)
-    parts = batch._replace(noisy_latents=drawn.of(batch.noisy_latents), target=drawn.of(batch.target))
-    if batch.weights.numel():
-        parts = parts._replace(weights=drawn.of(batch.weights))
+    parts = batch._replace(
+        noisy_latents=drawn.of(batch.noisy_latents),
+        target=drawn.of(batch.target),
+        weights=surroundings.weigh(batch.weights, drawn),
+    )
     with surroundings.standing_in():
         gradient, _ = bp_low(learner, model, parts, sampling)
     return gradient, loss
@@ -341,7 +344,8 @@ def train_step(learner, model, subjects, sampling, progress, average=lambda tens
         average: takes the mean of a tensor over processes.
 
     Returns:
-        The kind, and the mean loss of this process, a scalar on the device: nothing here waits for it.
+        The kind, and the mean loss of this process, a scalar on the device. Nothing here waits for it, but for the
+        scaler of float16 gradients, which asks once a step of BP-low whether they have overflown.
     """
     device, theta = model.compute.device, learner.theta
     probabilities = sampling.probabilities(progress, model.scheduler.config.num_train_timesteps)
@@ -400,6 +404,8 @@ def resolve_settings(args, device):
         )
     args.resolution = base_model.check_resolution(base, args.resolution)
     args.center_crop = True
+    for name, value in base.family.settings_of_lora.items():
+        setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
     args.low_resolution = base_model.check_low_resolution(
         args.low_resolution, args.resolution, base.resolution_multiple
     )
@@ -550,8 +556,8 @@ def add_selection_arguments(add):
     add("--num_perturbations", type=int, default=4, limits=flags.Range(1, 4096), page=True, help=directions)
     step = "μ: step of the finite difference. Default: 1e-3, and 1e-2 with bf16."
     add("--perturbation_scale", type=float, limits=flags.Range(0.0, 1.0, above=True), page=True, help=step)
-    rate = "Learning rate of ZO-high's AdamW."
-    add("--zo_learning_rate", type=float, default=2e-3, limits=flags.RATE, page=True, help=rate)
+    rate = f"Learning rate of ZO-high's AdamW. {OF_THE_FAMILY}"
+    add("--zo_learning_rate", type=float, limits=flags.RATE, page=True, help=rate)
 
 
 def override_training_arguments(parser):
@@ -563,13 +569,14 @@ def override_training_arguments(parser):
     override("max_train_steps", help=length)
     override("gradient_accumulation_steps", help="Batches averaged before one update.")
     override("center_crop", decides=flags.NOTHING, help=dreambooth.CROPS)
-    override("learning_rate", default=2e-3, help="Learning rate of BP-low's AdamW.")
+    override("learning_rate", default=None, help=f"Learning rate of BP-low's AdamW. {OF_THE_FAMILY}")
     override("scale_lr", help="Multiply both learning rates by processes x accumulation steps x batch size.")
     override("adam_weight_decay", default=1e-4, help="Weight decay of AdamW.")
     override("adam_epsilon", default=1e-8, help="ε of AdamW.")
 
 
 DEFAULT_STEPS = 500
+OF_THE_FAMILY = "Default: 1e-4 (the demo model, a small one, wants 2e-3)."
 
 
 # =====================================================================================================

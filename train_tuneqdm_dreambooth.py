@@ -243,7 +243,8 @@ def train_step(learner, model, subject, sampling, average=lambda tensor: tensor)
         average: takes the mean of a tensor over processes.
 
     Returns:
-        The mean loss of this process, a scalar on the device: nothing here waits for it.
+        The mean loss of this process, a scalar on the device. Nothing here waits for it, but for the scaler of float16
+        gradients, which asks once a step whether they have overflown.
     """
     device, scaler = model.compute.device, learner.scaler
     mean_loss = torch.zeros((), device=device)

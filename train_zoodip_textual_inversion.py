@@ -55,7 +55,7 @@ from personalization.data import examples, images, prompts
 from personalization.data.captions import mark_concept
 from personalization.data.examples import Batch, Concept
 from personalization.data.prompts import Placeholder
-from personalization.errors import DivergedError, InputError, run_script
+from personalization.errors import DivergedError, InputError, plain, run_script
 from personalization.files import temporary_folder
 from personalization.logs import get_logger
 from personalization.methods import gauss_newton, gradient, textual_inversion
@@ -267,6 +267,8 @@ def dequantize(weight, scale, dtype, buffer):
     before the product with activations, not after it: the unscaled product of int8 values overflows float16.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        if dtype.itemsize < 4 and torch.compiler.is_compiling():  # one kernel, which rounds once, as on CUDA below
+            return (weight.float() * scale).to(dtype)
         return weight.to(dtype) * scale.to(dtype)
     space = buffer.like(weight, dtype)
     if weight.is_cuda:  # one kernel that reads int8 and writes `dtype`
@@ -585,7 +587,15 @@ def stream_weights(denoiser, device, folder):
 
 
 def prediction_errors(
-    candidates, batch, family, text_encoder, denoiser, first_id, max_candidates=None, memory_format=None
+    candidates,
+    batch,
+    family,
+    text_encoder,
+    denoiser,
+    first_id,
+    max_candidates=None,
+    memory_format=None,
+    whole_passes=False,
 ):
     """Errors of the predictions of m candidates for the placeholder's vectors, all on the same batch of b examples.
 
@@ -601,6 +611,7 @@ def prediction_errors(
         first_id: id of the placeholder's first vector; its k ids are consecutive.
         max_candidates: candidates per forward pass; None evaluates all at once.
         memory_format: of the latents given to the denoiser; None leaves them as they are.
+        whole_passes: of several passes the last is filled up: a compiled denoiser meets one shape.
 
     Yields:
         ε_φ(z_t, t, c(y*)) - ε of the candidates of one pass, float32 `[at most max_candidates, b, C, h, w]`; under
@@ -608,7 +619,11 @@ def prediction_errors(
     """
     table = text_encoder.get_input_embeddings()
     num_vectors = candidates.shape[1]
-    for chunk in candidates.split(max_candidates or len(candidates)):
+    size = max_candidates or len(candidates)
+    for chunk in candidates.split(size):
+        wanted = len(chunk)
+        if whole_passes and wanted < size < len(candidates):
+            chunk = torch.cat([chunk, chunk[:1].expand(size - wanted, -1, -1)])
         m = len(chunk)
         table.write(chunk)
         shift = num_vectors * torch.arange(m, device=chunk.device).view(m, 1, 1)
@@ -619,7 +634,7 @@ def prediction_errors(
         noisy = noisy.contiguous(memory_format=memory_format or torch.preserve_format)
         timesteps, sizes = batch.timesteps.repeat(m), batch.size_ids.repeat(m, 1)
         prediction = family.predict(denoiser, noisy, timesteps, text, sizes)
-        yield batch.weighed(prediction.float().unflatten(0, (m, -1)) - batch.target)
+        yield batch.weighed(prediction.float().unflatten(0, (m, -1))[:wanted] - batch.target)
 
 
 def example_losses(candidates, batch, *model, **options):
@@ -647,10 +662,11 @@ class FrozenModel:
     first_placeholder_id: int
     max_candidates: int | None
     compute: Compute
+    whole_passes: bool = False
 
     def _call(self, function, candidates, batch):
         model = self.family, self.text_encoder, self.denoiser, self.first_placeholder_id, self.max_candidates
-        return function(candidates, batch, *model, memory_format=self.compute.memory_format)
+        return function(candidates, batch, *model, self.compute.memory_format, self.whole_passes)
 
     def losses(self, candidates, batch, per_example=False):
         """`candidate_losses` (or `example_losses`) of this model."""
@@ -1059,6 +1075,7 @@ def estimate_memory(args, base, compute):
         images=bool(args.validation_prompt),
         coordinates=candidates_per_step(args) * entries + optimizer.kept_coordinates(args, entries),
         checkpointing=args.gradient_checkpointing if optimizer.differentiates else None,
+        freed_blocks=optimizer.freed_blocks(args),
     )
     return memory.predict_memory(*networks, BACKENDS[args.quantization], plan, base, compute)
 
@@ -1222,7 +1239,9 @@ def check_arguments(parser, args):
     if args.torch_compile and args.unet_backend == "openvino":
         parser.error("--torch_compile has nothing to compile with --unet_backend openvino: drop one of them.")
     if args.early_stopping_patience and not args.num_validation_samples:
-        parser.error("--early_stopping_patience judges the held-out loss: give --num_validation_samples above 0.")
+        parser.error("--early_stopping_patience judges the validation loss: give --num_validation_samples above 0.")
+    if args.validation_data_dir and not args.num_validation_samples:
+        parser.error("--validation_data_dir is for the validation loss: give --num_validation_samples above 0.")
     flags.check_optimizer(parser, args)
 
 
@@ -1243,6 +1262,7 @@ class Task:
     initial: torch.Tensor  # where the placeholder's vectors start, float32 [d], or [k, d] each at its own
     sampling: Sampling
     components: dict  # name -> `StoredModel`
+    held_out: Concept | None = None  # of pictures that are not trained on; None: those of `concept` judge, too
 
     def draw_batch(self, generator):
         """A `Batch` on the host, as the settings say."""
@@ -1257,7 +1277,7 @@ class Run(loop.Run):
     concept: Concept
     sampling: Sampling
     held_out: list  # (`Batch` on the host, how many of its examples count)
-    best: torch.Tensor | None = None  # θ with the least held-out loss
+    best: torch.Tensor | None = None  # θ with the least validation loss
 
     @property
     def is_over(self):
@@ -1286,6 +1306,27 @@ def read_pictures(args, base=None):
         names = args.dataset_name, args.dataset_config_name, args.image_column, args.caption_column
         pictures = images.read_dataset(*names, args.resolution, args.center_crop, multiple, args.masked_loss)
     return mark_concept(pictures, args.caption_token, [args.placeholder_token])
+
+
+def read_held_out(args, base, placeholder, pictures):
+    """The `Picture`s of `--validation_data_dir` and `prompts.build_prompts` of them; None without that folder.
+
+    Raises:
+        InputError: they cannot be read, or one is among the `Picture`s that are trained on.
+    """
+    folder, flag = args.validation_data_dir, "--validation_data_dir"
+    if folder is None:
+        return None
+    multiple = base.resolution_multiple if args.use_aspect_ratio_buckets else None
+    found = images.read_folder(folder, args.resolution, args.center_crop, flag, multiple, args.masked_loss)
+    found = mark_concept(found, args.caption_token, [args.placeholder_token])
+    for picture in found:
+        for other in pictures:
+            if torch.equal(picture.pixels, other.pixels):
+                raise InputError(
+                    f"{flag}: {plain(picture.name)} is trained on, as {plain(other.name)}: keep it in one of the two."
+                )
+    return found, prompts.build_prompts(found, placeholder, base, args.learnable_property)
 
 
 def load_networks(args, base, compute, layers_dir=None):
@@ -1323,8 +1364,8 @@ def load_denoiser(args, base, compute, layers_dir=None, calibration=None):
     """
     backend, name = BACKENDS[args.quantization], base.family.denoiser
     if args.unet_backend == "openvino":
-        plain = Compute(torch.device("cpu"), torch.float32, torch.contiguous_format)
-        load = functools.partial(load_frozen, base, name, backend, plain, args.quantized_cache_dir)
+        on_host = Compute(torch.device("cpu"), torch.float32, torch.contiguous_format)
+        load = functools.partial(load_frozen, base, name, backend, on_host, args.quantized_cache_dir)
         where = args.openvino_device, compute, args.quantized_cache_dir
         denoiser, size = openvino_unet.open_denoiser(base, args.resolution, backend.name, load, *where, calibration)
         share = quantized_share(base_model.empty_model(base, name), backend)
@@ -1359,7 +1400,7 @@ def assemble_model(args, base, placeholder, prompt_ids, text_encoder, denoiser, 
         encoder.set_input_embeddings(rows)
     limit = args.max_candidates_per_forward
     parts = base.family, text_encoder, denoiser, base.scheduler
-    model = FrozenModel(*parts, placeholder.first_id, limit, compute)
+    model = FrozenModel(*parts, placeholder.first_id, limit, compute, args.torch_compile)
     initial = placeholder.start
     if initial is None:
         initial = torch.cat([table[placeholder.initializer_id].float() for table in tables])
@@ -1396,7 +1437,9 @@ def calibrate(task, rule, pictures):
     return openvino_unet.Calibration(source, files, draw)
 
 
-def prepare(args, base, placeholder, compute, pictures, captions, found=None, in_turn=None, layers_dir=None):
+def prepare(
+    args, base, placeholder, compute, pictures, captions, found=None, in_turn=None, layers_dir=None, held_out=None
+):
     """Loads what settings and pictures ask for: the VAE comes and goes, then text encoder and denoiser arrive, frozen.
 
     Args:
@@ -1407,17 +1450,23 @@ def prepare(args, base, placeholder, compute, pictures, captions, found=None, in
         in_turn: makes a context manager in which the first process of a machine is before the others, so that it
             fills the cache and they read it.
         layers_dir: see `load_denoiser`.
+        held_out: what `read_held_out` returned.
 
     Returns:
         `Task`.
     """
     in_turn, sampling = in_turn or contextlib.nullcontext, choose_sampling(args)
-    concept, stored_vae = examples.load_concept(pictures, captions, base, args.flip_probability, compute)
+    encode = compute
+    if args.low_vram and compute.device.type == "cuda":  # where encoding would take more than training does
+        encode = Compute(torch.device("cpu"), torch.float32, compute.memory_format)
+    concept, stored_vae = examples.load_concept(pictures, captions, base, args.flip_probability, encode)
+    judged = examples.load_concept(*held_out, base, 0.0, encode)[0] if held_out else None  # as they are
+    prompt_ids = torch.cat([each.prompt_ids for each in (concept, judged) if each])
     with in_turn():
         text_encoder, denoiser, stored = load_networks(args, base, compute, layers_dir)
-    model, initial = assemble_model(args, base, placeholder, concept.prompt_ids, text_encoder, denoiser, compute)
+    model, initial = assemble_model(args, base, placeholder, prompt_ids, text_encoder, denoiser, compute)
     OPTIMIZERS[args.optimizer].make_ready(args, model)
-    task = Task(args, base, placeholder, concept, model, initial, sampling, {"vae": stored_vae, **stored})
+    task = Task(args, base, placeholder, concept, model, initial, sampling, {"vae": stored_vae, **stored}, judged)
     if denoiser is None:
         rule = OPTIMIZERS[args.optimizer].start(
             args, initial.expand(args.num_vectors, -1).clone(), found, num_processes=1
@@ -1454,13 +1503,14 @@ def choose_sampling(args):
 
 
 def draw_held_out(task):
-    """Fixed examples for the held-out loss: (`Batch` on the host, how many of its examples count).
+    """Fixed examples for the validation loss: (`Batch` on the host, how many of its examples count).
 
     All batches are as large as a training pass, the last one padded, so that a compiled UNet meets one shape only.
     """
     args, batches = task.args, []
     generator = torch.Generator().manual_seed(args.seed + 1_000_003)
     whole = candidates_per_pass(args) * args.train_batch_size
+    task = replace(task, concept=task.held_out or task.concept)
     for first in range(0, args.num_validation_samples, whole):
         count = min(whole, args.num_validation_samples - first)
         batch = replace(task, sampling=replace(task.sampling, batch_size=count)).draw_batch(generator)
@@ -1482,7 +1532,7 @@ def train(run):
         DivergedError: the loss is no longer finite.
     """
     args, accelerator, learner, progress = run.args, run.accelerator, run.learner, run.progress
-    memory.keep_freed_blocks(1 if args.low_vram else 32)  # 32: the most that glibc allows, and what it comes to
+    memory.keep_freed_blocks(OPTIMIZERS[args.optimizer].freed_blocks(args))
     average = functools.partial(accelerator.reduce, reduction="mean")
     last_good = learner.result.clone()
     clock = loop.Clock(progress)
@@ -1548,7 +1598,7 @@ def check_finite(run, loss, last_good):
 
 @torch.inference_mode()
 def validate(run):
-    """Held-out loss by the first process, whose verdict all others follow; saves the embedding that has the least."""
+    """Validation loss by the first process, whose verdict all follow; saves the embedding that has the least."""
     progress, step, theta = run.progress, run.progress.step, run.learner.result
     if not run.held_out:
         return
@@ -1651,6 +1701,7 @@ def learn_concept(args, accelerator, base, placeholder, compute):
     pictures = read_pictures(args, base)
     images.warn_about_squeezed(pictures)
     captions = prompts.build_prompts(pictures, placeholder, base, args.learnable_property)
+    held_out = read_held_out(args, base, placeholder, pictures)
     steps = optimizer.num_steps(args, base.family)
     launch.settle(args, len(pictures) * args.repeats, accelerator.num_processes, steps)
     if args.recipe:
@@ -1667,7 +1718,7 @@ def learn_concept(args, accelerator, base, placeholder, compute):
     # 2. Pictures and prompts, and a frozen model as a function of θ.
     layers_dir = temporary_folder(args.output_dir) if args.low_vram and compute.device.type == "cpu" else None
     given = args, base, placeholder, compute, pictures, captions, found
-    task = prepare(*given, accelerator.local_main_process_first, layers_dir)
+    task = prepare(*given, accelerator.local_main_process_first, layers_dir, held_out)
     loop.log_components(task.components)
 
     # 3. What is learned: θ, from its start or from a checkpoint.

@@ -135,7 +135,7 @@ class ZOODiPPipeline(StableDiffusionPipeline):
                     ) from error
                 raise OSError(
                     f"learned_embeds {str(source)!r} is neither an embedding file, nor a folder or a repository on the"
-                    f" Hub with a learned_embeds.safetensors ({' '.join(str(error).split())[:300]})."
+                    f" Hub with a learned_embeds.safetensors ({_printable(error)})."
                 ) from error
             words = [_token_and_embedding(source, word) for word in _words(content)]
             configs = {token: _read_config(source, token) for token, _ in words}
@@ -238,6 +238,11 @@ def _quoted(value):
     """A name as a sentence echoes it: on one line, and not all of a long one."""
     text = str(value)
     return repr(text if len(text) <= 80 else text[:79] + "…")
+
+
+def _printable(error):
+    """What an exception says, on one line of characters."""
+    return " ".join(str(error).encode(errors="backslashreplace").decode().split())[:300]
 
 
 def _is_old_pickle(error):

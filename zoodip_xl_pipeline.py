@@ -132,7 +132,7 @@ class ZOODiPXLPipeline(StableDiffusionXLPipeline):
             except Exception as error:  # Hub, safetensors, pickle and OS errors alike
                 raise OSError(
                     f"learned_embeds {str(source)!r} is neither an embedding file, nor a folder or a repository on the"
-                    f" Hub with a learned_embeds.safetensors ({' '.join(str(error).split())[:300]})."
+                    f" Hub with a learned_embeds.safetensors ({_printable(error)})."
                 ) from error
             config = _read_config(source)
             token = _said_name(source) or config.get("placeholder_token") or Path(source).stem
@@ -233,6 +233,11 @@ class ZOODiPXLPipeline(StableDiffusionXLPipeline):
 AUTO_TEXT2IMAGE_PIPELINES_MAPPING["zoodip-xl"] = ZOODiPXLPipeline
 AUTO_IMAGE2IMAGE_PIPELINES_MAPPING["zoodip-xl"] = StableDiffusionXLImg2ImgPipeline
 AUTO_INPAINT_PIPELINES_MAPPING["zoodip-xl"] = StableDiffusionXLInpaintPipeline
+
+
+def _printable(error):
+    """What an exception says, on one line of characters."""
+    return " ".join(str(error).encode(errors="backslashreplace").decode().split())[:300]
 
 
 def _halves(source, content):

@@ -47,11 +47,12 @@ from personalization.methods import gauss_newton, tangents
 from personalization.models import base_model
 
 
-BASE, SUBJECTS = DEMO / "base", DEMO / "subjects"
+BASES = ("base", "base_eps")  # of demo/: the first predicts v, the second ε, as Stable Diffusion 1.5 does
+SUBJECTS = DEMO / "subjects"
 
 
 class Row(NamedTuple):
-    """A model to measure: `load(device)` returns a `FrozenModel`."""
+    """A model to measure: `load(base, device)`, of a folder of demo/, returns a `FrozenModel`."""
 
     backend: str
     activations: str
@@ -92,17 +93,17 @@ def list_rows(cuda):
 CANDIDATES = "--num_perturbations 32 --max_candidates_per_forward 33"
 
 
-def script_args(subject, quantization="none", engine="torch", more=CANDIDATES):
+def script_args(base, subject, quantization="none", engine="torch", more=CANDIDATES):
     """The training script's settings for a demo subject, whose last word is its shape."""
-    words = ["--pretrained_model_name_or_path", BASE, "--train_data_dir", SUBJECTS / subject, "--quantization"]
+    words = ["--pretrained_model_name_or_path", DEMO / base, "--train_data_dir", SUBJECTS / subject, "--quantization"]
     words += [quantization, "--placeholder_token", "<my-toy>", "--initializer_token", subject.split("_")[-1]]
     words += ["--quantized_cache_dir", "none", "--unet_backend", engine]
     return zoodip.parse_args([*map(str, words), *more.split()])
 
 
-def build(quantization, dtype, text_dtype, device, engine="torch"):
+def build(quantization, dtype, text_dtype, folder, device, engine="torch"):
     """A `FrozenModel` as the training script makes it, but for the dtypes, and with all words in its table."""
-    args = script_args("striped_star", quantization, engine)  # any subject: only the model's settings are read
+    args = script_args(folder, "striped_star", quantization, engine)  # any subject: only the model's settings are read
     base, placeholder, compute = zoodip.resolve_settings(args, device)
     text_encoder, unet, *_ = zoodip.load_networks(args, base, compute._replace(dtype=dtype))
     compute = compute._replace(dtype=text_dtype)
@@ -115,9 +116,10 @@ def build(quantization, dtype, text_dtype, device, engine="torch"):
     return zoodip.assemble_model(args, base, placeholder, words, text_encoder, unet, compute)[0]
 
 
-def build_int8(device):
+def build_int8(folder, device):
     """The same with activations in INT8, calibrated on the pictures of one subject."""
-    args = script_args("striped_star", "int8", "openvino", "--optimizer gauss_newton --openvino_precision int8")
+    words = "--optimizer gauss_newton --openvino_precision int8"
+    args = script_args(folder, "striped_star", "int8", "openvino", words)
     base, placeholder, compute = zoodip.resolve_settings(args, device)
     pictures = zoodip.read_pictures(args)
     captions = prompts.build_prompts(pictures, placeholder, base)
@@ -132,7 +134,7 @@ def draw_cells(args, device):
     generator = torch.Generator().manual_seed(args.seed)
     cells = []
     for subject in args.subjects:
-        settings = script_args(subject)
+        settings = script_args(args.base, subject)
         base, placeholder, compute = zoodip.resolve_settings(settings, torch.device("cpu"))
         pictures = zoodip.read_pictures(settings)
         captions = prompts.build_prompts(pictures, placeholder, base)
@@ -309,6 +311,7 @@ def parse_args():
     kinds = list(dict.fromkeys(row.activations for row in list_rows(cuda=True)))
     subjects = ["striped_star", "dotted_circle", "twotone_moon"]
     add = parser.add_argument
+    add("--base", choices=BASES, default=BASES[0], help="Of demo/.")
     add("--backends", nargs="+", choices=backends, default=backends, help="Which weights to measure.")
     add("--activations", nargs="+", choices=kinds, default=kinds, help="Which activations to measure.")
     add("--subjects", nargs="+", default=subjects, help="Folders of demo/subjects; one (image, caption) of each.")
@@ -324,16 +327,19 @@ def parse_args():
     add("--directions", type=int, default=64, help="Gaussian directions, the same in every cell.")
     add("--learned", type=Path, help="Folder of SUBJECT/learned_embeds.safetensors: measure at these tokens, too.")
     add("--seed", type=int, default=0, help="Of examples, noise and directions.")
-    add("--output", type=Path, default=RESULTS / "signal.json", help="The result.")
+    add("--output", type=Path, help="The result. Default: in benchmarks/results, signal.json or signal_eps.json.")
     add("--cache_dir", type=Path, default=CACHE / "signal", help="Of finished rows.")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.output = args.output or RESULTS / f"signal{args.base.removeprefix('base')}.json"
+    return args
 
 
 def cache_of_rows(args):
     """The folder for rows of these settings on this base by this code."""
     choices = "backends", "activations", "output", "cache_dir"
     facts = {name: str(value) for name, value in vars(args).items() if name not in choices}
-    facts |= {path.relative_to(BASE).as_posix(): sha256(path) for path in BASE.glob("*/*.safetensors")}
+    folder = DEMO / args.base
+    facts |= {path.relative_to(folder).as_posix(): sha256(path) for path in folder.glob("*/*.safetensors")}
     facts["code"] = common.source_hash("benchmarks/bench_signal.py", without=["benchmarks/common.py"])
     return args.cache_dir / hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -354,18 +360,18 @@ def main():
         """Exact slopes with these weights in float32; None where a backend has no autograd."""
         try:
             with tf32(False):
-                model = build(quantization, torch.float32, torch.float32, device)
+                model = build(quantization, torch.float32, torch.float32, args.base, device)
                 return exact_slopes(cells, directions, model)
         except Exception as error:  # libraries refuse autograd each in its own way
             left_out[f"{quantization}, autograd"] = f"{type(error).__name__}: {error}"
 
-    base = base_model.open_base(base_model.ModelSource(str(BASE)))
+    base = base_model.open_base(base_model.ModelSource(str(DEMO / args.base)))
     subspace = gauss_newton.vocabulary_directions(base_model.load_token_table(base), 32, 80)[:, None, :].to(device)
 
     results, evidence, by_tangents, left_out, cache = [], [], [], {}, cache_of_rows(args)
     cache.mkdir(parents=True, exist_ok=True)
     with tf32(False):
-        model = build("none", torch.float32, torch.float32, device)
+        model = build("none", torch.float32, torch.float32, args.base, device)
         check = forward_mode_slopes(cells[0], directions[:8], model)
         exact_matrices = exact_evidence(cells, subspace, model)
     exact = reference("none")["initial"][0][:8]
@@ -385,7 +391,7 @@ def main():
         own = reference(row.weights) if row.weights and args.mu else None
         of_row, evidence_of_row, tangents_of_row = [], [], []
         try:
-            model = row.load(device)
+            model = row.load(args.base, device)
             for name, mu in itertools.product(cells[0].thetas, args.mu):
                 with tf32(row.tf32), torch.inference_mode():
                     slopes = difference_slopes(cells, name, mu, directions, model)
@@ -419,7 +425,7 @@ def main():
         args.output,
         {
             **common.provenance(device=device.type),
-            "configuration": {**settings, "base": "demo/base", "cells": len(cells)},
+            "configuration": {**settings, "base": f"demo/{args.base}", "cells": len(cells)},
             "forward_mode_deviation": deviation,
             "rows": results,
             "evidence": evidence,

@@ -148,11 +148,12 @@ class Baseline:
         dtype: of the activations.
         device: torch device.
         checkpointing: gradient checkpointing, for "ti".
+        compiled: torch.compile of the UNet, for "official".
     """
 
-    def __init__(self, kind, models, dtype, device, checkpointing=False):
+    def __init__(self, kind, models, dtype, device, checkpointing=False, compiled=False):
         self.kind, self.models, self.dtype, self.device = kind, models, dtype, device
-        self.checkpointing = checkpointing
+        self.checkpointing, self.compiled = checkpointing, compiled
         self.loop = None
 
     def configure(self, resolution, batch_size, num_perturbations):
@@ -160,7 +161,7 @@ class Baseline:
         where = {"device": self.device, "dtype": self.dtype, "batch_size": batch_size}
         last = baselines.text_encoders(self.models)[0].get_input_embeddings().num_embeddings - 1
         if self.kind == "official":
-            where |= {"num_perturbations": num_perturbations, "placeholder_id": last}
+            where |= {"num_perturbations": num_perturbations, "placeholder_id": last, "torch_compile": self.compiled}
             self.loop = baselines.OfficialLoop(self.models, resolution, **where)
         elif self.kind == "ti":
             self.loop = baselines.GradientTextualInversion(self.models, resolution, placeholder_id=last, **where)
@@ -198,6 +199,7 @@ class Row(NamedTuple):
     kind: str | None = None
     precision: str | None = None
     checkpointing: bool = False
+    compiled: bool = False
     # Bytes in memory for every parameter of the UNet, other models included.
     size: float = 1.2
     note: str | None = None
@@ -220,6 +222,7 @@ ROWS = {
     "ours-low-vram": Row(BOTH, "--low_vram", size=0.3),
     "ours-compile": Row(("cuda",), "--torch_compile", note="compiling, at the first step, is not counted"),
     "official": Row(BOTH, kind="official", precision="fp32", size=1.6),
+    "official-compiled": Row((), kind="official", precision="fp32", compiled=True, size=1.6),
     "official-fp16": Row(("cuda",), kind="official", precision="fp16", size=1.6),
     "ti-fp32": Row(BOTH, kind="ti", precision="fp32", size=6.0),
     "ti-fp32-checkpointing": Row(BOTH, kind="ti", precision="fp32", checkpointing=True, size=6.0),
@@ -258,7 +261,7 @@ class Bench:
         if row.kind is None:
             return name
         alone = row.kind == "official" or row.kind == "floor" and self.device.type == "cuda"
-        return f"{row.kind if alone else 'unquantized'} {row.precision}"
+        return f"{row.kind if alone else 'unquantized'} {row.precision}{' compiled' * row.compiled}"
 
     def groups(self):
         """Lists of row names whose models fit in `--memory_gb` together, the reference rows in each."""
@@ -294,7 +297,8 @@ class Bench:
                     if source not in models:
                         models[source] = self.load_baseline(row)
                     dtype = FLOAT[row.precision]
-                    built[name] = Baseline(row.kind, models[source], dtype, self.device, row.checkpointing)
+                    how = row.checkpointing, row.compiled
+                    built[name] = Baseline(row.kind, models[source], dtype, self.device, *how)
             except Exception as error:  # not installed, or not made for this machine: the other rows go on
                 failures[name] = f"{type(error).__name__}: {error}"
             print(f"  {name}: built in {time.perf_counter() - started:.0f} s", flush=True)

@@ -8,8 +8,9 @@
 Cost is counted in example-forwards through the UNet (candidates x examples), a backward pass as two. A full run has
 15,000: the paper's 30,000 steps of n = 2, scaled by the token's dimension (128 here, 768 there), as the variance of a
 zeroth-order estimate grows with it. At every milestone θ is judged by the float32, unquantized model: its loss on 256
-fixed examples, the same for every method and seed, with t in [500, 900), where the subject is decided, and noise that
-training never draws; and pictures of the demo's prompts, from the same noise for all, by `evaluate_personalization`.
+fixed examples of pictures that nothing is trained on, the same for every method and seed, with t in [500, 900), where
+the subject is decided; and pictures of the demo's prompts, from the same noise for all, by `evaluate_personalization`,
+and by how often `demo/scorer` reads the subject's shape in them.
 
 A finished run is a JSON file in `--cache_dir`, named by its settings, the base and the code. Other code makes it
 again, unless `--other_code` counts what is there; every run in the result has its commit. The methods are in
@@ -51,7 +52,7 @@ from benchmarks import ablations, grids
 from benchmarks.methods import ForwardCount, Method, prepare
 from benchmarks.plot_methods import contact_sheet, plot, plot_kept, plot_timesteps
 from benchmarks.summaries import forwards_to_reach, over_seeds, subject_means
-from benchmarks.tables.methods import FIGURES
+from benchmarks.tables.methods import FIGURES, figure_of
 from benchmarks.tables.methods import ablation as ablation_table
 from benchmarks.tables.methods import methods as methods_table
 from demo import world
@@ -61,11 +62,12 @@ from personalization.files import atomic_path, sha256, write_json
 from personalization.runs import embeddings
 
 
-BASE, SUBJECTS, SCORER = DEMO / "base", DEMO / "subjects", DEMO / "scorer"
+BASES = ("base", "base_eps")  # of demo/: the first predicts v with zero terminal SNR, the second ε, as SD 1.5 does
+SUBJECTS, SCORER = DEMO / "subjects", DEMO / "scorer"
 PLACEHOLDER = "<my-toy>"
 GRIDS = {**grids.GRIDS, **ablations.GRIDS}
 NAMES = {"CLIP-I": "CLIP-I", "DINO": "identity", "CLIP-T": "CLIP-T"}  # the demo scorer's stand-in for DINO is its own
-METRICS = ("loss", *NAMES.values())
+METRICS = ("loss", *NAMES.values(), "shape")
 REFERENCE = "paper"  # the method whose final quality the others are timed to
 PASS = 32  # examples of one pass that judges: 16 pictures with guidance, or held-out examples
 
@@ -80,6 +82,7 @@ class Judging:
     """How a token is judged; a change of it makes other results."""
 
     held_out: int = 256  # examples of the held-out loss
+    pictures: int = 16  # that they are of, twice each background
     images_per_prompt: int = 4
     num_inference_steps: int = 20
     guidance_scale: float = 4.0
@@ -101,6 +104,7 @@ class Run:
     judging: Judging
     base: str  # fingerprint of base and scorer
     source: str = ""  # `source_hash` of the code
+    model: str = BASES[0]  # folder of the base in demo/
 
     def settings(self):
         """JSON-ready, as they are read back, without the code; what a reader calls the method changes nothing."""
@@ -122,7 +126,7 @@ class Run:
 def common_flags(run, cache_dir):
     """Flags of the script that all methods share, which those of a method may overrule."""
     return [
-        *("--pretrained_model_name_or_path", BASE, "--train_data_dir", SUBJECTS / run.subject),
+        *("--pretrained_model_name_or_path", DEMO / run.model, "--train_data_dir", SUBJECTS / run.subject),
         *("--placeholder_token", PLACEHOLDER, "--initializer_token", world.SUBJECTS[run.subject].shape),
         *("--flip_probability", 0),  # a moon mirrored is another moon
         *("--quantized_cache_dir", Path(cache_dir) / "weights", "--report_to", "none", "--seed", run.seed),
@@ -146,13 +150,17 @@ class Judge:
         flags += ["--max_candidates_per_forward", 1, "--train_batch_size", PASS]
         flags += ["--num_validation_samples", settings.held_out]
         flags += ["--puts_min_timestep", least, "--puts_max_timestep", most]
-        self.task = task = prepare([*common_flags(run, cache_dir), *flags])
+        with tempfile.TemporaryDirectory() as folder:
+            world.save_pictures(folder, world.held_out_pictures(run.subject, settings.pictures))
+            flags += ["--validation_data_dir", folder]
+            self.task = task = prepare([*common_flags(run, cache_dir), *flags])
         self.held_out = zoodip.draw_held_out(task)
-        self.pipeline = StableDiffusionPipeline.from_pretrained(BASE)
+        self.pipeline = StableDiffusionPipeline.from_pretrained(DEMO / run.model)
         self.pipeline.unet = task.model.denoiser  # of any engine
         self.pipeline.set_progress_bar_config(disable=True)
         self.encoders = evaluation.Encoders(SCORER, SCORER / "identity", True, torch.device("cpu"), 64)
         self.word = world.SUBJECTS[run.subject].shape
+        self.shapes = self.encoders.clip_texts([f"a photo of a {shape}" for shape in world.SHAPES])
         prompts = evaluation.read_prompts(DEMO / "prompts.txt")
         size = task.args.resolution, settings.num_inference_steps, settings.guidance_scale
         self.drawing = evaluation.Drawing("demo", prompts, settings.images_per_prompt, 0, *size)
@@ -181,10 +189,12 @@ class Judge:
             ]
 
     def scores(self, pictures):
-        """The pictures' metrics: name -> mean."""
+        """The pictures' metrics: name -> mean; "shape" is the share of pictures in which the subject's is read."""
         texts = [prompt.replace("{}", self.word) for prompt in self.drawing.prompts]
         scored = evaluation.score_column(pictures, self.references, texts, self.encoders)
-        return {name: scored[metric].mean for metric, name in NAMES.items()}
+        likeness = self.encoders.clip_images([picture for row in pictures for picture in row]) @ self.shapes.T
+        right = likeness.argmax(dim=1) == world.SHAPES.index(self.word)
+        return {name: scored[metric].mean for metric, name in NAMES.items()} | {"shape": right.float().mean().item()}
 
 
 def perform(run, cache_dir):
@@ -232,7 +242,7 @@ def perform(run, cache_dir):
 # =====================================================================================================
 
 
-def list_runs(grid, names, subjects, seeds, milestones, image_milestones, judging, base, source=""):
+def list_runs(grid, names, subjects, seeds, milestones, image_milestones, judging, base, source="", model=BASES[0]):
     """All runs: every method and subject of the first seed, then the next. The plain word has no seed and no steps.
 
     Without milestones, those of the ablations' cells.
@@ -242,13 +252,13 @@ def list_runs(grid, names, subjects, seeds, milestones, image_milestones, judgin
         method = GRIDS[grid][name]
         if method.learner is None:
             if seed == seeds[0]:
-                listed.append(Run(folder, name, method, subject, 0, (0,), (0,), judging, base, source))
+                listed.append(Run(folder, name, method, subject, 0, (0,), (0,), judging, base, source, model))
         else:
             when = (milestones, image_milestones) if milestones else (ablations.milestones(name),) * 2
             if method.budget:
                 when = [tuple(each for each in one if each <= method.budget) for one in when]
                 when[1] = when[1] or when[0][-1:]  # its end is drawn
-            listed.append(Run(folder, name, method, subject, seed, *when, judging, base, source))
+            listed.append(Run(folder, name, method, subject, seed, *when, judging, base, source, model))
     return listed
 
 
@@ -376,6 +386,7 @@ def collect(listed, cache_dir, subjects):
             "milestones": longest.milestones,
             "image_milestones": longest.image_milestones,
             "judging": asdict(longest.judging),
+            "model": longest.model,
             "base": longest.base,
         },
         "summary": summarise([content for _, content in pairs], names, subjects),
@@ -416,6 +427,7 @@ def parse_args(input_args=None):
     add = parser.add_argument
     add("--grid", choices=list(GRIDS), default="main", help="Which set of methods, see grids.py.")
     add("--methods", nargs="+", help="Of the grid; default: all.")
+    add("--base", choices=BASES, default=BASES[0], help="Of demo/: base predicts v, base_eps ε. Results name it.")
     of_ablations = "of an ablation's grid as in ablations.py"
     add("--subjects", nargs="+", choices=["all", *known], help=f"Of demo/subjects. Default: all; {of_ablations}.")
     add("--seeds", nargs="+", type=int, help=f"Of training. Default: 0 1 2; {of_ablations}.")
@@ -485,16 +497,17 @@ def say_how_long(listed, cache_dir, processes):
 
 def show(args, result, strips, results, figures):
     """Writes results and figures, and returns the table and where to look."""
+    ending = args.base.removeprefix("base")
     if args.grid not in ablations.GRIDS:
-        stem = "methods" if args.grid == "main" else f"methods_{args.grid}"
+        stem = ("methods" if args.grid == "main" else f"methods_{args.grid}") + ending
         write_compact(results / f"{stem}.json", result)
         plot(result, figures / f"{stem}.png")
         contact_sheet(result, SUBJECTS, strips, figures / f"{stem}_sheet.png")
         return f"{methods_table(result)}\n\nLook at {figures / stem}.png and {stem}_sheet.png"
-    write_compact(results / f"ablation_{args.grid}.json", result)
+    write_compact(results / f"ablation_{args.grid}{ending}.json", result)
     look = ""
     if args.grid in FIGURES:
-        path = figures / FIGURES[args.grid][0]
+        path = figures / figure_of(result)[0]
         (plot_kept if args.grid == "sg_puts" else plot_timesteps)(result, path)
         look = f"\n\nLook at {path}"
     return ablation_table(result) + look
@@ -504,7 +517,7 @@ def main(args):
     judging = Judging(num_inference_steps=args.num_inference_steps, unet_backend=args.unet_backend)
     milestones = (tuple(given) if given else None for given in (args.milestones, args.image_milestones))
     plan = args.grid, args.methods, args.subjects, args.seeds, *milestones
-    listed = list_runs(*plan, judging, fingerprint(BASE, SCORER), hash_code())
+    listed = list_runs(*plan, judging, fingerprint(DEMO / args.base, SCORER), hash_code(), args.base)
     if args.other_code:
         listed = [with_finished(run, args.cache_dir) for run in listed]
     results, figures = (args.output_dir,) * 2 if args.output_dir else (RESULTS, DOCS)

@@ -60,6 +60,8 @@ def script_args(subject, seed, variant, steps, **more):
         "subject_name": world.SUBJECTS[subject].shape,
         "seed": seed,
         "train_batch_size": 4,
+        "learning_rate": 2e-3,  # the demo model's
+        "zo_learning_rate": 2e-3,
         "max_train_steps": steps,
         "report_to": "none",
         **VARIANTS[variant],

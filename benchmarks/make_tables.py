@@ -12,12 +12,25 @@ import re
 import sys
 from pathlib import Path
 
-from benchmarks.tables import demo, frontier, hardening, memory, methods, selective, signal, speed, targets, tuneqdm
+from benchmarks.tables import (
+    demo,
+    field,
+    frontier,
+    hardening,
+    memory,
+    methods,
+    selective,
+    signal,
+    speed,
+    targets,
+    tuneqdm,
+)
 
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = "benchmarks/results"
 ABLATIONS = "sg_puts tau_nu sampling rge_spsa mu n precision timesteps gauss_newton ideas".split()
+OF_ABLATIONS = [f"ablation_{name}{ending}" for name in ABLATIONS for ending in ("", "_eps")]
 TABLES = {
     "evidence": (signal.evidence, f"{RESULTS}/signal.json"),
     "tangents": (signal.tangents, f"{RESULTS}/signal_tangents.json"),
@@ -28,8 +41,10 @@ TABLES = {
     "signal": (signal.signal, f"{RESULTS}/signal.json"),
     "hardening": (hardening.hardening, "docs/hardening.json"),
     "signal_float32": (signal.signal, f"{RESULTS}/signal_float32.json"),
-    "methods": (methods.methods, f"{RESULTS}/methods.json"),
-    **{f"ablation_{name}": (methods.ablation, f"{RESULTS}/ablation_{name}.json") for name in ABLATIONS},
+    "signal_eps": (signal.signal, f"{RESULTS}/signal_eps.json"),
+    "evidence_eps": (signal.evidence, f"{RESULTS}/signal_eps.json"),
+    **{name: (methods.methods, f"{RESULTS}/{name}.json") for name in ("methods", "methods_eps")},
+    **{name: (methods.ablation, f"{RESULTS}/{name}.json") for name in OF_ABLATIONS},
     "quality": (demo.quality, f"{RESULTS}/quality.json"),
     "step": (speed.step, f"{RESULTS}/step_cpu.json"),
     "scaling": (speed.scaling, f"{RESULTS}/step_cpu.json", f"{RESULTS}/memory_cpu.json"),
@@ -45,6 +60,10 @@ TABLES = {
     "selective_pilots": (selective.selective_pilots, f"{RESULTS}/selective_pilots.json"),
     "selective_gradients": (selective.selective_gradients, f"{RESULTS}/selective_gradients.json"),
     "selective_windows": (selective.selective_windows, f"{RESULTS}/selective_gradients.json"),
+    "field": (
+        field.field,
+        *(path.relative_to(ROOT).as_posix() for path in sorted(ROOT.glob(f"{RESULTS}/field/*.json"))),
+    ),
     "frontier": (frontier.frontier, f"{RESULTS}/frontier_cpu.json"),
     "loading": (memory.loading, f"{RESULTS}/memory_cpu.json"),
     "method_targets": (

@@ -20,22 +20,24 @@ from personalization.models import base_model
 from personalization.models.stacked import Stacked
 
 
-def prepare(words, length=None):
+def prepare(words, length=None, device="cpu"):
     """The script's `Task` of a command line.
 
     Args:
         words: of the command line.
         length: takes the settings and returns the updates in all, where those follow from the others.
+        device: where it computes.
     """
     args = zoodip.parse_args([str(word) for word in words])
-    base, placeholder, compute = zoodip.resolve_settings(args, torch.device("cpu"))
+    base, placeholder, compute = zoodip.resolve_settings(args, torch.device(device))
     if length is not None:
         args.max_train_steps = length(args)
     args.freeze()
     pictures = zoodip.read_pictures(args)
     captions = prompts.build_prompts(pictures, placeholder, base, args.learnable_property)
+    held_out = zoodip.read_held_out(args, base, placeholder, pictures)
     found = zoodip.OPTIMIZERS[args.optimizer].look_ahead(args, base, placeholder, captions[0])
-    return zoodip.prepare(args, base, placeholder, compute, pictures, captions, found)
+    return zoodip.prepare(args, base, placeholder, compute, pictures, captions, found, held_out=held_out)
 
 
 class ForwardCount:

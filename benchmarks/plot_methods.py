@@ -5,18 +5,24 @@ import re
 import matplotlib.pyplot as plt
 from PIL import Image, ImageDraw
 
+from benchmarks.tables.markdown import loss_name
 from personalization.files import atomic_path
 
 
 plt.switch_backend("Agg")
 
-TITLES = {"loss": "held-out loss", "CLIP-I": "CLIP-I", "identity": "identity"}
+SHOWN = ("loss", "CLIP-I", "identity")
+
+
+def title_of(metric, result):
+    """The name of a metric in a figure."""
+    return loss_name(result) if metric == "loss" else metric
 
 
 def plot(result, path):
-    """Held-out loss, CLIP-I and identity against forwards; the band is one standard deviation of the seeds' means."""
+    """Loss, CLIP-I and identity against forwards; the band is one standard deviation of the seeds' means."""
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.8), constrained_layout=True)
-    for axis, metric in zip(axes, TITLES):
+    for axis, metric in zip(axes, SHOWN):
         for i, (name, found) in enumerate(result["summary"].items()):
             points = [point for point in found["curve"] if metric in point]
             label, colour = result["methods"][name]["title"], f"C{i % 10}"
@@ -28,7 +34,7 @@ def plot(result, path):
             if points[0][metric][1] is not None:
                 low, high = ([p[metric][0] + sign * p[metric][1] for p in points] for sign in (-1, 1))
                 axis.fill_between(forwards, low, high, color=colour, alpha=0.2, linewidth=0)
-        axis.set(xscale="log", xlabel="example-forwards (a backward counts as two)", title=TITLES[metric])
+        axis.set(xscale="log", xlabel="example-forwards (a backward counts as two)", title=title_of(metric, result))
         judged = result["configuration"]["milestones" if metric == "loss" else "image_milestones"]
         axis.set_xticks(judged, [f"{forwards:,}" for forwards in judged])
         axis.set_xticks([], minor=True)
@@ -105,7 +111,7 @@ def plot_timesteps(result, path):
         limits[least, most] = row
     lows, highs = sorted({low for low, _ in limits}), sorted({high for _, high in limits})
     figure, axes = plt.subplots(1, 3, figsize=(13, 4), constrained_layout=True)
-    for axis, metric in zip(axes, TITLES):
+    for axis, metric in zip(axes, SHOWN):
         values = {key: row.get(f"{metric} difference", [0.0])[0] for key, row in limits.items()}  # paper's own is 0
         grid = [[values.get((low, high)) for high in highs] for low in lows]
         grid = [[float("nan") if value is None else value for value in line] for line in grid]
@@ -118,7 +124,7 @@ def plot_timesteps(result, path):
             axis.text(highs.index(high), lows.index(low), words, ha="center", va="center", fontsize=8)
         axis.set_xticks(range(len(highs)), highs)
         axis.set_yticks(range(len(lows)), lows)
-        axis.set(xlabel="T_U", ylabel="T_L", title=f"{TITLES[metric]}, difference to the paper's 500 to 900")
+        axis.set(xlabel="T_U", ylabel="T_L", title=f"{title_of(metric, result)}, difference to the paper's 500 to 900")
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=90)
     plt.close(figure)

@@ -962,19 +962,13 @@ def export_subjects(args):
     """Write `subjects/<name>/`: renders of a held-out object on 5 backgrounds, with captions in `metadata.jsonl`."""
     from dataclasses import replace
 
-    from PIL import Image
-
     folder = fresh_folder(args.out_dir / ".subjects.tmp")
     for number, name in enumerate(EXPORTED_SUBJECTS):
         rng = np.random.default_rng([args.seed, 3000, number])
         (folder / name).mkdir()
-        lines = []
-        for k, background in enumerate(rng.choice(world.BACKGROUND_NAMES, REFERENCES, replace=False)):
-            scene = replace(world.SUBJECTS[name], background=str(background))
-            Image.fromarray(world.render(scene, rng)).save(folder / name / f"{k}.png")
-            text = f"a photo of a {{}} {world.BACKGROUNDS[scene.background]}"
-            lines.append(json.dumps({"file_name": f"{k}.png", "text": text}))
-        (folder / name / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+        backgrounds = rng.choice(world.BACKGROUND_NAMES, REFERENCES, replace=False)
+        scenes = [replace(world.SUBJECTS[name], background=str(background)) for background in backgrounds]
+        world.save_pictures(folder / name, [(world.render(scene, rng), scene) for scene in scenes])
     replace_folder(folder, args.out_dir / "subjects")
 
 

@@ -42,6 +42,7 @@ SHOWN = ["striped_star", "twotone_moon", "dotted_circle"]  # a pattern, two halv
 PLACEHOLDER = "<my-toy>"
 PLAIN = "plain-word"  # `evaluate_personalization.PLAIN`, which imports torch
 NAMES = {"CLIP-I": "CLIP-I", "DINO": "identity", "CLIP-T": "CLIP-T"}  # the scorer's stand-in for DINO is its own
+SCORES = (*NAMES.values(), "shape")
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ SETTINGS = {  # of every way
     "--save_steps": 1_000_000,
     "--report_to": "none",
 }
-VALIDATIONS = 4  # of the held-out loss in a run
+VALIDATIONS = 4  # of the validation loss in a run
 DRAWING = {
     "--prompts": DEMO / "prompts.txt",
     "--num_images_per_prompt": 4,
@@ -209,6 +210,18 @@ def judge(subject, trained, args):
     return {way: {NAMES[m]: score["mean"] for m, score in row.items() if m in NAMES} for way, row in scores.items()}
 
 
+def read_shapes(scores, args):
+    """Adds to the scores "shape": the share of a column's pictures in which the scorer reads the subject's shape."""
+    from scoring import Scorer  # and torch, which the processes have done without so far
+
+    scorer = Scorer()
+    for subject, row in scores.items():
+        for key, found in row.items():
+            paths = sorted((args.output_dir / subject / "evaluation" / "images" / key).glob("*.png"))
+            shapes = scorer.read([Image.open(path) for path in paths])["shape"]
+            found["shape"] = shapes.count(world.SUBJECTS[subject].shape) / len(shapes)
+
+
 def work(args):
     """All processes, the longest first, as many at a time as `--jobs`; returns configs and scores.
 
@@ -305,16 +318,16 @@ def print_scores(columns, scores):
     for key, column in columns.items():
         words = f"; {cost(column)} of one thread a word" if "steps" in column else ""
         print(f"  {key:13}{column['title']}: {column['optimizer']}{words}")
-    print(f"\n{'subject':18}{'column':13}" + "".join(f"{name:>10}" for name in NAMES.values()))
+    print(f"\n{'subject':18}{'column':13}" + "".join(f"{name:>10}" for name in SCORES))
     for subject, row in {**scores, "mean": mean_scores(scores, columns)}.items():
         for key in columns:
-            numbers = "".join(f"{row[key][name]:10.3f}" for name in NAMES.values())
+            numbers = "".join(f"{row[key][name]:10.3f}" for name in SCORES)
             print(f"{subject:18}{key:13}{numbers}")
 
 
 def mean_scores(scores, columns):
     """The mean over subjects: column -> metric -> value."""
-    return {k: {n: mean(row[k][n] for row in scores.values()) for n in NAMES.values()} for k in columns}
+    return {k: {n: mean(row[k][n] for row in scores.values()) for n in SCORES} for k in columns}
 
 
 def main():
@@ -327,6 +340,7 @@ def main():
         f" time, whose logs are below {args.output_dir}"
     )
     configs, scores = work(args)
+    read_shapes(scores, args)
     columns = columns_of(args, configs)
     rows = [open_pictures(subject, columns, args) for subject in args.subjects]
     before_after_picture(rows, columns, args.output_dir / "before_after.png")

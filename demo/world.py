@@ -6,8 +6,10 @@ and PIL only. A contact sheet to look at::
     python demo/world.py --out world.png
 """
 
+import json
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageFilter
@@ -375,6 +377,30 @@ def render(scene, rng, jitter=JITTER):
     light = light[..., None].astype(np.float32)
     image = image * (1 - mask)[..., None] + light * ((mask - second)[..., None] * first + second[..., None] * other)
     return np.clip(image + 0.5, 0, 255).astype(np.uint8)
+
+
+HELD_OUT_SEED = 50_000  # far from those of training, of the subjects' folders and of check_demo_base.py
+
+
+def held_out_pictures(name, count):
+    """`count` renders of a subject that nothing is trained on, the backgrounds in turn: (image, `Scene`) pairs.
+
+    An image is uint8 (64, 64, 3).
+    """
+    rng = np.random.default_rng([HELD_OUT_SEED, list(SUBJECTS).index(name)])
+    for i in range(count):
+        scene = replace(SUBJECTS[name], background=BACKGROUND_NAMES[i % len(BACKGROUND_NAMES)])
+        yield render(scene, rng), scene
+
+
+def save_pictures(folder, pictures):
+    """Writes (image, `Scene`) pairs into a folder, with captions that tell the background, as trainers read them."""
+    lines = []
+    for number, (image, scene) in enumerate(pictures):
+        Image.fromarray(image).save(Path(folder) / f"{number}.png")
+        text = f"a photo of a {{}} {BACKGROUNDS[scene.background]}"
+        lines.append(json.dumps({"file_name": f"{number}.png", "text": text}))
+    (Path(folder) / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def contact_sheet(images, columns=8, scale=2):

@@ -130,6 +130,20 @@ def interrupt(number, frame):
 
 
 @contextlib.contextmanager
+def uncovered():
+    """Lets a request to stop stay one, whatever was made of it where it came (Python's `__set_name__`, say)."""
+    try:
+        yield
+    except Exception as error:
+        cause = error
+        while cause is not None and not isinstance(cause, KeyboardInterrupt):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            raise
+        raise cause from None
+
+
+@contextlib.contextmanager
 def handled(handler):
     """Gives `SIGNALS` a handler for a while, in the main thread; one that is ignored (nohup) stays so.
 
@@ -161,7 +175,8 @@ def run_script(main, script):
 
 def _run(main, script, handlers):
     try:
-        main()
+        with uncovered():
+            main()
     except (InputError, RunError) as error:
         _say(script, error, error.exit_code, shared=isinstance(error, (InputError, DivergedError)))
     except KeyboardInterrupt as stopped:

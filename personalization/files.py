@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from .errors import InputError, is_outside, reason
+from .errors import InputError, is_outside, quoted, reason
 from .logs import get_logger
 
 
@@ -78,6 +78,9 @@ def temporary_folder(parent):
     return tempfile.TemporaryDirectory(prefix=".tmp-layers-", dir=parent)
 
 
+PROBE = r"\.tmp-\d+-\w{8}"  # names of folders by which it is tried whether one can be written
+
+
 def check_writable(flag, folder):
     """Creates a folder and makes sure that files and folders can be written there and renamed, as a run does.
 
@@ -86,19 +89,47 @@ def check_writable(flag, folder):
     """
     if not str(folder).strip():
         raise InputError(f"{flag} {folder!r} names no folder: give one.")
+    folder, mine = Path(folder), f".tmp-{os.getpid()}-"  # all processes of a launch pass here at once
     try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        # A name of its own: all processes of a launch pass here at once.
-        probe = Path(tempfile.mkdtemp(prefix=f".tmp-{os.getpid()}-", dir=folder))
+        folder.mkdir(parents=True, exist_ok=True)
         try:
+            probe = Path(tempfile.mkdtemp(prefix=mine, dir=folder))
             (probe / "new").write_bytes(b"probe")
             os.rename(probe / "new", probe / "file")
             (probe / "folder").mkdir()
             os.rename(probe / "folder", probe / "renamed")
         finally:
-            shutil.rmtree(probe, ignore_errors=True)
+            for probe in folder.glob(mine + 8 * "?"):  # wherever a signal came
+                shutil.rmtree(probe, ignore_errors=True)
     except OSError as error:
-        raise InputError(f"{flag} {folder!r} cannot be written ({error.strerror or error}): choose another.") from None
+        raise InputError(
+            f"{flag} {str(folder)!r} cannot be written ({error.strerror or error}): choose another."
+        ) from None
+
+
+def check_apart(flag, path, folder, written="--output_dir", over=False):
+    """Refuses a folder that is written to where it is in, over or under what is read.
+
+    A run moves what others left in its folder aside, and a later one would learn from the pictures of this one.
+
+    Args:
+        flag: that names what is read.
+        path: its value.
+        folder: that is written to.
+        written: the flag that names it.
+        over: whether it may hold what is read.
+
+    Raises:
+        InputError: they are not apart.
+    """
+    read, target = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+    same = read == target or os.path.exists(read) and os.path.exists(target) and os.path.samefile(read, target)
+    where = "is" if same else "lies in" if target.is_relative_to(read) else "holds"
+    if where != "holds" or not over and read.is_relative_to(target):
+        raise InputError(
+            f"{written} {quoted(folder, 300)} {where} {flag} {quoted(path, 300)}, which is read: give a folder apart"
+            " from it."
+        )
 
 
 def save_tensors(path, content):

@@ -293,11 +293,11 @@ def check_text(parser, args):
         if value == []:  # what argparse makes of it
             parser.error(f"--{name} -- gives no value: give one.")
         try:
-            str(value).encode("utf-8")
+            " ".join(map(str, value if isinstance(value, list) else [value])).encode("utf-8")
         except UnicodeEncodeError as error:
+            half = ascii(error.object[error.start])
             parser.error(
-                f"--{name} has {ascii(value[error.start])} in it, which is half of a character (text that is not"
-                " UTF-8): write it again."
+                f"--{name} has {half} in it, which is half of a character (text that is not UTF-8): write it again."
             )
 
 
@@ -656,6 +656,8 @@ def add_saving_arguments(parser):
         decides=NOTHING,
         help='Checkpoint to go on from: a checkpoint-N folder, or "latest" (which starts afresh if there is none).',
     )
+    finish = "Train no further: write the result of the checkpoint that --resume_from_checkpoint finds."
+    add("--finish_now", action="store_true", decides=NOTHING, help=finish)
     return add
 
 

@@ -2,7 +2,10 @@
 
 import contextlib
 import json
+import os
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
 import types
@@ -15,12 +18,14 @@ from hypothesis import strategies as st
 from page import Refused, Visitor, app, form, served
 from pydantic import ValidationError
 from pytest import MonkeyPatch
+from torch.utils.tensorboard import SummaryWriter
 
 from personalization.errors import InputError
 from personalization.web import app_runs, processes
 from personalization.web.workspace import Workspace
 
 
+MARK = "0" * 32
 BASE = str(REPO / "demo" / "base")
 SUBJECT = sorted((REPO / "demo" / "subjects").glob("*/metadata.jsonl"))[0].parent
 
@@ -38,14 +43,20 @@ def records(folder):
     for name in ("attacked-1", "good-1"):
         (book.folder / name).mkdir()
         write_run(book, name)
-    yield types.SimpleNamespace(book=book, page=app.Handlers(book), files=files_of(book))
+    deaf = ["sh", "-c", "trap '' INT TERM; while :; do sleep 60; done"]
+    living = subprocess.Popen(deaf, start_new_session=True, env=os.environ | {processes.MARK: MARK})
+    try:
+        yield types.SimpleNamespace(book=book, page=app.Handlers(book), files=files_of(book), living=living.pid)
+    finally:
+        os.killpg(living.pid, signal.SIGKILL)
+        living.wait()
 
 
 def write_run(book, name):
     chosen = app.read_form(*form(BASE))
     run = app_runs.Run(book.folder / name)
     facts = {"form": vars(chosen) | {"flags": chosen.flags}, "command": book.command(chosen, name), "created": 5.0}
-    run.write(**facts, launched=6.0, log_start=3, process={"mark": "0" * 32, "pid": 2**22 - 1}, before=None)
+    run.write(**facts, launched=6.0, log_start=3, process={"mark": MARK, "pid": 2**22 - 1}, before=None)
     run.output.mkdir()
     (run.output / run.method.result_name).write_bytes(b"learned")
     (run.output / "README.md").write_text("---\nx: y\n---\n# A card\n")
@@ -65,7 +76,7 @@ def files_of(book):
     paths = [path for path in (book.folder / "attacked-1").rglob("*") if path.is_file() and path.suffix != ".png"]
     paths += [book.workspace.root / "concepts" / "my-toy" / "metadata.jsonl"]
     drawing = book.workspace.root / ".drawing.json"
-    drawing.write_text(json.dumps({"mark": "0" * 32, "pid": 77}))
+    drawing.write_text(json.dumps({"mark": MARK, "pid": 77}))
     return {path: path.read_bytes() for path in [*paths, drawing]}
 
 
@@ -85,6 +96,10 @@ def attack_records(world, data):
         path.mkdir()
     else:
         path.write_bytes(data.draw(st.binary(max_size=300)) + before[: data.draw(st.integers(0, 40))])
+    write_events(data.draw, world.book.folder / "attacked-1" / "attacked-1" / "logs" / "word")
+    if data.draw(st.booleans()):  # it is running
+        with contextlib.suppress(InputError):
+            world.book.open("attacked-1").write(process={"mark": MARK, "pid": world.living})
     names = world.book.names()
     assert "good-1" in names
     for name in ["good-1", "attacked-1"]:
@@ -93,14 +108,25 @@ def attack_records(world, data):
             world.page.observe(name, {}),
             world.page.push_line(name, "a/b", True),
             world.page.command(app.TRAINING, name, *form(BASE)),
-            world.page.choose_concept("my-toy", BASE),
+            world.page.choose_concept("my-toy"),
         ]
         sendable(shown)
     assert "Finished" in world.page.observe("good-1", {})[2]
-    with contextlib.suppress(InputError):
-        world.page.stop("attacked-1")
-    for step in (lambda: world.book._check_free(), lambda: world.book.remove_trials()):
-        step()
+    for step in (lambda: world.page.stop("attacked-1"), world.book._check_free, world.book.remove_trials):
+        with contextlib.suppress(InputError):
+            step()
+
+
+def write_events(draw, folder):
+    """Losses of a run, as TensorBoard's files have them, of any step and time."""
+    shutil.rmtree(folder, ignore_errors=True)
+    with SummaryWriter(str(folder)) as writer:
+        for _ in range(draw(st.integers(0, 4))):
+            step, at = (
+                draw(st.integers(-(2**63), 2**63 - 1) | st.integers(0, 9)),
+                draw(st.floats() | st.integers(0, 9)),
+            )
+            writer.add_scalar(draw(st.sampled_from(["loss", "validation_loss"])), draw(st.floats()), step, at)
 
 
 def sendable(value):
@@ -170,6 +196,12 @@ def value_of(draw, component, good):
     return draw(WORDS)
 
 
+LOOKS = BASE, "word", "--center_crop"
+EVENTS = {  # what a component's own script sends beside the values
+    "remove_picture": {"remove": "nothing.png"},
+    "save_caption": {"picture": "0.png", "caption": "a {}"},
+}
+
 GOOD = {
     "command": lambda: [2, "good-1", *form(BASE)],
     "predict": lambda: form(BASE),
@@ -180,15 +212,17 @@ GOOD = {
     "draw": lambda: ["good-1", "a {}", 1, 0, 2, 4.0],
     "push_line": lambda: ["good-1", "a/b", True],
     "push": lambda: ["good-1", "a/b", True, "hf_x"],
-    "choose_concept": lambda: ["my-toy", BASE],
-    "pictures": lambda: ["my-toy", BASE],
-    "copy_folder": lambda: [str(SUBJECT), "my-toy", BASE, "star"],
-    "upload": lambda: [[], "my-toy", BASE, "star"],
-    "remove_picture": lambda: ["nothing.png", "my-toy", BASE],
-    "save_captions": lambda: [
-        {"headers": ["picture", "caption"], "data": [["0.png", "a {}"]], "metadata": None},
-        "my-toy",
-    ],
+    "choose_concept": lambda: ["my-toy"],
+    "pictures": lambda: ["my-toy", *LOOKS],
+    "copy_folder": lambda: [str(SUBJECT), "my-toy", "star", *LOOKS],
+    "upload": lambda: [[], "my-toy", *LOOKS],
+    "remove_picture": lambda: ["my-toy", *LOOKS],
+    "save_caption": lambda: ["my-toy"],
+    "rename_concept": lambda: ["other", "new"],
+    "delete_concept": lambda: ["other"],
+    "rename_run": lambda: ["other-1", "new"],
+    "delete_run": lambda: ["other-1"],
+    "finish": lambda: ["good-1"],
     "default_values": lambda: ["word", BASE],
     "load": lambda: [{"run": "good-1", "concept": "my-toy"}],
 }
@@ -206,7 +240,8 @@ def attack_forms(world, data):
     values = [value_of(data.draw, c, v) if i in hit else v for i, (c, v) in enumerate(zip(inputs, good))]
     world.faults.clear()
     try:
-        visitor.do(name, *values)
+        event = EVENTS.get(name) and value_of(data.draw, {"type": "html"}, EVENTS[name])
+        visitor.do(name, *values, event=event)
     except Refused as refusal:
         assert is_said(str(refusal)), refusal
     assert not world.faults, f"{name}: {world.faults}"

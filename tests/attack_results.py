@@ -13,6 +13,7 @@ from pytest import MonkeyPatch
 from safetensors.torch import save_file
 
 import evaluate_personalization as evaluation
+import tuneqdm_pipeline as tuneqdm
 from personalization.errors import InputError
 
 
@@ -20,12 +21,14 @@ BASE = REPO / "demo" / "base"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.bool, torch.uint8]
 DTYPES += [torch.complex64, torch.float8_e4m3fn]
 FILLS = [float("nan"), float("inf"), -float("inf"), 1e38, 0.0, 1.0]
+ABOUT = {"bits": 8, "calibration": "minmax", "scale_sets": 1, "scale_intervals": None, "train_input_scales": False}
+ABOUT |= {"num_train_timesteps": 1000, "base_model": "base"}  # of scales, but for what depends on the base
 LAYER = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 
 
 @contextlib.contextmanager
 def results(folder):
-    """Two results, and a pipeline that everything is drawn with; nothing is drawn."""
+    """A result of each kind, and a pipeline that everything is drawn with; nothing is drawn."""
     source = evaluation.base_model.ModelSource(str(BASE))
     base = evaluation.base_model.open_base(source)
     pipeline = evaluation.open_pipeline(base, torch.device("cpu"))
@@ -34,6 +37,12 @@ def results(folder):
         "embedding": {"<toy>": torch.ones(1, base.word_width)},
         "lora": {f"{LAYER}.lora_A.weight": torch.ones(2, width), f"{LAYER}.lora_B.weight": torch.ones(width, 2)},
     }
+    layers, _ = tuneqdm.quantize_beside(pipeline.unet, 8, "minmax")
+    about = ABOUT | {
+        "base_sha256": tuneqdm.fingerprint(pipeline.unet, layers),
+        "base_sketch": tuneqdm.sketch(pipeline.unet, layers),
+    }
+    tensors["scales"] = {k: torch.zeros(v) for k, v in tuneqdm.change_shapes(pipeline.unet, 1, False).items()}
     config = {
         "base_model": "base",
         "placeholder_token": "<toy>",
@@ -43,8 +52,8 @@ def results(folder):
     with MonkeyPatch.context() as patch:
         patch.setattr(evaluation, "open_pipeline", lambda *_: pipeline)
         patch.setattr(type(pipeline), "__call__", lambda *_, **__: (_ for _ in ()).throw(Drawn()))
-        names = folder, base, pipeline, tensors, config, len(pipeline.tokenizer)
-        yield types.SimpleNamespace(**dict(zip(("folder", "base", "pipeline", "tensors", "config", "tokens"), names)))
+        more = {"config": config, "about": about, "tokens": len(pipeline.tokenizer)}
+        yield types.SimpleNamespace(folder=folder, base=base, pipeline=pipeline, tensors=tensors, **more)
 
 
 class Drawn(Exception):
@@ -85,7 +94,7 @@ def names_like(key):
     return [key.replace("unet", part) for part in parts] + parts + [key + part for part in parts]
 
 
-@room("result folders", results, examples=40)
+@room("result folders", results, examples=20)
 def attack_results(world, data):
     """A result is refused in one sentence before anything is drawn, or can be drawn with."""
     draw, folder = data.draw, world.folder / "result"
@@ -95,11 +104,11 @@ def attack_results(world, data):
     kind = draw(st.sampled_from(sorted(world.tensors)))
     names, tensors, config = evaluation.KINDS[kind], world.tensors[kind], json.dumps(world.config).encode()
     hit = draw(st.sampled_from(["tensors", "file", "config", "drawing", "metadata"]))
-    metadata = (
-        {"placeholder_token": draw(WORDS.filter(lambda text: len(text) < 1000)), "a": "b"}
-        if hit == "metadata"
-        else None
-    )
+    metadata = {tuneqdm.ABOUT: json.dumps(world.about)}
+    if hit == "metadata" and kind == "scales":
+        metadata = {tuneqdm.ABOUT: changed_file(draw, world.about).decode(errors="replace")}
+    elif hit == "metadata":
+        metadata = {"placeholder_token": draw(WORDS.filter(lambda text: len(text) < 1000)), "a": "b"}
     try:
         save_file(
             changed_tensors(draw, tensors) if hit == "tensors" else tensors, folder / names.result_name, metadata

@@ -61,6 +61,14 @@ KINDS = {
         "records on the disk and forms through HTTP, drawn by hypothesis",
     ),
     "results, any": (r"test_attack\.py::.*result", "folders of results and their JSON, drawn by hypothesis"),
+    "scales, any": (
+        r"test_attack\.py::.*scales",
+        "what files of scales say of themselves, and their tensors, drawn by hypothesis",
+    ),
+    "signals, any": (
+        r"test_attack\.py::.*signals",
+        "signals at random moments of every phase of a process, drawn by hypothesis",
+    ),
     "evaluation": (
         r"test_evaluate\.py::.*(refused|is_said|bad_input|stay|cut|whole|nan|nothing)",
         "labels, results, encoders and bases that cannot be judged, and files of a user",

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import secrets
 import tempfile
 
@@ -60,14 +59,16 @@ class Visitor:
         answer.raise_for_status()
         return [{"path": path, "meta": {"_type": "gradio.FileData"}} for path in answer.json()]
 
-    def do(self, name, *values, **headers):
+    def do(self, name, *values, event=None, **headers):
         """What a handler of the page answers to values, all of them JSON (bytes are sent as they are).
+
+        `event` is what a component's own script sends with them.
 
         Raises:
             Refused: with the sentence that a visitor sees, or the status of the answer.
         """
         function = self.functions[name]
-        body = {"data": list(values), "fn_index": function["id"], "session_hash": self.session}
+        body = {"data": list(values), "fn_index": function["id"], "session_hash": self.session, "event_data": event}
         content = json.dumps(body).encode()
         headers = {"Content-Type": "application/json", **headers}
         answer = self.client.post("/gradio_api/queue/join", content=content, headers=headers)
@@ -99,11 +100,4 @@ def form(base, concept="my-toy", **changes):
     return list((values | changes).values())
 
 
-def processes_end(root):
-    """Kills whatever runs of a workspace are alive."""
-    from personalization.web import app_runs
-
-    for path in root.glob("runs/*/run.json"):
-        for process in app_runs.processes_of(app_runs.Run(path.parent).record.get("process")):
-            with contextlib.suppress(Exception):
-                os.kill(process.pid, 9)
+LOOK = None, "word", "--center_crop"  # base, method and other flags, by which pictures are shown

@@ -116,7 +116,7 @@ def test_make_ablations_and_the_tables_know_all_grids():
     listed = re.search(r"^ABLATIONS := (.*)$", makefile, flags=re.M)[1].split()
     assert sorted(listed) == sorted(ablations.GRIDS)
     assert {name for name in make_tables.TABLES if name.startswith("ablation_")} == {
-        f"ablation_{grid}" for grid in ablations.GRIDS
+        f"ablation_{grid}{ending}" for grid in ablations.GRIDS for ending in ("", "_eps")
     }
 
 
@@ -190,6 +190,7 @@ def test_watching_changes_nothing_and_is_stored(tmp_path, demo_base):
 def stored(name, subject, seed, losses, kept=None, steps=1500):
     curve = [
         {"milestone": m, "forwards": m, "loss": loss, "CLIP-I": 1 - loss, "identity": loss / 2, "CLIP-T": 0.5}
+        | {"shape": 0.75}
         for m, loss in losses.items()
     ]
     content = {"settings": {"name": name, "subject": subject, "seed": seed}, "curve": curve, "steps": steps}
@@ -251,7 +252,7 @@ def test_without_the_papers_cell_nothing_is_compared():
 def result_of(grid, contents):
     rows, cells = rows_of(contents, grid), ablations.GRIDS[grid]
     result = {"grid": grid, "rows": rows, "subjects": SUBJECTS, "seeds": [0, 1], "command": "a command"}
-    result |= {"hardware": {"name": "a CPU"}, "versions": {"torch": "2"}}
+    result |= {"hardware": {"name": "a CPU"}, "versions": {"torch": "2"}, "configuration": {"judging": {}}}
     result["methods"] = {name: {"title": method.title} for name, method in cells.items()}
     result["runs"] = [{"name": c["settings"]["name"], "kept": c.get("kept")} for c in contents]
     return json.loads(json.dumps(result))
@@ -269,6 +270,19 @@ def test_the_table_says_how_sure_and_how_complete_it_is():
     assert "**+0.1050 [+0.1000, +0.1100]**" in tables.ablation(result_of("n", sure))
     with_kept = tables.ablation(result_of("sg_puts", [stored("paper", "a", 0, {4500: 0.5}, [5, 6])]))
     assert "i*/τ" in with_kept and "| 0.55 |" in with_kept and with_kept.endswith("(../ablation_sg.png)")
+
+
+def test_a_table_says_of_which_base_and_which_pictures_it_is():
+    result = result_of("sg_puts", [stored("paper", "a", 0, {4500: 0.5})])
+    shape = result["rows"][0].pop("shape")  # which older results have not
+    text = tables.ablation(result)
+    assert "demo/base`, which predicts v" in text and "| validation loss |" in text
+    assert "training pictures" in text and "shape" not in text
+    result["configuration"] = {"judging": {"pictures": 16}, "model": "base_eps"}
+    result["rows"][0]["shape"] = shape
+    text = tables.ablation(result)
+    assert "demo/base_eps`, which predicts ε" in text and "| held-out loss |" in text and "| 0.750 |" in text
+    assert "nothing is trained on" in text and text.endswith("(../ablation_sg_eps.png)")
 
 
 def test_figures_are_drawn_from_what_is_there(tmp_path):
@@ -291,7 +305,7 @@ def test_results_are_collected_from_what_is_finished(tmp_path, demo_base, capsys
     with pytest.raises(compare_methods.RunError, match="nothing to show"):
         compare_methods.main(args)
     assert not (tmp_path / "out").exists()
-    base = compare_methods.fingerprint(compare_methods.BASE, compare_methods.SCORER)
+    base = compare_methods.fingerprint(compare_methods.DEMO / "base", compare_methods.SCORER)
     judging = compare_methods.Judging()
     plan = "sg_puts", args.methods, args.subjects, args.seeds, None, None
     code = judging, base, compare_methods.hash_code()

@@ -3,14 +3,18 @@
 import contextlib
 import errno
 import hashlib
+import html
 import importlib
+import io
 import json
 import os
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.error
@@ -21,17 +25,40 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from conftest import REPO
 from hub_server import TOKEN, HubServer
+from page import served
 from PIL import Image
+from safetensors.torch import save_file
 from torch.utils.tensorboard import SummaryWriter
 
 import train_tuneqdm_dreambooth as tuneqdm
 import train_zoodip_textual_inversion as zoodip
+from personalization.data import images
 from personalization.errors import InputError
-from personalization.web import app_runs, app_words, processes, workspace
-from personalization.web.app_runs import FAILED, FINISHED, RUNNING, STOPPED, Histories, RunBook, TimedSteps
-from personalization.web.command_lines import METHODS, Form, default_flags, flag_of, launcher, read_others, shown
+from personalization.web import app_runs, app_words, captioner, processes, queue, run_logs, uploads, workspace
+from personalization.web.app_runs import (
+    FAILED,
+    FINISHED,
+    READY,
+    RUNNING,
+    STOPPED,
+    WAITING,
+    Histories,
+    RunBook,
+    TimedSteps,
+)
+from personalization.web.command_lines import (
+    METHODS,
+    Form,
+    default_flags,
+    flag_of,
+    launcher,
+    read_others,
+    shown,
+    to_copy,
+)
 from personalization.web.workspace import Workspace, safe_file_name, safe_name
 
 
@@ -158,7 +185,7 @@ def test_pictures_behind_a_link_and_sent_paths_are_refused(space, tmp_path):
         space.add_folder("my-toy", "models/mine")
     with pytest.raises(InputError, match="outside the workspace"):
         space.add_pictures("my-toy", [tmp_path / "private.png"])
-    assert Workspace(space.root, [tmp_path]).add_pictures("my-toy", [tmp_path / "private.png"]) == 1
+    assert Workspace(space.root, [tmp_path]).add_pictures("my-toy", [tmp_path / "private.png"]).count == 1
 
 
 def test_base_models(space, demo_base):
@@ -173,6 +200,23 @@ def test_base_models(space, demo_base):
     assert app.model_resolution(demo_base) == 64 and app.model_resolution("user/model") == 512
 
 
+def test_base_models_in_single_files(space, form, demo_base, monkeypatch):
+    names = "conditioner.embedders.0.transformer.x", "conditioner.embedders.1.model.x"
+    prefixes = {"xl": names, "v1": ("cond_stage_model.transformer.x",)}
+    for name, text in prefixes.items():
+        content = {key: torch.zeros(1) for key in ("model.diffusion_model.x", "first_stage_model.x", *text)}
+        save_file(content, space.root / "models" / f"{name}.safetensors")
+    (space.root / "models" / "notes.txt").write_text("x")
+    paths = [str(space.root / "models" / f"{name}.safetensors") for name in ("v1", "xl")]
+    assert space.models() == paths and space.base_model("models/xl.safetensors") == paths[1]
+    assert [app.model_resolution(path) for path in paths] == [512, 1024]
+    assert app.model_resolution(space.root / "models" / "none.safetensors") == 512
+    with pytest.raises(InputError, match="is no model in diffusers format .* and no .safetensors or .ckpt"):
+        space.base_model("models/notes.txt")
+    command = RunBook(space).command(replace(form, base="models/xl.safetensors"))
+    assert flag_of(command, "pretrained_model_name_or_path") == paths[1]
+
+
 # =====================================================================================================
 # Pictures and captions
 # =====================================================================================================
@@ -180,7 +224,7 @@ def test_base_models(space, demo_base):
 
 def test_pictures_are_copied_once_and_with_their_captions(space, subject):
     count = len(list(subject.glob("*.png")))
-    assert space.add_folder("My Toy", subject) == count and space.add_folder("My Toy", subject) == 0
+    assert space.add_folder("My Toy", subject) == (count, []) and space.add_folder("My Toy", subject) == (0, [])
     assert space.concepts() == ["My-Toy"]
     rows, notes = space.review("My-Toy", 64)
     wanted = [json.loads(line) for line in (subject / "metadata.jsonl").read_text().splitlines()]
@@ -189,10 +233,103 @@ def test_pictures_are_copied_once_and_with_their_captions(space, subject):
 
     (space.root / "uploads" / "other").mkdir()
     Image.new("RGB", (64, 64), "red").save(space.root / "uploads" / "other" / "0.png")
-    assert space.add_pictures("My-Toy", [space.root / "uploads" / "other" / "0.png"]) == 1  # another with this name
+    another = space.root / "uploads" / "other" / "0.png"  # with this name
+    assert space.add_pictures("My-Toy", [another]).count == 1
     assert "0-2.png" in [row.name for row in space.review("My-Toy", 64)[0]]
     space.remove_picture("My-Toy", "0.png")
     assert "0.png" not in (space.root / "concepts" / "My-Toy" / "metadata.jsonl").read_text()
+
+
+def sent(space, name, content):
+    """A file as a browser sends it: in a folder of its own below the workspace."""
+    folder = Path(tempfile.mkdtemp(dir=space.root / "uploads"))
+    if isinstance(content, str):
+        picture = Image.new("RGB" if name.endswith("jpg") else "L", (64, 48), content)
+        content = io.BytesIO()
+        picture.save(content, "JPEG" if name.endswith("jpg") else "PNG")
+        content = content.getvalue()
+    (folder / name).write_bytes(content)
+    return folder / name
+
+
+def zipped(space, name, **files):
+    path = Path(tempfile.mkdtemp(dir=space.root / "uploads")) / name
+    with zipfile.ZipFile(path, "w") as archive:
+        for each, content in files.items():
+            archive.writestr(each, content)
+    return path
+
+
+CAPTION = "\ufeffa photo of a {}\r\non a sofa\r\n".encode()
+
+
+def test_captions_and_masks_come_with_their_pictures(space):
+    """Text files and masks by the names of pictures, which change where they are taken or not safe."""
+    files = {"IMG 01.jpg": "red", "IMG 01.txt": CAPTION, "IMG 01-masklabel.png": "white", "b.jpg": "blue"}
+    files |= {"b.caption": b"a {} in grass", "b-masklabel.png": "white", "c.jpg": "green", "c.txt": b""}
+    assert space.add_pictures("toy", [sent(space, *file) for file in files.items()]) == (3, [])
+    folder = space.root / "concepts" / "toy"
+    names = {"IMG-01.jpg", "IMG-01-masklabel.png", "b.jpg", "b-masklabel.png", "c.jpg", "metadata.jsonl"}
+    assert set(os.listdir(folder)) == names
+    rows, notes = space.review("toy", 32)
+    captions = {"IMG-01.jpg": "a photo of a {} on a sofa", "b.jpg": "a {} in grass", "c.jpg": ""}
+    assert {row.name: row.caption for row in rows} == captions
+    assert "2 of the pictures have a mask: with --masked_loss among the other flags" in notes[0]
+    more = {"b.jpg": "yellow", "b.txt": b"another {}", "b-masklabel.png": "gray"}
+    assert space.add_pictures("toy", [sent(space, *file) for file in more.items()]) == (1, [])
+    assert {row.name: row.caption for row in space.review("toy", 32)[0]} == captions | {"b-2.jpg": "another {}"}
+    assert space.add_pictures("toy", [sent(space, "c-masklabel.png", "white")]) == (0, [])
+    pictures = images.read_folder(folder, 32, True, masked=True)
+    assert {picture.name for picture in pictures if picture.mask is not None} == {*captions, "b-2.jpg"}
+    space.remove_picture("toy", "b.jpg")
+    assert not {"b.jpg", "b-masklabel.png"} & set(os.listdir(folder)) and "b-2-masklabel.png" in os.listdir(folder)
+
+
+def test_a_zip_file_is_unpacked(space):
+    red, blue = (sent(space, "x.jpg", colour).read_bytes() for colour in ("red", "blue"))
+    files = {"10_my dog/01.jpg": red, "10_my dog/01.txt": b"a {} here", "4_my dog/01.jpg": blue, "readme.pdf": b"x"}
+    files |= {"4_my dog/metadata.csv": b"file_name,text\n01.jpg,a {} there\n", "dog.json": b"{}", ".DS_Store": b"x"}
+    files |= {"__MACOSX/._01.jpg": b"x", "../evil.jpg": red, "/evil.jpg": red, "4_my dog/sub/": b""}
+    count, notes = space.add_pictures("dog", [zipped(space, "dog.ZIP", **files), sent(space, "02.jpg", "green")])
+    assert count == 3
+    assert {row.name: row.caption for row in space.review("dog", 32)[0]} == {
+        "01.jpg": "a {} here",
+        "01-2.jpg": "a {} there",
+        "02.jpg": "",
+    }
+    assert "Not taken: dog.json, readme.pdf." in notes[0] and "If dog.json hold captions, they are lost" in notes[0]
+    assert "drawn equally often" in notes[1]
+    assert not list((space.root / "uploads").glob("brought-*")) and not list(space.root.rglob("evil*"))
+
+
+def test_zip_files_that_are_refused(space, monkeypatch):
+    good = zipped(space, "a.zip", **{"a.jpg": b"x" * 100, "b.jpg": b"y"}).read_bytes()
+    locked = bytearray(good)
+    for mark, at in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
+        locked[locked.index(mark) + at] |= 1
+    for content, said in ((b"no zip", "a.zip is no ZIP file"), (good[:-30], "no ZIP"), (bytes(locked), "password")):
+        with pytest.raises(InputError, match=said):
+            space.add_pictures("dog", [sent(space, "a.zip", content)])
+    for name, value, said in (("MOST_BYTES", 50, "more than 0 GB unpacked"), ("MOST_FILES", 1, "holds 2 files")):
+        with monkeypatch.context() as patch, pytest.raises(InputError, match=said):
+            patch.setattr(uploads, name, value)
+            space.add_pictures("dog", [sent(space, "a.zip", good)])
+    link = zipfile.ZipInfo("a.jpg")
+    link.external_attr = 0o120777 << 16
+    with zipfile.ZipFile(path := space.root / "uploads" / "link.zip", "w") as archive:
+        archive.writestr(link, "/etc/passwd")
+    assert space.add_pictures("dog", [path]) == (0, [])
+    assert not list((space.root / "uploads").glob("brought-*"))
+
+
+def test_photos_of_a_phone(space):
+    heif = pytest.importorskip("pillow_heif")
+    heif.register_heif_opener()
+    content = io.BytesIO()
+    Image.new("RGB", (64, 48), "red").save(content, "HEIF")
+    assert space.add_pictures("dog", [sent(space, "IMG_1.HEIC", content.getvalue())]).count == 1
+    ((name, _, thumbnail, problems),), _ = space.review("dog", 32)
+    assert name == "IMG_1.HEIC" and thumbnail.size == (64, 48) and not problems
 
 
 def test_what_is_wrong_with_pictures(space, subject):
@@ -209,11 +346,27 @@ def test_what_is_wrong_with_pictures(space, subject):
     assert "cannot be read (it is empty" in problems["c.png"] and "save it as JPEG" in problems["d.heic"]
 
 
+def test_pictures_are_shown_as_they_are_trained(space, form):
+    """A photo of 3:4 is cropped, by default and in every method; the page shows the square that is kept."""
+    folder = space.concept_folder("my-toy")
+    Image.new("RGB", (300, 400), "red").save(folder / "a.png")
+    rows, _ = space.review("my-toy", 64)
+    for method in METHODS:
+        others = app.default_values(method, form.base)[0]
+        assert app.fit_of(method, others) == "cropped"
+        assert "top: 12.5%; left: 0.0%; width: 100.00%; height: 75.00%" in app.shots(rows, "cropped")
+    assert "--center_crop" in app.default_values("word", "user/model")[0]
+    assert app.fit_of("word", "") == "squeezed" and 'class="squeezed"' in app.shots(rows, "squeezed")
+    assert app.fit_of("word", "--use_aspect_ratio_buckets --center_crop") == "whole"
+    rows = [rows[0]._replace(name='"><img>.png', caption="</textarea><img>")]
+    assert "<img>" not in app.shots(rows, "whole"), "names and captions are text"
+
+
 def test_captions_are_saved_whole_or_not_at_all(space, subject, monkeypatch):
     space.add_folder("my-toy", subject)
     path = space.root / "concepts" / "my-toy" / "metadata.jsonl"
     space.save_captions("my-toy", [("0.png", ' a {} "quoted"\nü '), ("1.png", None), ("../x.png", "gone")])
-    assert [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] == [
+    assert [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()][:2] == [
         {"file_name": "0.png", "text": 'a {} "quoted" ü'},
         {"file_name": "1.png", "text": ""},
     ]
@@ -295,6 +448,12 @@ def test_flags_that_may_be_added_name_no_file(method, book, form):
     }
 
 
+@pytest.mark.parametrize("threads, expected", [("4,2", "4"), ("3", "3"), ("", None), ("many", None), ("0", None)])
+def test_a_number_of_threads_from_outside(threads, expected, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    assert launcher()[-1] == (expected or str(psutil.cpu_count(logical=False) or 1))
+
+
 def re_path(name):
     return any(part in name for part in ("dir", "path", "dataset", "hub", "push", "token", "checkpoint_", "tokenizer"))
 
@@ -340,11 +499,71 @@ def test_a_refusal_says_why(others, reason):
 def test_a_form_that_is_not_complete(book, form, change, said):
     with pytest.raises(InputError, match=said):
         book.command(replace(form, **change))
-    assert (
-        app.Handlers(book)
-        .command(0, None, "my-toy", "/etc", "word", "x", "", "", "")
-        .startswith("# '/etc' is outside")
-    )
+    line = app.Handlers(book).command(0, None, "my-toy", "/etc", "word", "x", "", "", "")
+    assert "&#x27;/etc&#x27; is outside" in line and "data-copy" not in line
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"class_word": "golden retriever"}, "'golden retriever' is 2 words: choose one, such as 'retriever'"),
+        ({"class_word": "labradoodle"}, "does not know 'labradoodle' as one word"),
+        ({"subject": "my dog"}, "'my dog', must be one word without spaces"),
+        ({"subject": "Star"}, "'Star', is a word that the base model has already: choose a new one, such as '<my-st"),
+        ({"flags": {"max_train_steps": 0}}, "Steps is 0 and must be at least 1 and at most 1e"),
+        ({"flags": {"learning_rate": -1.0}}, "Learning rate is -1.0 and must be above 1e-12"),
+        ({"others": "--seed x"}, "Seed: 'x' is no whole number"),
+        ({"others": "--lr_scheduler sideways"}, "--lr_scheduler: 'sideways' is none of .*cosine"),
+        ({"concept": "empty"}, "There are no pictures yet"),
+    ],
+)
+def test_a_form_is_judged_before_anything_starts(book, form, change, said):
+    """In the words of the page, and not after 20 seconds in those of a script."""
+    with pytest.raises(InputError, match=said):
+        book.start(replace(form, **change))
+    assert not book.names()
+
+
+def test_a_base_whose_vocabulary_is_not_here_is_left_to_the_script(space, tmp_path):
+    from personalization.web import checks
+
+    assert checks.vocabulary("stable-diffusion-v1-5/stable-diffusion-v1-5", space) is None
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "vocab.json").write_text('{"dog</w>": 1, "do": 2}')
+    assert checks.vocabulary(str(tmp_path), space) == {"dog"}
+    (tmp_path / "tokenizer" / "vocab.json").write_text("[1]")
+    assert checks.vocabulary(str(tmp_path), space) is None
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_command_line_works_as_copied(book, form, method, tmp_path):
+    """From any folder, with the Python of the server; --help at its end, so that it trains nothing."""
+    line = to_copy(book.command(replace(form, method=method, flags=default_flags(method, form.base))))
+    assert line in html.unescape(app.command_box(line))
+    done = subprocess.run(["bash", "-c", f"{line} --help"], cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0 and METHODS[method].script in done.stdout, done.stderr
+
+
+def test_no_sentence_is_taken_for_html(book, monkeypatch):
+    """Toasts are HTML to Gradio: what a visitor typed is shown as it was typed, and no image in it is fetched."""
+    said = []
+    monkeypatch.setattr(app.gr, "Warning", lambda text, **_: said.append(text))
+    monkeypatch.setattr(app.gr, "Info", lambda text, **_: said.append(text))
+    page = app.Handlers(book)
+    page.upload(["<img src=x>.mp3"], "my-toy", None, "word", "")
+    app.tell("<striped_star> waits")
+    with pytest.raises(app.gr.Error) as refused:
+        app.answering(page.copy_folder)("<img src=//evil.com/x>", "my-toy", "", None, "word", "")
+    for text in [*said, refused.value.message]:
+        assert "<" not in text and "&lt;" in text
+
+
+def test_an_error_belongs_into_the_card(book):
+    """No card says for ever that something is on the way."""
+    page = app.Handlers(book)
+    for handler, values in ((page.draw, ["gone", "a {}", 1, 0, 1, 4]), (page.push, ["gone", "a/b", True, ""])):
+        *_, last = app.answering(app.in_its_card(handler))(*values)
+        assert 'class="card bad"' in last and "There is no run" in last
 
 
 # =====================================================================================================
@@ -374,6 +593,83 @@ def test_history_of_a_resumed_run(tmp_path):
     assert len(table) == 8 and set(table["series"]) == set(app_words.SERIES)
     assert set(app.curve(history._replace(held_out=[]))["series"]) == set(app_words.SERIES)
     assert not len(app.curve(app_runs.History([], [])))
+
+
+def test_what_a_run_is_doing():
+    """Phases before the first step, and then the last state of the progress bar, whatever is logged how seldom."""
+    assert run_logs.doing("").phase == "Starting Python and its libraries"
+    assert "once" in run_logs.doing("INFO - Recipe fast: ...\nINFO - Quantizing the unet once, into /x\n").phase
+    bar = "Steps:  12%|█▏        | 18/150 [00:05<00:40,  3.29it/s, loss=0.4339]"
+    found = run_logs.doing(f"12 images, 3 prompts\nSteps:   0%|  | 0/150 [00:00<?, ?it/s]\n{bar}\nand more")
+    assert (found.phase, found.step) == ("Training", 18) and "loss=0.4339" in found.bar
+    shown = app.status_card(RUNNING, "", found.step, 150, None, found)
+    assert "step 18 of 150" in shown and "3.29it/s" in shown and 'data-title="12% step 18 of 150"' in shown
+
+
+@pytest.mark.parametrize(
+    "losses, said",
+    [
+        ([0.5, 0.4], ""),
+        ([0.5, 0.4, 0.3], "best at step 50 (0.3000), still improving."),
+        ([0.5, 0.3, 0.4], "best at step 25 (0.3000), now 0.4000: no better in the last 1 look."),
+        ([0.3, 0.4, 0.5, 0.6], "now 0.6000: no better in the last 3 looks. It no longer improves: stop?"),
+    ],
+)
+def test_the_held_out_loss_as_a_sentence(losses, said):
+    history = app_runs.History([], [(25 * n, loss, 0.0) for n, loss in enumerate(losses)])
+    sentence = app.held_out_sentence(history, 100)
+    assert sentence.endswith(said) and bool(sentence) == bool(said)
+
+
+@pytest.mark.parametrize(
+    "caption, word, expected",
+    [
+        ("a brown Dog on a beach.", "dog", "a brown {} on a beach"),
+        ("an animal", "dog", "a photo of {}, an animal"),
+        ("a hotdog", "dog", "a photo of {}, a hotdog"),
+        (" \n", "dog", ""),
+        ("a dog", "", "a photo of {}, a dog"),
+    ],
+)
+def test_a_model_s_caption_names_the_concept(caption, word, expected):
+    assert captioner.with_concept(caption, word) == expected
+
+
+def test_captions_are_written_by_a_model_on_this_disk(book, tmp_path):
+    """A tiny BLIP of random weights, in a process of its own; captions that are there stay as they are."""
+    from transformers import (
+        BertTokenizerFast,
+        BlipConfig,
+        BlipForConditionalGeneration,
+        BlipImageProcessor,
+        BlipProcessor,
+    )
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "star", "on", "the", "beach"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    tokenizer = BertTokenizerFast(vocab={word: n for n, word in enumerate(words)})
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = sizes | {
+        "vocab_size": len(words),
+        "bos_token_id": 2,
+        "sep_token_id": 3,
+        "eos_token_id": 3,
+        "pad_token_id": 0,
+    }
+    text |= {"encoder_hidden_size": 16, "max_position_embeddings": 64}
+    config = BlipConfig(
+        text_config=text, vision_config=sizes | {"image_size": 32, "patch_size": 16}, projection_dim=16
+    )
+    BlipForConditionalGeneration(config).save_pretrained(tmp_path)
+    BlipProcessor(BlipImageProcessor(size={"height": 32, "width": 32}), tokenizer).save_pretrained(tmp_path)
+    book.workspace.save_captions("my-toy", [("0.png", ""), ("1.png", "my own {}")])
+    assert book.write_captions("my-toy", tmp_path, "star") == 1 and book.write_captions("my-toy", tmp_path, "") == 0
+    captions = {row.name: row.caption for row in book.workspace.review("my-toy", 64)[0]}
+    assert "{}" in captions["0.png"] and captions["1.png"] == "my own {}"
+    (tmp_path / "config.json").write_text("{}")
+    book.workspace.save_captions("my-toy", [("0.png", "")])
+    *_, (said, _) = app.Handlers(book, tmp_path).write_captions("my-toy", "star", None, "word", "")
+    assert 'class="card bad"' in said and "no model that describes pictures" in said
 
 
 def test_time_left_and_time_in_all():
@@ -459,23 +755,89 @@ def sleeping(monkeypatch):
 
 
 def test_two_visitors_start_at_the_same_time(book, form, sleeping):
-    started, refused = [], []
-
-    def visitor():
-        try:
-            started.append(book.start(form))
-        except InputError as error:
-            refused.append(str(error))
-
-    visitors = [threading.Thread(target=visitor) for _ in range(4)]
+    """One trains, the others wait for their turn; a server that is started again still has the queue."""
+    visitors = [threading.Thread(target=book.start, args=[form]) for _ in range(3)]
     [thread.start() for thread in visitors]
     [thread.join() for thread in visitors]
-    assert len(started) == 1 and len(refused) == 3 and all("my-toy-1 is training" in said for said in refused)
-    assert book.names() == ["my-toy-1"] and started[0].outcome() == (RUNNING, "")
+    first, second, third = (book.open(f"my-toy-{n}") for n in (1, 2, 3))
+    assert [run.outcome()[0] for run in (first, second, third)] == [RUNNING, WAITING, WAITING]
+    assert [run.name for run in book.waiting()] == ["my-toy-2", "my-toy-3"] and not book.advance()
+    status = app.Handlers(book).observe("my-toy-3", {})[2]
+    assert "<b>Waiting</b> for its turn: 1 other before it" in status
     with pytest.raises(InputError, match="is training already"):
-        book.resume(started[0])
+        book.resume(first)
+    with pytest.raises(InputError, match="my-toy-1 is running: stop it first"):
+        book.delete(first)
+    book.stop(second)  # leaves the queue
+    assert second.outcome()[0] == READY
+    end(book, first)
+    again = RunBook(book.workspace)
+    assert [run.name for run in again.advance()] == ["my-toy-3"] and not again.waiting()
+    again.resume(second)
+    assert second.outcome()[0] == WAITING and third.outcome()[0] == RUNNING
     two = RunBook(book.workspace, at_once=2)  # another server on this workspace, which allows more
-    assert two.start(replace(form, concept="my-toy")).name == "my-toy-2"
+    assert [run.name for run in two.advance()] == ["my-toy-2"]
+
+
+def test_the_queue_moves_without_a_visitor(book, form, sleeping, monkeypatch):
+    monkeypatch.setattr(queue, "SECONDS", 0.05)
+    monkeypatch.setattr(app.Handlers, "observe", lambda *_: pytest.fail("nobody looks"))
+    first, second = book.start(form, "hf_first"), book.start(form, "hf_second")
+    queue.keep_moving(book, lambda: second.outcome()[0] != RUNNING)
+    end(book, first)
+    wait_for(lambda: second.outcome()[0] == RUNNING, 10)
+    assert b"hf_" not in b"".join(path.read_bytes() for path in book.folder.rglob("run.json"))
+
+
+def end(book, run):
+    book.stop(run)
+    wait_for(lambda: not run.is_alive())
+
+
+def test_runs_and_concepts_are_renamed_and_deleted(book, form, sleeping):
+    page, run = app.Handlers(book), book.start(form)
+    for refused in (lambda: book.rename(run, "x"), lambda: book.rename_concept("my-toy", "x")):
+        with pytest.raises(InputError, match="my-toy-1 is running: stop it first"):
+            refused()
+    end(book, run)
+    run.output.mkdir()
+    (run.output / run.method.result_name).write_bytes(b"learned")
+    renamed = book.rename(run, "The best one!")
+    assert book.names() == ["The-best-one"] and not run.folder.exists()
+    assert (renamed.output / run.method.result_name).read_bytes() == b"learned"
+    assert flag_of(renamed.record["command"], "output_dir") == str(renamed.output), "Resume finds its checkpoints"
+    for name, said in (("The-best-one", ""), ("", "a new name first")):
+        with pytest.raises(InputError, match=said) if said else contextlib.nullcontext():
+            book.rename(renamed, name)
+
+    assert page.rename_concept("my-toy", "my star")[0]["value"] == "my-star"
+    assert renamed.form.concept == "my-star" and book.workspace.concepts() == ["my-star"]
+    pictures = flag_of(renamed.record["command"], "train_data_dir")
+    assert Path(pictures) == book.workspace.root / "concepts" / "my-star" and list(Path(pictures).glob("*.png"))
+    page.delete_concept(None), page.delete_run(None)  # a visitor who thought again
+    assert book.names() and book.workspace.concepts()
+    page.delete_concept("my-star")
+    assert not book.workspace.concepts() and renamed.output.is_dir(), "what was learned stays"
+    page.delete_run("The-best-one")
+    assert not list(book.folder.iterdir()) and not book.names()
+    for gone in (lambda: book.workspace.delete_concept(".."), lambda: book.workspace.rename_concept("gone", "x")):
+        with pytest.raises(InputError, match="There is no concept"):
+            gone()
+
+
+def test_settings_belong_to_a_concept(book, form, sleeping, subject):
+    """What was chosen for one is not left on the page for the next, nor for another visitor."""
+    page, run = app.Handlers(book), book.start(replace(form, class_word="cross", method="lora"))
+    book.workspace.add_folder("moon", subject)
+    of_the_first, of_the_next = page.choose_concept("my-toy"), page.choose_concept("moon")
+    assert of_the_first[1:3] == ["lora", "cross"] and of_the_next[1:3] == ["word", ""]
+    concept, runs, _, tab, step, base, method, word, *_ = page.load({})  # another visitor
+    assert concept["value"] is None and (method, word) == ("word", "") and step == app.PICTURES
+    assert runs["value"] == run.name, "the run is there to look at"
+    uploaded = page.upload([], None, base, method, "")
+    assert uploaded[1]["value"] not in (None, "my-toy", "moon"), "pictures of nobody's concept make a new one"
+    concept, _, _, _, step, base, method, word, *_ = page.load({"run": run.name, "concept": "my-toy"})
+    assert concept["value"] == "my-toy" and (method, word, step) == ("lora", "cross", app.TRAINING)
 
 
 def test_two_visitors_see_their_own_run(book, form, sleeping):
@@ -512,7 +874,7 @@ def test_how_a_run_ended_is_read_from_its_log(book, form, sleeping):
     run.log.write_text("Steps: 1\rSteps: 2\n\ntrain_zoodip_textual_inversion.py: error: --seed -1 must be more.\n")
     assert run.outcome() == (FAILED, "--seed -1 must be more.")
     assert run.log_tail().startswith("Steps: 2\n")
-    assert "it broke off" in app.status_card(*run.outcome(), 5, 10, None).lower()
+    assert "<b>Failed</b> at step 5 of 10. --seed -1" in app.status_card(*run.outcome(), 5, 10, None)
 
 
 def test_a_reason_is_of_this_launch_and_stands_on_its_own_line(book, form, sleeping):
@@ -594,8 +956,9 @@ def test_whole_life_of_a_run(book, form, tmp_path):
     found = other.open(run.name)
     wait_for(lambda: len(other.history(found).loss) > 4)
     assert found.outcome() == (RUNNING, "") and len(app_runs.processes_of(found.record["process"])) >= 2
-    with pytest.raises(InputError, match="is training"):
-        other.start(form)
+    waits = other.start(form)
+    assert waits.outcome()[0] == WAITING
+    other.stop(waits), other.delete(waits)
 
     launcher_process, script, *_ = app_runs.processes_of(found.record["process"])
     assert os.getsid(script.pid) == launcher_process.pid, "a session of its own: what ends the server does not end it"
@@ -613,13 +976,11 @@ def test_whole_life_of_a_run(book, form, tmp_path):
     assert steps[0] == steps[1], "the last step has a checkpoint"
 
     last = other.history(found).loss[-1][0]
-    command = found.record["command"]
-    command[command.index("--max_train_steps") + 1] = str(last + 1)
-    found.write(command=command)
-    other.resume(found)
+    assert not found.has_result()
+    other.resume(found, finish=True)  # a stopped run has a result, too
     wait_for(lambda: not found.is_alive())
     assert found.outcome() == (FINISHED, ""), found.log_tail()
-    assert [row[0] for row in other.history(found).loss] == list(range(1, last + 2))
+    assert [row[0] for row in other.history(found).loss] == list(range(1, last + 1))
     with zipfile.ZipFile(found.package()) as archive:
         assert {
             f"{found.name}/{name}" for name in ("learned_embeds.safetensors", "README.md", "zoodip_config.json")
@@ -629,12 +990,17 @@ def test_whole_life_of_a_run(book, form, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(zipfile, "ZipFile", no_room)
         assert "disk is full" in str(app.Handlers(book).observe(found.name, {}))
-    assert flag_of(found.record["command"], "max_train_steps") == str(last + 1)
-
-    for _ in other.draw(found, "a photo of a <my-toy> in the snow", 1, 3, 1, 4):
-        pass
+    pids = set()
+    for n in range(2):  # the second time the pipeline is there
+        list(other.draw(found, "a photo of a <my-toy> in the snow", 1, 3 + n, 1, 4))
+        painters = app_runs.processes_of(other.painter.record())
+        assert len(painters) == 1 and not other.painter.is_busy()
+        pids.add(painters[0].pid)
+    assert len(pids) == 1
+    other.painter.leave()
+    wait_for(lambda: not other.painter.is_alive(), 20)
     assert "Drawing" in (found.folder / "drawings" / "0001" / "log.txt").read_text()
-    ((record, before, after),) = found.drawings()
+    (_, (record, before, after)) = found.drawings()
     assert record["prompt"] == "a photo of a {} in the snow" and len(before) == len(after) == 1
     assert before[0].read_bytes() != after[0].read_bytes()
     with pytest.raises(InputError, match="into the prompt"):
@@ -692,10 +1058,11 @@ def test_the_server_shows_the_workspace_and_nothing_else(tmp_path):
 
 
 @contextlib.contextmanager
-def serve(root, port=0, **environment):
+def serve(root, port=None, **environment):
     """`python app.py`; yields its address."""
     command = [sys.executable, str(REPO / "app.py"), "--workspace", str(root)]
-    root.mkdir()
+    command += ["--port", str(port)] if port else []
+    root.mkdir(exist_ok=True)
     log = root / "server.txt"
     with log.open("w") as output:
         environment = {
@@ -735,6 +1102,25 @@ def test_bad_flags_of_the_server(words, said, capsys):
     with pytest.raises(SystemExit) as end:
         app.parse_args(words)
     assert end.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_a_port_in_use_is_said_in_one_sentence(tmp_path):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        with pytest.raises(InputError, match="--port .* is in use, perhaps by this page"):
+            with served(tmp_path / "w", "--port", port):
+                pass
+
+
+def test_without_gradio_it_is_one_sentence(tmp_path):
+    """Python is told by a finder that there is no such module."""
+    code = "import importlib.util as u, runpy, sys; f = u.find_spec\n"
+    code += "u.find_spec = lambda name, *a: None if name == 'gradio' else f(name, *a)\n"
+    code += f"sys.argv = ['app.py']; runpy.run_path({str(REPO / 'app.py')!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, timeout=60)
+    assert done.returncode and done.stderr.count("\n") == 1 and "pip install -r requirements-app.txt" in done.stderr
 
 
 def test_a_workspace_that_cannot_be_made(tmp_path):

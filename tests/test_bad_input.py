@@ -92,7 +92,7 @@ def fault(basics, no_models, capsys):
         ({"dataloader_num_workers": 4}, "--dataloader_num_workers means nothing here"),
         ({"adam_beta1": 1.0}, "--adam_beta1 1.0 must be a finite number of at least 0 and below 1"),
         ({"flip_probability": 1.5}, "--flip_probability 1.5 must be a finite number of at least 0 and at most 1"),
-        ({"early_stopping_patience": 2, "num_validation_samples": 0}, "--early_stopping_patience judges the held-out"),
+        ({"early_stopping_patience": 2, "num_validation_samples": 0}, "--early_stopping_patience judges the valid"),
         ({"quantization": "int3"}, "invalid choice: 'int3'"),
         ({"num_perturbation": 2}, "there is no flag --num_perturbation: did you mean --num_perturbations?"),
     ],

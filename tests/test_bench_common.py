@@ -1,6 +1,7 @@
 """What the measuring scripts share: provenance without one machine's paths, a hash of code, files that stay whole."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -12,9 +13,10 @@ from benchmarks.tables.markdown import code_note
 
 
 RESULTS = sorted(path for folder in ("benchmarks/results", "demo", "docs") for path in (REPO / folder).glob("*.json"))
+RESULTS += sorted((REPO / "demo").glob("[bs]*/**/*.json"))  # the models, which keep where they were loaded from
 
 
-@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.relative_to(REPO).as_posix())
 def test_results_name_no_path_of_one_machine(path):
     def commands(content):
         for value in content.values() if isinstance(content, dict) else content if isinstance(content, list) else ():
@@ -22,7 +24,9 @@ def test_results_name_no_path_of_one_machine(path):
         if isinstance(content, dict) and isinstance(content.get("command"), str):
             yield content["command"]
 
-    for command in commands(json.loads(path.read_text(encoding="utf-8"))):
+    text = path.read_text(encoding="utf-8")
+    assert not re.search(r"/(home|work|root|tmp|mnt|Users)/", text)
+    for command in commands(json.loads(text)):
         assert command == common.public(command)
 
 

@@ -189,6 +189,75 @@ def test_masks_in_a_folder_of_their_own(place, tmp_path):
     assert (pictures[2].mask[:, :15] == 255).all() and (pictures[2].mask[:, 17:] == 0).all()
 
 
+def test_masks_of_folders_of_kohya(tmp_path):
+    """Each in a folder of its own or beside the pictures; a folder without masks is one whose pictures count whole."""
+    for name in ("10_my dog", "4_my dog"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        save(tmp_path / "data" / name / "a.png", (40, 40))
+    (tmp_path / "masks" / "10_my dog").mkdir(parents=True)
+    mask = np.zeros((40, 40), dtype=np.uint8)
+    mask[:20] = 255
+    Image.fromarray(mask).save(tmp_path / "masks" / "10_my dog" / "a.png")
+    one, two = images.read_folder(tmp_path / "data", 32, True, masked=True, mask_dir=str(tmp_path / "masks"))
+    assert one.name == "10_my dog/a.png" and one.repeats == 10 and (one.mask[:, :14] == 255).all()
+    assert two.mask is None and two.repeats == 4
+
+
+def test_pictures_are_never_their_own_masks(place):
+    pictures = images.read_folder(place / "pictures", 32, True, masked=True, mask_dir=str(place / "pictures"))
+    assert [picture.mask is None for picture in pictures] == [False, False, True, True]
+
+
+def test_a_mask_that_is_painted_on_nothing(tmp_path):
+    """White on a transparent layer, as painting programs save it; and one mask for pictures of one name."""
+    pixels = np.zeros((20, 20, 4), dtype=np.uint8)
+    pixels[:, :10] = 255
+    Image.fromarray(pixels).save(tmp_path / "a-masklabel.png")
+    save(tmp_path / "a.png", (20, 20))
+    save(tmp_path / "a.jpg", (20, 20))
+    for picture in images.read_folder(tmp_path, 20, False, masked=True):
+        assert (picture.mask[..., :9] == 255).all() and (picture.mask[..., 11:] == 0).all()
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+def test_pictures_masks_sizes_and_captions_stay_together(place, tmp_path, flipped):
+    """Buckets, masks, flips, repeats and captions at once, where the model is told of crops."""
+    data = {"3_a": ((90, 40), "a {} one"), "1_b": ((40, 90), "a {} two"), "2_c": ((92, 40), "a {} three")}
+    for name, (size, text) in data.items():
+        (tmp_path / "data" / name).mkdir(parents=True)
+        pixels = np.zeros((*size[::-1], 3), dtype=np.uint8)
+        mask = np.zeros(size[::-1], dtype=np.uint8)
+        pixels[:, : size[0] // 4], mask[:, : size[0] // 4] = 255, 255  # white is where the mask is
+        Image.fromarray(pixels).save(tmp_path / "data" / name / "p.png")
+        Image.fromarray(mask).save(tmp_path / "data" / name / "p-masklabel.png")
+        (tmp_path / "data" / name / "p.txt").write_text(text)
+    more = {"use_aspect_ratio_buckets": True, "masked_loss": True, "flip_probability": float(flipped)}
+    more |= {"train_data_dir": tmp_path / "data", "train_batch_size": 2, "base": "xl", "center_crop": True}
+    args = zoodip.parse_args(basics(place, tmp_path / "out", **more))
+    base, placeholder, compute = zoodip.resolve_settings(args, torch.device("cpu"))
+    pictures = zoodip.read_pictures(args, base)
+    captions = prompts.build_prompts(pictures, placeholder, base)
+    concept, _ = examples.load_concept(pictures, captions, base, args.flip_probability, compute)
+    asked = [placeholder.expand(text) for text in ("a {} three", "a {} one", "a {} two")]
+    expected = dict(zip(map(tuple, base.tokenize(asked).tolist()), ((40, 92), (40, 90), (90, 40))))
+    generator, seen = torch.Generator().manual_seed(0), []
+    for _ in range(150):
+        latents, ids, sizes, weights = examples.draw_examples(concept, 2, generator)
+        for each, row, size, weight in zip(latents, ids, sizes, weights):
+            shape = expected[tuple(row.tolist())]
+            seen.append(shape)
+            left = {40: 0, 90: 7, 92: 7 + flipped}[shape[1]]  # of 54 or 55 columns, of which 40 are kept
+            assert tuple(size[:2].int().tolist()) == shape and size[3] == left
+            inside = weight[0] > 0
+            assert each.shape[-2:] == inside.shape == (size[4] / 2, size[5] / 2)
+            side = inside.shape[1] // 2
+            assert inside[:, side:].any() == flipped and inside[:, :side].any() != flipped
+    shares = {shape: seen.count(shape) / len(seen) for shape in expected.values()}
+    assert shares == {(40, 90): pytest.approx(3 / 6, abs=0.1), (90, 40): pytest.approx(1 / 6, abs=0.1)} | {
+        (40, 92): pytest.approx(2 / 6, abs=0.1)
+    }
+
+
 @pytest.mark.parametrize(
     "name, content, expected",
     [

@@ -27,7 +27,9 @@ from personalization.models import base_model
 
 
 SUBJECT = "striped_star"
-TINY = compare_methods.Judging(held_out=8, images_per_prompt=1, num_inference_steps=2, unet_backend="torch")
+TINY = compare_methods.Judging(
+    held_out=8, pictures=2, images_per_prompt=1, num_inference_steps=2, unet_backend="torch"
+)
 
 
 def make_run(name, milestones=(6, 12), seed=0, method=None):
@@ -203,6 +205,30 @@ def test_the_held_out_examples_are_the_same_for_all_and_never_trained_on(cache):
         assert not (drawn[:, None] == batch.target[None]).flatten(2).all(dim=2).any()
 
 
+def test_the_judges_pictures_are_of_the_subject_and_nobodys_training(cache):
+    judge = compare_methods.Judge(make_run("plain"), cache)
+    held_out, trained = judge.task.held_out.moments[0], judge.task.concept.moments[0]
+    assert len(held_out) == TINY.pictures and len(trained) == 5
+    assert not any(torch.equal(one, other) for one in held_out for other in trained)
+    for name in (SUBJECT, "twotone_moon"):
+        pictures = [image for image, _ in compare_methods.world.held_out_pictures(name, 8)]
+        again = [image for image, _ in compare_methods.world.held_out_pictures(name, 8)]
+        assert all(np.array_equal(one, other) for one, other in zip(pictures, again))
+        assert len({image.tobytes() for image in pictures}) == 8
+        assert judge.scores([[Image.fromarray(image) for image in pictures]] * 4)["shape"] == (name == SUBJECT)
+
+
+def test_a_run_on_the_other_base_is_another_run_and_trains_it(cache):
+    run = make_run("paper")
+    other = dataclasses.replace(run, model="base_eps")
+    assert other.path(cache) != run.path(cache)
+    words = list(map(str, compare_methods.common_flags(other, cache)))
+    assert words[words.index("--pretrained_model_name_or_path") + 1].endswith("demo/base_eps")
+    listed = compare_methods.list_runs("main", ["plain", "paper"], ["a"], [0], (3,), (3,), TINY, "x", model="base_eps")
+    assert {run.model for run in listed} == {"base_eps"}
+    assert compare_methods.parse_args(["--base", "base_eps"]).base == "base_eps"
+
+
 # =====================================================================================================
 # Runs
 # =====================================================================================================
@@ -220,7 +246,7 @@ def test_a_finished_run_has_its_curve_and_is_not_run_again(cache, two_runs):
     plain, paper = (compare_methods.finished(run, cache) for run in two_runs)
     assert [point["forwards"] for point in plain["curve"]] == [0] and plain["steps"] == 0
     assert [point["forwards"] for point in paper["curve"]] == [6, 12] and paper["steps"] == 4
-    assert "CLIP-I" not in paper["curve"][0] and {"CLIP-I", "CLIP-T", "identity"} <= set(paper["curve"][1])
+    assert "CLIP-I" not in paper["curve"][0] and {"CLIP-I", "CLIP-T", "identity", "shape"} <= set(paper["curve"][1])
     before = {path: path.stat().st_mtime_ns for path in (cache / "main").iterdir()}
     assert compare_methods.perform_missing(two_runs, cache, 1) == 0
     assert {path: path.stat().st_mtime_ns for path in (cache / "main").iterdir()} == before

@@ -4,10 +4,12 @@ import json
 
 import pytest
 import torch
+from conftest import as_arguments
 from safetensors.torch import load_file
 
 import train_zoodip_textual_inversion as zoodip
 from personalization.models import compute
+from personalization.models.compute import Compute
 
 
 @pytest.fixture
@@ -55,6 +57,24 @@ def test_float16_is_what_a_gpu_trains_in(train, cuda_layout, flags):
     assert config["hardware"]["activations"] == config["settings"]["activations"] == "float16"
     assert config["settings"]["perturbation_scale"] == 1e-3
     assert load_file(out / "learned_embeds.safetensors")["<my-toy>"].isfinite().all()
+
+
+@pytest.mark.parametrize("low_vram", [False, True])
+def test_pictures_are_encoded_on_the_host_where_a_gpu_is_to_be_spared(basics, monkeypatch, low_vram):
+    flags = basics | ({"--low_vram": True} if low_vram else {})
+    args = zoodip.parse_args(as_arguments(flags))
+    base, placeholder, _ = zoodip.resolve_settings(args, torch.device("cpu"))
+    seen = []
+
+    def load_concept(pictures, captions, base, flip_probability, compute):
+        seen.append(compute)
+        raise InterruptedError
+
+    monkeypatch.setattr(zoodip.examples, "load_concept", load_concept)
+    on_gpu = Compute(torch.device("cuda"), torch.float16, torch.channels_last)
+    with pytest.raises(InterruptedError):
+        zoodip.prepare(args, base, placeholder, on_gpu, [], None)
+    assert seen == [Compute(torch.device("cpu"), torch.float32, torch.channels_last) if low_vram else on_gpu]
 
 
 def test_a_checkpoint_of_another_precision_is_refused(train, cuda_layout):

@@ -16,11 +16,12 @@ from conftest import as_arguments
 from PIL import Image
 
 import train_zoodip_textual_inversion as zoodip
+from personalization import files
 from personalization.data import examples, images, prompts
 from personalization.data.captions import kohya_name, mark_concept, read_captions
 from personalization.errors import InputError, first_cause, quoted, shorten
+from personalization.methods import dreambooth
 from personalization.models import base_model
-from personalization.runs import launch
 
 
 @pytest.fixture(autouse=True)
@@ -351,7 +352,7 @@ def test_what_lies_beside_the_pictures_is_said(folder, log, monkeypatch):
     assert log().splitlines() == [
         f"Ignored 1 files in '{folder}' that are not images: IMG_1.HEIC (IMG_1.HEIC cannot be read here: pip install"
         " pillow-heif, or save such images as JPEG or PNG).",
-        f"Ignored folders in '{folder}': .hidden, x.jpg; only pictures beside them are read.",
+        f"Ignored folders in '{folder}': x.jpg; only pictures beside them are read.",
         f"Skipped links to nothing, pipes or devices in '{folder}': gone.png, loop.png, pipe.png, zero.png.",
     ]
 
@@ -398,11 +399,22 @@ def test_a_text_file_that_cannot_be_read(folder):
     assert "a.txt cannot be read: it is not text in UTF-8: save it as UTF-8." in sentence(read, folder)
 
 
-@pytest.mark.parametrize("name", ["c.txt", "captions.json", "meta_cap.json", "captions.csv", "metadata.parquet"])
+WRITTEN = "c.txt captions.json meta_cap.json captions.csv metadata.parquet captions/a.txt a.png.txt".split()
+
+
+@pytest.mark.parametrize("name", WRITTEN)
 def test_what_somebody_wrote_is_not_dropped_without_a_sentence(folder, log, name):
+    (folder / name).parent.mkdir(exist_ok=True)
     (folder / name).write_bytes(b"x")
     read(folder)
     assert f"If {name} hold captions, they are lost: captions are read from metadata.jsonl" in log()
+
+
+def test_words_in_other_fields_of_metadata_are_said_to_be_lost(folder, log):
+    row = {"file_name": "a.png", "text": "", "tags": "dog, sofa", "width": 40, "hash": "12", "note": ""}
+    (folder / "metadata.jsonl").write_text(json.dumps(row))
+    read(folder)
+    assert log() == "Captions are in the field text of the metadata: what tags say is lost."
 
 
 def test_folders_of_kohya(folder, log):
@@ -450,6 +462,28 @@ def test_a_caption_that_names_the_class_word_only(base, log):
     assert message.endswith("put {} or <my-toy> there.")
     assert mark_concept(marked, "dog", []) == marked
     assert log() == "--caption_token 'dog' changed nothing: no caption without {} says it."
+
+
+@pytest.mark.parametrize("mark", ["<embedding>", "[trigger]", "[name]"])
+def test_captions_of_other_programs_say_where_the_concept_goes_in_their_way(base, mark):
+    pictures = [images.Picture("a.png", None, f"a photo of {mark} in grass")]
+    placeholder = prompts.add_placeholder(base.tokenizer, "<my-toy>", 1, "star")
+    message = sentence(prompts.build_prompts, pictures, placeholder, base)
+    assert f'or give --caption_token "{mark}", which 1 of 1 such captions name' in message
+    (picture,) = mark_concept(pictures, mark, ["<my-toy>"])
+    assert picture.caption == "a photo of {} in grass"
+
+
+def test_a_placeholder_in_capitals_is_not_replaced_in_part():
+    pictures = [images.Picture("a.png", None, "a photo of <My-Dog>, my dog")]
+    assert mark_concept(pictures, "dog", ["<my-dog>"]) == pictures
+
+
+def test_captions_of_class_images_are_said_to_be_lost(folder, log):
+    (folder / "a.txt").write_text("a photo of a dog in grass")
+    args = SimpleNamespace(class_data_dir=str(folder), num_class_images=2)
+    assert len(dreambooth.read_class_folder(args, 16)) == 2
+    assert "Captions in --class_data_dir are lost (a.png): class images have --class_prompt." in log()
 
 
 def test_repeats_decide_how_often_a_picture_is_drawn():
@@ -547,11 +581,11 @@ def test_the_output_folder_is_not_the_data_folder(folder, tmp_path):
     (tmp_path / "link").symlink_to(folder)
     flag = "--train_data_dir"
     for output in (folder, f"{folder}/", f"{folder}/../images", tmp_path / "link"):
-        assert f" is {flag} " in sentence(launch.check_apart, flag, folder, output)
-    assert f" is {flag} " in sentence(launch.check_apart, flag, tmp_path / "link", folder)
-    assert f" lies in {flag} " in sentence(launch.check_apart, flag, folder, folder / "out" / "new")
-    assert f" holds {flag} " in sentence(launch.check_apart, flag, folder, tmp_path)
-    launch.check_apart(flag, folder, tmp_path / "images-2")
+        assert f" is {flag} " in sentence(files.check_apart, flag, folder, output)
+    assert f" is {flag} " in sentence(files.check_apart, flag, tmp_path / "link", folder)
+    assert f" lies in {flag} " in sentence(files.check_apart, flag, folder, folder / "out" / "new")
+    assert f" holds {flag} " in sentence(files.check_apart, flag, folder, tmp_path)
+    files.check_apart(flag, folder, tmp_path / "images-2")
 
 
 @pytest.mark.parametrize(

@@ -38,8 +38,10 @@ def test_the_demo_shows_the_paper_and_ours(finished):
     for key, column in result["columns"].items():
         scores = result["scores"]["striped_star"][key]
         assert all(-1 <= scores[name] <= 1 for name in ("CLIP-I", "identity", "CLIP-T"))
+        assert (16 * scores["shape"]).is_integer() and 0 <= scores["shape"] <= 1  # of 16 pictures
         assert column["title"] in said and column["optimizer"] in said
         assert re.search(rf"striped_star +{key} +{scores['CLIP-I']:.3f} +{scores['identity']:.3f}", said)
+        assert re.search(rf"striped_star +{key} .* {scores['shape']:.3f}\n", said)
         if key != "plain-word":
             assert scores["training"]["steps"] == column["steps"] == 2
             assert f"2 steps, {column['forward_passes']} forwards, {column['cpu_seconds']:.0f} s of one thread" in said

@@ -102,6 +102,17 @@ def test_times_and_memory_of_the_hardware_table():
     seconds, length = days(("sdxl", "ours-int8", 256, 2), 20_000)
     row("SDXL at 256", "`--resolution 256`", (f"{seconds:.0f} s", length), "not measured")
     row("512 px", "`--resolution 512`", ("not measured",), gib(("sdxl", "int8", 512, 2)))
+    frontier = json.loads((BENCHMARKS / "frontier_cpu.json").read_text(encoding="utf-8"))["entries"]
+    for resolution, add in ((512, "`--optimizer gradient`"), (256, "`--optimizer gradient --res")):
+        (entry,) = [
+            e for e in frontier if (e["row"], e["resolution"], e["architecture"]) == ("gradient", resolution, "sd15")
+        ]
+        seconds, gigabytes = (
+            statistics.fmean(entry["cpu_seconds_of_steps"][1:]),
+            entry["measured"]["peak_rss_mb"] / 1024,
+        )
+        length = f"projected: {500 * seconds / 3600:.1f} hours"
+        row(f"{resolution} px", add, (f"{seconds:.1f} s", length), f"{gigabytes:.1f} GiB")
 
 
 def test_figures_of_the_subjects_that_gauss_newton_was_not_tuned_on():
@@ -115,7 +126,7 @@ def test_figures_of_the_subjects_that_gauss_newton_was_not_tuned_on():
     for subject in ("dotted_circle", "checkered_ring"):
         loss = " | ".join(f"{mean(subject, method, 'loss'):.4f}" for method in compared)
         identity = " | ".join(f"{mean(subject, method, 'identity'):.3f}" for method in compared)
-        assert f"| {subject.replace('_', ' ')} | held-out loss | {loss} |\n| | identity | {identity} |" in page
+        assert f"| {subject.replace('_', ' ')} | validation loss | {loss} |\n| | identity | {identity} |" in page
     ours, paper, naive = (f"{mean('dotted_circle', m, 'identity'):.3f}"[1:] for m in ("fast_float32", *compared[:2]))
     for name in ("docs/results/methods.md", "docs/methods/gauss_newton.md"):
         words = " ".join(text_of(name).split())

@@ -345,6 +345,15 @@ def test_an_embedding_that_cannot_be_judged_is_refused(flags, results, monkeypat
         run(flags, f"first={results / 'one'}", f"odd={results / 'odd'}")
 
 
+def test_what_draws_no_numbers_is_refused(flags, results):
+    """Large numbers are finite, and what comes of them is not; pipelines make a black picture of it."""
+    (results / "large").mkdir()
+    save_file({"<x>": torch.full((1, 128), 1e25)}, results / "large" / "learned_embeds.safetensors")
+    with pytest.raises(InputError, match="--results large=.* draws NaN or infinity"):
+        run(flags, f"large={results / 'large'}")
+    assert not list((results / "scores").glob("images/large/*.png"))
+
+
 def test_two_words_in_a_file_are_both_known(flags, results):
     (results / "both").mkdir()
     words = {
@@ -356,6 +365,20 @@ def test_two_words_in_a_file_are_both_known(flags, results):
     out = run(flags | {"--num_images_per_prompt": "1"}, f"both={results / 'both'}", f"two={results / 'two'}")
     both, two = (Image.open(out / "images" / name / "000-00.png").tobytes() for name in ("both", "two"))
     assert both != two, "the other word is known, too"
+
+
+def test_a_word_in_capitals_is_drawn_with_all_its_vectors(flags, results, capsys):
+    """CLIP's tokenizer knows no capitals, and plain diffusers compares names as they were typed."""
+    vectors = torch.randn(3, 128, generator=torch.Generator().manual_seed(5)) * 0.1
+    given = []
+    for label, name in (("capitals", "<My-Toy>"), ("small", "<my-toy>"), ("first", "<the-toy>")):
+        (results / label).mkdir()
+        save_file({name: vectors[: 1 if label == "first" else 3]}, results / label / "learned_embeds.safetensors")
+        given.append(f"{label}={results / label}")
+    out = run(flags | {"--num_images_per_prompt": "1"}, *given)
+    drawn = {path.parent.name: Image.open(path).tobytes() for path in out.glob("images/*/000-00.png")}
+    assert drawn["capitals"] == drawn["small"] != drawn["first"]
+    assert "capitals: the word '<My-Toy>', 3 vector(s), of" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -414,10 +437,25 @@ def test_pictures_of_an_unknown_drawing_stay(flags, results, content):
         run(flags, f"first={results / 'one'}")
 
 
+@pytest.mark.parametrize("label", ["plain-word", "second"])
+def test_pictures_that_nobody_claims_are_no_results(flags, results, label):
+    """They are neither scored nor overwritten, with no word of how they were drawn or with that of other columns."""
+    given = [f"first={results / 'one'}", f"second={results / 'two'}"]
+    if label == "second":
+        run(flags, given[0])
+    path = Path(flags["--output_dir"]) / "images" / label / "000-00.png"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"of a user")
+    with pytest.raises(InputError, match=f"nobody can say how they were drawn .*{label}/000-00.png"):
+        run(flags, *given)
+    assert path.read_bytes() == b"of a user"
+
+
 def test_an_output_folder_in_an_input_is_refused(flags, results, demo_base, subject):
     before = sorted(path for path in subject.rglob("*"))
-    for folder in (subject, demo_base, results / "one", results / "one" / "scores", flags["--clip_model"]):
-        with pytest.raises(InputError, match="which is only read: give another"):
+    folders = (subject, demo_base, results / "one", results / "one" / "scores", flags["--clip_model"], results)
+    for folder in folders:
+        with pytest.raises(InputError, match="which is read: give a folder apart from it"):
             run(flags | {"--output_dir": str(folder)}, f"first={results / 'one'}")
     assert sorted(path for path in subject.rglob("*")) == before
 
@@ -429,6 +467,15 @@ def copied(folder, target, change):
     weights = {k: v for k, v in ((k, change(k, v)) for k, v in load_file(path).items()) if v is not None}
     save_file(weights, path, {"format": "pt"})
     return str(target)
+
+
+def test_a_tokenizer_of_another_encoder_judges_nothing(flags, results, repo):
+    scorer = copied(repo / "demo" / "scorer", results / "clip", lambda key, value: value)
+    tokenizer = evaluation.AutoTokenizer.from_pretrained(scorer)
+    tokenizer.add_tokens([f"<word-{i}>" for i in range(9)])
+    tokenizer.save_pretrained(scorer)
+    with pytest.raises(InputError, match="--clip_model .*its tokenizer belongs to another model"):
+        run(flags | {"--clip_model": scorer}, f"first={results / 'one'}")
 
 
 ENCODERS = {
@@ -454,7 +501,7 @@ def test_a_base_with_nan_draws_nothing(flags, results, demo_base):
     weights = load_file(path)
     weights["decoder.conv_out.bias"] *= NAN
     save_file(weights, path, {"format": "pt"})
-    with pytest.raises(InputError, match="the vae has NaN or infinity in decoder.conv_out.bias"):
+    with pytest.raises(InputError, match="the weights hold NaN or infinity in 'decoder.conv_out.bias'"):
         run(flags | {"--pretrained_model_name_or_path": str(base)})
 
 

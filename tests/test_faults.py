@@ -28,6 +28,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_base import build_pictures, build_tiny_base, build_tiny_xl_base, tiny_unet
 
+import evaluate_personalization as evaluation
 import train_selective_dreambooth_lora as lora
 import train_tuneqdm_dreambooth as scales_script
 import train_zoodip_textual_inversion as zoodip
@@ -126,9 +127,14 @@ def test_no_output_folder_is_in_over_or_under_what_is_read(train, tiny, tmp_path
         (world, {pictures: world / "pictures"}, pictures),
     ):
         assert f"--{flag}" in refusal(train, kind, output_dir=output, **flags)
+    cache = {"quantized_cache_dir": world / "base" / "cache"}
+    assert "--quantized_cache_dir" in refusal(train, kind, **base, **cache)
     if kind != "word":
         flags = {"with_prior_preservation": True, "class_prompt": "a star", "class_data_dir": world / "class"}
         assert "--class_data_dir" in refusal(train, kind, output_dir=world, **flags)
+        for folder in (world / "base" / "class", world / "pictures" / "class", world):
+            flags |= {"class_data_dir": folder, pictures: world / "pictures"}
+            assert f"--class_data_dir '{folder}'" in refusal(train, kind, **flags, **base)
     assert sorted(world.rglob("*")) == before
 
 
@@ -173,6 +179,21 @@ def test_a_signal_while_finishing_loses_nothing(train, tmp_path, monkeypatch, ki
     monkeypatch.setattr(script, "train_step", lambda *_: pytest.fail("all steps were done"))
     out = train(kind, checkpointing_steps=100, resume_from_checkpoint="latest")
     assert (out / RESULTS[kind]).is_file()
+
+
+def test_a_signal_stays_one_whatever_a_library_makes_of_it(train, monkeypatch):
+    """Python makes a RuntimeError of what comes while a class is made, as in an import on the way."""
+
+    def importing(*_):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except KeyboardInterrupt as interrupt:
+            raise RuntimeError("Error calling __set_name__") from interrupt
+
+    for where in ("load_component", "finish"):
+        with monkeypatch.context() as patch, errors.handled(errors.interrupt), pytest.raises(Stopped):
+            patch.setattr(base_model if where == "load_component" else zoodip, where, importing)
+            train("word")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -423,6 +444,12 @@ def test_half_characters_and_values_that_are_none(words, capsys, kind):
     assert "--validation_prompt=-- gives no value" in capsys.readouterr().err
 
 
+def test_half_characters_in_lists(capsys):
+    words = ["--pretrained_model_name_or_path=x", "--class_word=star", "--draw_only", "--results", "a=b", "b=\udc80"]
+    assert refusal(evaluation.parse_args, words) == "2"
+    assert "--results has '\\udc80' in it, which is half of a character" in capsys.readouterr().err
+
+
 def test_onednn_without_memory_is_no_fault_of_the_program():
     error = RuntimeError("could not create a primitive")
     assert errors.is_outside(error) and errors.reason(error) == "out of memory: could not create a primitive"
@@ -609,6 +636,13 @@ def test_a_word_is_learned_under_the_name_that_the_tokenizer_has(train, tiny, tm
     assert placeholder.expand("a <My-Toy>") == "a <my-toy> <my-toy>_1" and placeholder.is_in("A <MY-TOY>")
 
 
+def test_a_word_longer_than_names_of_files(train):
+    """All is learned and written; the files that are named after it are named after its beginning."""
+    out = train("word", placeholder_token=f"<{'ä' * 300}>")
+    assert load_file(out / RESULTS["word"]).keys() == {f"<{'ä' * 300}>"}
+    assert (out / f"{'ä' * 100}.safetensors").is_file()
+
+
 @pytest.mark.parametrize("word", ["'<my-dog>'", "‘<my-dog>’", "“<my-dog>”", '"<my-dog>"'])
 def test_quotes_that_stayed_around_a_word(train, words, capsys, word):
     assert "give '<my-dog>'." in refusal(train, "word", placeholder_token=word)
@@ -710,6 +744,14 @@ def test_the_precision_of_accelerates_launch_is_taken(words, monkeypatch):
         assert args.mixed_precision == found
 
 
+def test_what_accelerates_launch_asks_for_is_said_or_refused(train, monkeypatch, caplog):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    launch.take_precision(SimpleNamespace(mixed_precision="no"), torch.device("cpu"))
+    assert "dynamo_backend inductor is not taken" in caplog.text
+    monkeypatch.setattr(launch, "Accelerator", lambda **_: {}["nothing that accelerate knows"])
+    assert "accelerate cannot start as its launch" in refusal(train, "word")
+
+
 def test_image_to_image_is_known_of_our_pipelines(sd, tiny, learned_scales):
     image = AutoPipelineForImage2Image.from_pipe(sd)
     assert type(image).__name__ == "StableDiffusionImg2ImgPipeline" and image.unet is sd.unet
@@ -768,7 +810,11 @@ def test_layers_that_a_model_does_not_use_are_left_alone(train, tiny, tmp_path):
     assert all(value.isfinite().all() for value in load_file(out / RESULTS["lora"]).values())
 
 
-def test_another_rank_is_waited_for_as_long_as_is_said(monkeypatch):
+def test_another_rank_is_waited_for_as_long_as_is_said(words, monkeypatch):
+    started = []
+    monkeypatch.setattr(launch, "Accelerator", lambda **options: started.append(options) or Alone())
+    launch.start(zoodip.parse_args(words("word")))
+    assert [each.timeout.total_seconds() for each in started[0]["kwargs_handlers"]] == [launch.GROUP_SECONDS]
     code = "from personalization.runs import launch; print(launch.GROUP_SECONDS)"
     environment = os.environ | {"ZOODIP_GROUP_TIMEOUT": "7"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=REPO, capture_output=True, text=True)

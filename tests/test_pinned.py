@@ -20,7 +20,7 @@ WORD, SCALES, LORA = ("train_zoodip_textual_inversion", "train_tuneqdm_dreamboot
 BASICS = {
     WORD: {"placeholder_token": "<my-toy>", "initializer_token": "star"},
     SCALES: {"subject_name": "star"},
-    LORA: {"subject_name": "star"},
+    LORA: {"subject_name": "star", "learning_rate": 2e-3, "zo_learning_rate": 2e-3},
 }
 # Steps of the finite difference are large, and so is AdamW's ε (or a gradient's sign would decide): kernels of another
 # processor, which round differently, then hardly move the result. bfloat16 is too coarse for that.

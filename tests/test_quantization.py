@@ -87,6 +87,14 @@ def test_layers_of_a_model_share_a_buffer_but_models_do_not_and_autograd_gets_it
     assert x.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_what_is_compiled_rounds_once_as_cuda_does(dtype, monkeypatch):
+    weight, scale = zoodip.quantize_per_channel(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    found = zoodip.dequantize(weight, scale, dtype, zoodip.DequantizationBuffer())
+    assert found.dtype == dtype and torch.equal(found, torch.mul(weight, scale).to(dtype))
+
+
 def test_int8_layers_survive_a_state_dict(tmp_path):
     from safetensors.torch import load_model, save_model
 

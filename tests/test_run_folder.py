@@ -163,11 +163,13 @@ def test_a_killed_run_frees_the_folder_and_its_leftovers_go(basics, tmp_path, tr
     (out / "samples").mkdir()
     for file in (".tmp-77-learned_embeds.safetensors", "samples/.tmp-77-image_0.png"):
         (out / file).write_bytes(b"half")
-    for cache in (".tmp-77-unet-int8-float32-abc", ".tmp-mine"):  # a cache that another run may be filling; a user's
-        (out / cache).mkdir()
+    # A cache that another run may be filling, a user's folder, a probe that may be another process's.
+    kept = {".tmp-77-unet-int8-float32-abc", ".tmp-mine", ".tmp-77-probe_ab"}
+    for name in (*kept, ".tmp-77-probe_cd"):
+        (out / name).mkdir()
+    os.utime(out / ".tmp-77-probe_cd", (1e9, 1e9))
     train(**QUIET, max_train_steps=1)
-    left = {path.relative_to(out).as_posix() for path in out.rglob(".tmp-*")}
-    assert left == {".tmp-77-unet-int8-float32-abc", ".tmp-mine"}
+    assert {path.relative_to(out).as_posix() for path in out.rglob(".tmp-*")} == kept
 
 
 def test_two_runs_at_once_one_is_refused(basics, tmp_path):

@@ -3,8 +3,11 @@
 import copy
 import gc
 import itertools
+import json
+import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,13 +19,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
 from safetensors.torch import save_file
+from single_files import old_unet_name
 from tiny_base import SIZE, build_pictures, build_tiny_base
 
 import train_selective_dreambooth_lora as script
 import train_zoodip_textual_inversion as zoodip
 from personalization.errors import InputError
 from personalization.methods import dreambooth
-from personalization.models import base_model
+from personalization.models import base_model, single_file
 from personalization.models.frozen import hand_gradients_through
 
 
@@ -68,6 +72,16 @@ def spread(learner, by=0.1):
 def draw(subjects, kind, sampling, model, seed=0):
     g = torch.Generator().manual_seed(seed)
     return script.draw_batch(subjects[kind], sampling, torch.ones(1000), model.scheduler, g)
+
+
+def test_the_rates_follow_the_family(tiny):
+    """Those of other trainers of LoRAs, and not those of the demo model, which wants twenty times as much."""
+    basics = {"pretrained_model_name_or_path": tiny / "base", "instance_data_dir": tiny / "pictures"}
+    for chosen, wanted in (({}, (1e-4, 1e-4)), ({"learning_rate": 2e-3}, (2e-3, 1e-4))):
+        words = as_arguments({f"--{name}": value for name, value in {**basics, "subject_name": "x", **chosen}.items()})
+        args = script.parse_args(words)
+        script.resolve_settings(args, torch.device("cpu"))
+        assert (args.learning_rate, args.zo_learning_rate) == wanted
 
 
 # ------------------------------------------------------------------------------------------- layers against autograd
@@ -245,10 +259,11 @@ def test_a_window_predicts_what_the_whole_picture_does_there(prepare, quantizati
     learner, model, subjects, sampling = prepare(**flags)
     spread(learner)
     batch, surroundings = draw(subjects, script.BP_LOW, sampling, model), model.surroundings
-    for seed in range(4):
-        drawn = surroundings.draw_windows(batch.noisy_latents, torch.Generator().manual_seed(seed))
-        assert len(set(drawn.corners)) > 1 or seed
-        whole = predict(model, batch)
+    whole, height = predict(model, batch), batch.noisy_latents.shape[2]
+    inner = [(grid := surroundings.grid, 0), (0, height - surroundings.side), (grid, 2 * grid)]  # not only tiles
+    inside = script.windows.Windows(inner, surroundings.side, height, height)
+    generator = torch.Generator().manual_seed(0)
+    for drawn in (inside, *(surroundings.draw_windows(batch.noisy_latents, generator) for _ in range(3))):
         with torch.no_grad(), surroundings.kept(drawn):
             assert torch.equal(predict(model, batch), whole)
         with surroundings.standing_in():
@@ -257,6 +272,26 @@ def test_a_window_predicts_what_the_whole_picture_does_there(prepare, quantizati
             expected = one[:, top : top + drawn.side, left : left + drawn.side]
             torch.testing.assert_close(part, expected, rtol=1e-4, atol=1e-5)
         assert torch.equal(predict(model, batch), whole)  # nothing stays
+
+
+@pytest.mark.parametrize("height, width", [(16, 16), (16, 24), (20, 12), (8, 8)])
+def test_every_entry_of_a_picture_counts_alike_in_what_is_drawn(height, width):
+    """By expectation: the weighed windows of 4,000 draws add up to nearly the same everywhere, edges included."""
+    surroundings = script.windows.Surroundings(
+        SimpleNamespace(config=SimpleNamespace(block_out_channels=[1, 1, 1]), modules=list), 8
+    )
+    latents, generator = torch.zeros(4000, 1, height, width), torch.Generator().manual_seed(0)
+    drawn = surroundings.draw_windows(latents, generator)
+    weights = surroundings.weigh(torch.empty(4000, 0), drawn)
+    weights = torch.ones(4000, 1, 8, 8) if weights.numel() == 0 else weights
+    assert (height % 8, width % 8) == (0, 0) or weights.std() > 0
+    seen = torch.zeros(height, width)
+    for (top, left), square in zip(drawn.corners, weights[:, 0].square()):
+        assert top % surroundings.grid == left % surroundings.grid == 0
+        seen[top : top + 8, left : left + 8] += square * height * width / 64 / 4000
+    assert (seen - 1).abs().max() < 0.15, seen
+    masks = torch.rand(4000, 1, height, width, generator=generator)  # with a mask, its weights come on top
+    torch.testing.assert_close(surroundings.weigh(masks, drawn), weights * drawn.of(masks))
 
 
 def predict(model, batch):
@@ -436,6 +471,30 @@ def test_an_untouched_pipeline_predicts_the_same_with_the_adapters(prepare, tiny
         pipeline.load_lora_weights(tmp_path, weight_name="weights.safetensors")
         torch.testing.assert_close(pipeline.unet(sample, torch.tensor(500), text).sample, ours, rtol=1e-5, atol=1e-6)
     assert (before - ours).abs().max() > 1e-3
+
+
+def as_automatic1111(name):
+    """The layer of the original model that Automatic1111 looks up for a LoRA's key, where blocks have 2 layers."""
+    way, i, j, rest = re.fullmatch(r"lora_unet_(down|up)_blocks_(\d+)_attentions_(\d+)_(.+)", name).groups()
+    number, half = 3 * int(i) + int(j), {"down": "input", "up": "output"}[way]
+    return f"diffusion_model_{half}_blocks_{number + (way == 'down')}_1_{rest}"
+
+
+def test_the_names_of_layers_are_those_that_automatic1111_and_comfyui_look_up():
+    """On the real architecture: ComfyUI makes its names of diffusers' layers, Automatic1111 of the original ones."""
+    config = json.loads((single_file.CONFIGS / "sd1" / "unet" / "config.json").read_text())
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(config)
+    script.add_adapters(unet, ["to_k", "to_q", "to_v", "to_out.0"], 1, 1, 0)
+    names = {name.removesuffix(".alpha") for name in script.kohya_tensors(unet) if name.endswith(".alpha")}
+    layers = [name.removesuffix(".base_layer") for name, _ in unet.named_modules() if name.endswith(".base_layer")]
+    assert len(names) == len(layers) == 128
+    assert names == {"lora_unet_" + layer.replace(".", "_") for layer in layers}
+    old = {old_unet_name(f"{layer}.weight", 2, lambda i: i > 0).removesuffix(".weight") for layer in layers}
+    middle = {name for name in names if "mid_block" in name}
+    found = {as_automatic1111(name) for name in names - middle}
+    found |= {name.replace("lora_unet_mid_block_attentions_0", "diffusion_model_middle_block_1") for name in middle}
+    assert found == {"diffusion_model_" + name.replace(".", "_") for name in old}
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input

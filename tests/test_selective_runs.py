@@ -147,6 +147,19 @@ def test_resumed_run_equals_the_uninterrupted_one(basics, tmp_path, view):
         assert all(torch.equal(moments[0][name], moments[1][name]) for name in ("step", "exp_avg", "exp_avg_sq"))
 
 
+def test_a_stopped_run_is_finished_as_it_is(train, basics):
+    """--finish_now writes the result of the newest checkpoint; without one it says so, and no untrained result."""
+    with pytest.raises(InputError, match="--finish_now has no checkpoint to write the result of"):
+        train(finish_now=True, resume_from_checkpoint="latest")
+    out = Path(basics["--output_dir"])
+    assert not (out / script.WEIGHTS_FILE).exists()
+    train(checkpointing_steps=2)
+    (out / script.WEIGHTS_FILE).unlink()
+    train(finish_now=True, resume_from_checkpoint="checkpoint-2")
+    assert (out / script.WEIGHTS_FILE).is_file()
+    assert json.loads((out / script.PUBLICATION.config_name).read_text())["figures"]["steps"] == 2
+
+
 def test_other_settings_are_not_resumed(train):
     train(checkpointing_steps=3)
     for change in (

@@ -1,22 +1,28 @@
 """Checkpoints in a single file: opened, trained on and refused; the same to the last bit as the folder they are of."""
 
+import gc
+import gzip
 import json
 import shutil
+import weakref
 
+import numpy as np
 import pytest
 import torch
 from conftest import as_arguments
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from single_files import as_single_file, write_single_file
 from tiny_base import TOKENIZER, build_pictures, build_tiny_base, build_tiny_xl_base, text_config
 from transformers import CLIPTextModel, CLIPTokenizer
 
+import evaluate_personalization as evaluation
 import train_selective_dreambooth_lora as selective
 import train_tuneqdm_dreambooth as tuneqdm
 import train_zoodip_textual_inversion as zoodip
 from personalization.errors import InputError
-from personalization.models import base_model, families, single_file
+from personalization.models import base_model, families, single_file, weight_cache
 
 
 FAMILIES = {"sd1": families.SD1, "sd2": families.SD2, "sdxl": families.SDXL}
@@ -66,6 +72,7 @@ def small_configs(world, monkeypatch, request):
     if "real" not in request.node.name:
         monkeypatch.setattr(single_file, "CONFIGS", world)
     monkeypatch.setattr(single_file, "HF_HUB_CACHE", str(world / "nothing"))
+    monkeypatch.setattr(single_file, "PACKAGE", "a_package_that_is_nowhere")
 
     def no_network(*_, **__):
         raise OSError("there is no network in this test")
@@ -90,8 +97,6 @@ def learned(world, base, out, **more):
 )
 def test_a_single_file_trains_as_the_folder_it_is_of(world, tmp_path, family, suffix):
     file = world / f"{family}.{suffix}"
-    if family == "sd2":  # the tiny one predicts noise
-        file.with_suffix(".yaml").write_text("model:\n  params:\n    timesteps: 1000\n")
     expected = learned(world, world / family, tmp_path / "folder")
     found = learned(world, file, tmp_path / "file", tokenizer_name=world / family / "tokenizer")
     assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
@@ -121,6 +126,62 @@ def test_the_quantized_cache_is_written_once(world, tmp_path, monkeypatch):
     assert "embeddings.token_embedding.weight" in tables and not any("layers" in name for name in tables)
 
 
+def test_a_tensor_at_a_time(world, tmp_path, monkeypatch):
+    """While the cache is filled, what was read of the file leaves as what follows comes."""
+    read, alive, most, original = [], weakref.WeakSet(), 0, single_file.Later.__init__
+
+    def watched(self, stored, read_it):
+        def reading():
+            nonlocal most
+            gc.collect(0)
+            most = max(most, len(alive))
+            value = read_it()
+            alive.add(value)
+            read.append(value.shape)
+            return value
+
+        original(self, stored, reading)
+
+    monkeypatch.setattr(single_file.Later, "__init__", watched)
+    args = zoodip.parse_args(flags(world, world / "sdxl.safetensors", tmp_path, tokenizer_name=TOKENIZER))
+    base, _, compute = zoodip.resolve_settings(args, torch.device("cpu"))
+    base_model.check_weights(base)
+    assert not read
+    monkeypatch.setattr(weight_cache, "SHARD_BYTES", 1)  # which a float32 weight stays in until it is written
+    zoodip.load_frozen(base, "unet", zoodip.BACKENDS["int8"], compute, tmp_path / "cache")
+    assert len(read) > 100 and most <= 4
+
+
+def test_memory_is_predicted_as_for_the_folder(world, tmp_path, capsys):
+    tables = []
+    for base, more in (("sd1", {}), ("sd1.safetensors", {"tokenizer_name": TOKENIZER})):
+        zoodip.main(zoodip.parse_args(flags(world, world / base, tmp_path, estimate_memory=True, **more)))
+        tables.append(capsys.readouterr().out)
+    assert "peak" in tables[0] and tables[0] == tables[1]
+
+
+def test_what_was_learned_is_drawn_on_the_file(world, tmp_path):
+    """The evaluation, which the page draws with, and the three lines that a run ends with."""
+    file, own = world / "sd1.safetensors", {"tokenizer_name": world / "sd1" / "tokenizer"}
+    learned(world, file, tmp_path / "run", **own)
+    (tmp_path / "prompts.txt").write_text("a photo of a {}\n")
+    chosen = {"pretrained_model_name_or_path": file, "class_word": "star", "draw_only": True, **own}
+    chosen |= {"results": f"ours={tmp_path / 'run'}", "prompts": tmp_path / "prompts.txt", "num_inference_steps": 2}
+    chosen |= {"output_dir": tmp_path / "drawn", "num_images_per_prompt": 1, "resolution": 16}
+    words = as_arguments({f"--{name}": value for name, value in chosen.items()})
+    evaluation.main(evaluation.parse_args(words))
+    assert len(list((tmp_path / "drawn" / "images").rglob("*.png"))) == 2
+
+
+def test_numbers_that_are_none(world, tmp_path):
+    content, file = load_file(world / "sd1.safetensors"), tmp_path / "x.safetensors"
+    name = next(name for name in content if name.endswith("mlp.fc1.weight"))
+    content[name][0, 0] = torch.inf
+    save_file(content, file)
+    with pytest.raises(InputError, match="the weights hold NaN or infinity in '.*mlp.fc1.weight'"):
+        learned(world, file, tmp_path / "out", tokenizer_name=TOKENIZER, quantized_cache_dir=tmp_path / "cache")
+
+
 @pytest.mark.parametrize("script", [selective, tuneqdm], ids=lambda script: script.__name__)
 def test_the_dreambooth_trainers_take_one(world, tmp_path, script):
     outs = []
@@ -134,6 +195,22 @@ def test_the_dreambooth_trainers_take_one(world, tmp_path, script):
         script.main(script.parse_args(as_arguments(chosen)))
     results = [load_file(out / script.PUBLICATION.result_name) for out in outs]
     assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_the_evaluation_draws_with_one(world, tmp_path, family):
+    file, prompts = world / f"{family}.safetensors", tmp_path / "prompts.txt"
+    prompts.write_text("a {}\n")
+    chosen = {"--pretrained_model_name_or_path": file, "--class_word": "star", "--draw_only": True, "--resolution": 16}
+    chosen |= {"--prompts": prompts, "--output_dir": tmp_path / "out", "--num_images_per_prompt": 1}
+    chosen |= {"--num_inference_steps": 4, "--tokenizer_name": world / family / "tokenizer"}
+    evaluation.main(evaluation.parse_args(as_arguments(chosen)))
+    drawn = np.asarray(Image.open(tmp_path / "out" / "images" / "plain-word" / "000-00.png"), dtype=int)
+    pipeline = FAMILIES[family].pipeline.from_pretrained(world / family)
+    pipeline.scheduler = FAMILIES[family].sampler(pipeline.scheduler)
+    options = {"num_inference_steps": 4, "height": 16, "width": 16, "guidance_scale": 7.5}
+    image = pipeline("a star", generator=torch.Generator().manual_seed(0), **options).images[0]
+    assert np.abs(drawn - np.asarray(image, dtype=int)).max() <= 1
 
 
 # -------------------------------------------------------------------------------------------------- the real families
@@ -189,28 +266,39 @@ def opened(file, name="x", **more):
     return base_model.open_base(base_model.ModelSource(str(file)), str(more.pop("tokenizer")), FAMILIES.values())
 
 
-def test_what_a_file_predicts(world, tmp_path):
-    tokenizer = world / "sd1" / "tokenizer"
-    for family, yaml, expected in (
-        ("sd1", None, "epsilon"),
-        ("sd1", 'parameterization: "v"', "v_prediction"),
-        ("sd2", None, "v_prediction"),
-        ("sd2", "scale_factor: 0.18215", "epsilon"),
-        ("sd2", "    parameterization: 'v'\n", "v_prediction"),
-    ):
-        file = shutil.copy(world / f"{family}.safetensors", tmp_path / "x.safetensors")
-        (tmp_path / "x.yaml").unlink(missing_ok=True)
-        if yaml:
-            (tmp_path / "x.yaml").write_text(yaml)
-        if family == "sd2" and expected == "v_prediction":
-            overrides = single_file.open_file(file, "x").overrides
-            assert overrides.get("scheduler", {"prediction_type": "v_prediction"})["prediction_type"] == expected
-        else:
-            assert opened(file, tokenizer=tokenizer).scheduler.config.prediction_type == expected
+@pytest.mark.parametrize(
+    "family, yaml, metadata, spread, expected",
+    [
+        ("sd1", None, None, 0.0, "epsilon"),
+        ("sd1", 'parameterization: "v"', None, 0.0, "v_prediction"),
+        ("sd1", None, {"modelspec.prediction_type": "v"}, 0.0, "v_prediction"),
+        ("sd2", None, None, 0.01, "epsilon"),
+        ("sd2", None, None, 0.2, "v_prediction"),
+        ("sd2", None, {"modelspec.prediction_type": "epsilon"}, 0.2, "epsilon"),
+        ("sd2", "scale_factor: 0.18215", None, 0.2, "epsilon"),
+        ("sd2", "    parameterization: 'v'\n", None, 0.01, "v_prediction"),
+    ],
+)
+def test_what_a_file_predicts(world, tmp_path, caplog, family, yaml, metadata, spread, expected):
+    """The order of docs/data.md; a file of 2.x that says nothing is judged by a weight, as ComfyUI judges it."""
+    content, file = load_file(world / f"{family}.safetensors"), tmp_path / "x.safetensors"
+    norm = max(name for name in content if single_file.LAST_NORM.fullmatch(name))
+    content[norm] = spread * torch.tensor([1.0, -1.0]).repeat(len(content[norm]) // 2)
+    save_file(content, file, metadata)
+    if yaml:
+        (tmp_path / "x.yaml").write_text(yaml)
+    caplog.set_level("INFO")
+    base = opened(file, tokenizer=world / "sd1" / "tokenizer")
+    assert base.scheduler.config.prediction_type == expected
+    if family == "sd2" and expected == "epsilon":
+        assert base.denoiser_config["sample_size"] == 64
+    assert ("x.safetensors predicts" in caplog.text) == (expected != "epsilon" or family == "sd2")
+
+
+def test_what_a_file_of_xl_predicts(world, tmp_path):
     content = load_file(world / "sdxl.safetensors") | {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
     save_file(content, tmp_path / "x.safetensors")
-    (tmp_path / "x.yaml").unlink(missing_ok=True)
-    scheduler = opened(tmp_path / "x.safetensors", tokenizer=tokenizer).scheduler
+    scheduler = opened(tmp_path / "x.safetensors", tokenizer=world / "sd1" / "tokenizer").scheduler
     assert scheduler.config.prediction_type == "v_prediction" and scheduler.alphas_cumprod[-1] < 1e-6
 
 
@@ -222,7 +310,8 @@ def test_tokenizers_of_the_hubs_cache(world, tmp_path, monkeypatch):
     (tmp_path / "models--someone--flux" / "snapshots" / "0123" / "tokenizer").mkdir(parents=True)
     shutil.copytree(TOKENIZER, snapshot)
     monkeypatch.setattr(single_file, "HF_HUB_CACHE", str(tmp_path))
-    source = base_model.ModelSource(str(world / "sdxl.safetensors"))
+    (tmp_path / "files").mkdir()
+    source = base_model.ModelSource(str(shutil.copy(world / "sdxl.safetensors", tmp_path / "files")))
     base = base_model.open_base(source, None, FAMILIES.values())
     folder = base_model.open_base(base_model.ModelSource(str(world / "sdxl")), None, FAMILIES.values())
     texts = ["a star on the beach", ""]
@@ -230,12 +319,43 @@ def test_tokenizers_of_the_hubs_cache(world, tmp_path, monkeypatch):
     assert [tokenizer.pad_token for tokenizer in base.tokenizers] == ["<|endoftext|>", "!"]
 
 
-def test_a_tokenizer_that_is_nowhere(world):
-    source = base_model.ModelSource(str(world / "sd1.safetensors"))
-    with pytest.raises(
-        InputError, match="is a single file, which has no tokenizer; .* run hf download openai/clip-vit"
-    ):
+@pytest.fixture
+def alone(world, tmp_path):
+    """A file with nothing beside it."""
+    return shutil.copy(world / "sd1.safetensors", tmp_path / "alone.safetensors")
+
+
+def test_a_tokenizer_that_is_nowhere(alone):
+    source = base_model.ModelSource(str(alone))
+    with pytest.raises(InputError, match="is a single file, which has no tokenizer; .* pip install open_clip_torch"):
         base_model.open_base(source, None, FAMILIES.values())
+
+
+def test_a_tokenizer_beside_the_file(world, alone, tmp_path):
+    (tmp_path / "tokenizer").symlink_to(world / "sd1" / "tokenizer")
+    base = base_model.open_base(base_model.ModelSource(str(alone)), None, FAMILIES.values())
+    assert base.tokenizer.get_vocab() == CLIPTokenizer.from_pretrained(TOKENIZER).get_vocab()
+
+
+def test_the_vocabulary_of_a_package(tmp_path, monkeypatch):
+    """CLIP's file in its published form: a line of a version, then merges, of which so many count.
+
+    Words are 256 bytes, those that print first, the same at the end of a word, what merges make, and two marks.
+    """
+    package, merges = tmp_path / "site" / "open_clip", ["l l", "h e", "he ll", "hell o</w>"]
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    with gzip.open(package / single_file.VOCABULARY, "wt", encoding="utf-8") as file:
+        file.write("\n".join(['"bpe_simple_vocab_16e6.txt#version: 0.2', *merges, "n o</w>"]) + "\n")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.setattr(single_file, "PACKAGE", "open_clip")
+    monkeypatch.setattr(single_file, "MERGES", len(merges))
+    size = 2 * 256 + len(merges) + 2
+    alone = single_file.SingleFile(tmp_path / "x.safetensors", tmp_path, (), {})
+    first, second = single_file.find_tokenizers(alone, families.SDXL, [size, size], "x")
+    hello, no = first("Hello!").input_ids, first("no").input_ids
+    assert hello == [size - 2, 515, 256, size - 1] and no == [size - 2, 77, 256 + 78, size - 1]
+    assert first.pad_token_id == size - 1 and second.pad_token_id == 0 and first.model_max_length == 77
 
 
 # ---------------------------------------------------------------------------------------------------- what is refused
@@ -273,6 +393,7 @@ def test_what_is_no_such_file(world, tmp_path, capsys):
     refused(without("model.diffusion_model.time_embed.0"), "the unet weights .x.safetensors. lack 'time_embedding")
     nine = torch.zeros(8, 9, 3, 3)
     refused(whole | {single_file.FIRST_LAYER: nine}, "is for inpainting")
+    refused(whole | {"edm_mean": torch.zeros(1)}, "has noise levels of its own .EDM, as Playground 2.5.")
     wide = {"model.diffusion_model.time_embed.0.weight": torch.zeros(5, 5)}
     refused(whole | wide, "x.safetensors does not fit unet/config.json, it holds 'time_embedding.linear_1.weight'")
     refused(b"", "is empty: get it again")

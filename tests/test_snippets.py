@@ -176,7 +176,7 @@ def test_a_card_names_the_method_that_ran(run, title, tag, world):
     ):
         assert f"# `<my-dog>`, learned with {title}\n" in card and f"Method: {config['method']}." in card
         assert f"- {tag}\n" in card and ("- zoodip\n" in card) == (run != "fast") == ("is of the project" not in card)
-        assert "held-out loss (the training pictures" in card
+        assert "validation loss (of the training pictures" in card
 
 
 # =====================================================================================================

@@ -2,6 +2,7 @@
 
 import ast
 
+import mutants
 import pytest
 from conftest import REPO, SCRIPT
 
@@ -177,3 +178,11 @@ def test_no_logger_needs_an_accelerator():
 def test_functions_stay_short():
     functions = [n for n in ast.walk(ast.parse(SCRIPT.read_text(encoding="utf-8"))) if isinstance(n, ast.FunctionDef)]
     assert max(node.end_lineno - node.lineno + 1 for node in functions) <= 110
+
+
+def test_every_mutant_is_of_one_line_that_is_there():
+    """A list of wrong lines that no longer fit would say nothing (`make mutants` tries them)."""
+    for mutant in mutants.read_mutants():
+        found = (REPO / mutant.file).read_text(encoding="utf-8").count(mutant.old)
+        assert found == 1 and mutant.new != mutant.old, f"{mutant.name}: its line occurs {found} times"
+        assert (REPO / mutant.tests.split()[0]).is_file(), mutant.name

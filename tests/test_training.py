@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,9 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 import train_zoodip_textual_inversion as zoodip
+from demo import world
 from personalization import flags
-from personalization.data import examples
+from personalization.data import examples, prompts
 from personalization.errors import DivergedError, InputError
 from personalization.models.families import SD1, TextEncoders
 from personalization.runs import checkpoints, launch
@@ -149,6 +151,21 @@ def test_split_and_batched_candidates_agree(demo_loss):
         for size in (1, 2, 3, 7, 10):
             torch.testing.assert_close(loss_of(candidates, max_candidates=size), whole, rtol=1e-5, atol=1e-6)
     assert len(whole.unique()) == 7
+
+
+def test_a_compiled_model_meets_passes_of_one_size(demo_loss):
+    """Seven candidates in passes of three: the last is filled up, and what fills it up is left out of the losses."""
+    loss_of, start, (_, unet, *_) = demo_loss
+    candidates = start + 0.05 * torch.randn(7, *start.shape, generator=torch.Generator().manual_seed(1))
+    sizes = []
+    hook = unet.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
+    with torch.inference_mode():
+        expected = loss_of(candidates, max_candidates=3)
+        found = loss_of(candidates, max_candidates=3, whole_passes=True)
+        loss_of(candidates[:1], max_candidates=3, whole_passes=True)  # a pass alone stays as it is
+    hook.remove()
+    assert sizes == [3, 3, 1, 3, 3, 3, 1]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_mean_estimate_points_along_autograds_gradient(demo_loss):
@@ -314,8 +331,38 @@ def test_validation_does_not_disturb_training(train, tmp_path):
     assert torch.equal(embeds(quiet), embeds(busy))
 
 
+def test_pictures_held_out_are_judged_and_not_trained_on(train, basics, subject, tmp_path):
+    (tmp_path / "more").mkdir()
+    world.save_pictures(tmp_path / "more", world.held_out_pictures(subject.name, 3))
+    out = train(validation_data_dir=tmp_path / "more", num_validation_samples=5)
+    config = json.loads((out / "zoodip_config.json").read_text())
+    assert config["settings"]["validation_data_dir"] == "more"  # no folder of this machine is published
+    assert "of pictures held out" in (out / "README.md").read_text()
+    args = zoodip.parse_args(as_arguments(basics | {"--validation_data_dir": tmp_path / "more"}))
+    base, placeholder, compute = zoodip.resolve_settings(args, torch.device("cpu"))
+    pictures = zoodip.read_pictures(args)
+    captions = prompts.build_prompts(pictures, placeholder, base)
+    held_out = zoodip.read_held_out(args, base, placeholder, pictures)
+    task = zoodip.prepare(args, base, placeholder, compute, pictures, captions, held_out=held_out)
+    assert task.held_out.moments.shape[:2] == (1, 3)  # as they are, not mirrored
+    rows = {tuple(row) for row in task.held_out.prompt_ids.tolist()}
+    judged = zoodip.draw_held_out(task)
+    assert all(tuple(row) in rows for batch, count in judged for row in batch.prompt_ids[:count].tolist())
+    assert zoodip.held_out_loss(task.model, task.initial[None], judged) > 0  # their words have rows
+    others = zoodip.draw_held_out(replace(task, held_out=None))
+    assert not any(torch.equal(one.target, other.target) for (one, _), (other, _) in zip(judged, others))
+
+
+def test_a_picture_that_is_trained_on_is_not_held_out(train, subject, capsys):
+    with pytest.raises(InputError, match=r"--validation_data_dir: 0\.png is trained on, as 0\.png"):
+        train(validation_data_dir=subject)
+    with pytest.raises(SystemExit):
+        train(validation_data_dir=subject, num_validation_samples=0)
+    assert "--validation_data_dir is for the validation loss" in capsys.readouterr().err
+
+
 def test_early_stopping_and_the_best_embedding(train, monkeypatch):
-    """A held-out loss that only ever rises: the start stays the best, and patience ends the run."""
+    """A validation loss that only ever rises: the start stays the best, and patience ends the run."""
     out = train(
         learning_rate=5.0,
         max_train_steps=50,

@@ -57,12 +57,15 @@ def tuned(unet, table, num_sets=1, input_scales=True, spread=0.1, bits=8):
 
 
 @settings(deadline=None)
-@given(st.lists(st.integers(0, 15), min_size=1, max_size=50))
+@given(st.lists(st.integers(0, 15), min_size=1, max_size=20))
 def test_four_bits_survive_packing(numbers):
     integers = torch.tensor(numbers, dtype=torch.uint8)
     packed = tuneqdm.pack(integers)
     assert packed.dtype == torch.uint8 and len(packed) == (len(numbers) + 1) // 2
     assert tuneqdm.unpack(packed, torch.empty(len(numbers))).tolist() == numbers
+    for first in range(len(numbers)):
+        for count in range(len(numbers) - first + 1):
+            assert tuneqdm.unpack(packed, torch.empty(count), first).tolist() == numbers[first : first + count]
 
 
 @settings(deadline=None)
@@ -136,9 +139,13 @@ def dequantized(layer, out_change, in_change):
     return (weight.view(groups, -1, *weight.shape[1:]) * factor).view_as(weight)
 
 
+@pytest.mark.parametrize("slice_bytes", [2**24, 1, 150])
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("name", LAYERS)
-def test_a_layer_equals_autograd_on_the_dequantized_layer(name, bits):
+def test_a_layer_equals_autograd_on_the_dequantized_layer(name, bits, slice_bytes, monkeypatch):
+    """Whole, one output channel at a time, and some."""
+    monkeypatch.setattr(tuneqdm, "SLICE_BYTES", slice_bytes)
+    monkeypatch.setattr(tuneqdm, "PART", 10 * slice_bytes)
     plain, shape = LAYERS[name]
     holder = torch.nn.Module()
     holder.layer = copy.deepcopy(plain).requires_grad_(False)
@@ -299,6 +306,21 @@ def test_a_timestep_may_be_a_number_and_scales_can_be_off(unet):
             assert torch.equal(unet(batch["sample"], timestep, batch["encoder_hidden_states"]).sample, expected)
         selection.enabled = False
         assert torch.equal(unet(**batch).sample, base(**batch).sample)
+
+
+def test_every_scale_acts_on_the_prediction(unet):
+    """Those of inputs and of outputs, of every layer, one by one; and all the same for the gradient."""
+    changes = tuned(unet, tuneqdm.set_of_timestep(1000), spread=0.0)
+    batch = inputs([700])
+    with torch.no_grad():
+        before = unet(**batch).sample
+        for name, change in changes.items():
+            change.fill_(0.1)
+            assert (unet(**batch).sample - before).abs().max() > 1e-5, name
+            change.zero_()
+        assert torch.equal(unet(**batch).sample, before)
+    gradients = torch.autograd.grad(unet(**batch).sample.square().sum(), changes.values())
+    assert all(gradient.abs().max() > 0 for gradient in gradients)
 
 
 # ---------------------------------------------------------------------------------------------------- precision, steps

@@ -712,7 +712,7 @@ PRIOR = {"with_prior_preservation": True, "class_prompt": "a star"}
         (PRIOR, "--with_prior_preservation needs --class_data_dir"),
         ({"with_prior_preservation": True, "class_data_dir": "x"}, "--with_prior_preservation needs --class_prompt"),
         (PRIOR | {"class_data_dir": "/proc/nowhere"}, "--class_data_dir '/proc/nowhere' cannot be written"),
-        (PRIOR | {"class_data_dir": "PICTURES"}, "--class_data_dir is --instance_data_dir"),
+        (PRIOR | {"class_data_dir": "PICTURES"}, " is --instance_data_dir "),
         ({"prior_loss_weight": "nan"}, "--prior_loss_weight nan must be a finite number"),
         ({"max_grad_norm": 0}, "--max_grad_norm 0.0 must be a finite number above 0"),
         ({"num_class_images": 0}, "--num_class_images 0 must be at least 1"),

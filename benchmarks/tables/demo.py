@@ -12,7 +12,9 @@ def time_of(figures):
 
 def demo_scores(result):
     """docs/demo_scores.json, as `demo/run_demo.py` writes it."""
-    names, columns, rows = ("CLIP-I", "identity", "CLIP-T"), result["columns"], []
+    names, columns, rows = ["CLIP-I", "identity", "CLIP-T"], result["columns"], []
+    shaped = all("shape" in scores for row in result["scores"].values() for scores in row.values())
+    names += ["shape"] * shaped  # which older results have not
     learned = [column for column in columns.values() if "flags" in column]
     for subject, row in result["scores"].items():
         for key, scores in row.items():
@@ -38,7 +40,8 @@ def demo_scores(result):
         f"By `{command}` on {result['hardware']['cpus']} CPU cores, {result['hardware']['jobs']} processes of one"
         f" thread at a time: {result['total_seconds']:.0f} s in all{cpu}; torch {result['versions']['torch']}. INT8"
         " UNet and text encoder. CLIP-I and identity: mean cosine of (reference, generated) pairs; CLIP-T: prompt"
-        f" against image; all by `demo/scorer`.{code_note([result])}"
+        f" against image{'; shape: share of pictures in which it is read' * shaped}; all by `demo/scorer`."
+        + code_note([result])
     )
     return "\n\n".join([table(["subject", "", *names, "CPU time of training"], rows), "\n".join(costs), note])
 

@@ -17,3 +17,17 @@ def code_note(entries):
     before = len(entries) - len(commits)
     words = f" Code: {', '.join(dict.fromkeys(commits))}"
     return words + (f" ({before} of {len(entries)} from before commits were recorded)." if before else ".")
+
+
+def loss_name(result):
+    """The name of the loss by which `compare_methods.py` judged: older results held no picture out."""
+    return "held-out loss" if "pictures" in result["configuration"]["judging"] else "validation loss"
+
+
+PREDICTS = {"base": "v, with zero terminal SNR", "base_eps": "ε, as Stable Diffusion 1.5 does"}
+
+
+def on_base(result):
+    """A sentence that says which base a result is of; older results do not say that it is the only one there was."""
+    base = result["configuration"].get("model", "base")
+    return f"Base: `demo/{base}`, which predicts {PREDICTS[base]}."

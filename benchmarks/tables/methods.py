@@ -1,11 +1,17 @@
 """Methods at equal cost, and the paper's ablations."""
 
-from benchmarks.tables.markdown import code_note, table
+from benchmarks.tables.markdown import code_note, loss_name, on_base, table
+
+
+def shown_metrics(result, point):
+    """Key in a point -> name in a table; older results have no shape."""
+    metrics = {"loss": loss_name(result), "CLIP-I": "CLIP-I", "identity": "identity", "CLIP-T": "CLIP-T"}
+    return metrics | ({"shape": "shape"} if "shape" in point else {})
 
 
 def methods(result):
     """benchmarks/results/methods*.json, as `benchmarks/compare_methods.py` writes it."""
-    metrics = {"loss": "held-out loss", "CLIP-I": "CLIP-I", "identity": "identity", "CLIP-T": "CLIP-T"}
+    metrics = shown_metrics(result, next(iter(result["summary"].values()))["curve"][-1])
 
     def shown(name, value):
         mean, spread = value
@@ -33,13 +39,24 @@ def methods(result):
     note = (
         f"Means over {len(result['subjects'])} subjects and {' or '.join(map(str, seeds))} seed(s) (±: one standard"
         " deviation of the mean over subjects, over seeds). Forwards: examples through the UNet, a backward pass as"
-        f" two.{reached_where if targets else ''} Loss:"
-        f" {judging['held_out']} fixed examples, t in [{low}, {high}), float32, unquantized, as are the pictures"
-        " (CLIP-I, identity and CLIP-T by `demo/scorer`). A run: CPU time on one thread, judging included,"
-        f" with other work on the machine. By `{result['command']}` on {hardware['name']}, torch"
+        f" two.{reached_where if targets else ''} {on_base(result)} Loss: {judging['held_out']} fixed examples of"
+        f" {judged_pictures(judging)}, t in [{low}, {high}), float32, unquantized, as are the pictures (CLIP-I,"
+        f" identity and CLIP-T by `demo/scorer`{shape_note(metrics)}). A run: CPU time on one thread, judging"
+        f" included, with other work on the machine. By `{result['command']}` on {hardware['name']}, torch"
         f" {result['versions']['torch']}.{code_note(result['runs'])}"
     )
     return table(header, rows) + "\n\n" + note
+
+
+def judged_pictures(judging):
+    """The pictures that a loss was judged on, in words."""
+    if "pictures" in judging:
+        return f"{judging['pictures']} pictures of each subject that nothing is trained on"
+    return "the training pictures, with noise that training does not draw"
+
+
+def shape_note(metrics):
+    return "; shape: share of pictures in which it reads the subject's" if "shape" in metrics else ""
 
 
 FIGURES = {  # that `compare_methods.py` draws of a grid of ablations, in docs, and what they show
@@ -48,12 +65,21 @@ FIGURES = {  # that `compare_methods.py` draws of a grid of ablations, in docs, 
 }
 
 
+def figure_of(result):
+    """The name of the figure of an ablation's result and what it shows, or None."""
+    if result["grid"] not in FIGURES:
+        return None
+    name, shows = FIGURES[result["grid"]]
+    ending = result["configuration"].get("model", "base").removeprefix("base")
+    return name.replace(".png", f"{ending}.png"), shows
+
+
 PUBLISHED = {"sg_puts": "CLIP-I / DINO / CLIP-T", "n": "CLIP-I / DINO"}  # what the paper reports, by grid
 
 
 def ablation(result):
     """benchmarks/results/ablation_*.json, as `benchmarks/compare_methods.py` writes it for a grid of ablations."""
-    metrics = {"loss": "held-out loss", "CLIP-I": "CLIP-I", "identity": "identity", "CLIP-T": "CLIP-T"}
+    metrics = shown_metrics(result, result["rows"][0])
     compared, rows = ("loss", "CLIP-I", "identity"), []
     has_published = any(row.get("published") for row in result["rows"])
     shows_kept = result["grid"] in ("sg_puts", "tau_nu")
@@ -86,10 +112,11 @@ def ablation(result):
     note = (
         f"Mean over the finished runs ({subjects}; seeds {seeds}), ± one standard deviation of the seeds' means where"
         " two seeds have all subjects. Δ: to the paper's setting on the same subject and seed, mean and 95 % bootstrap"
-        " interval over those pairs (none of fewer than three); bold: the interval is without 0. By"
+        " interval over those pairs (none of fewer than three); bold: the interval is without 0."
+        f" {on_base(result)} Loss of {judged_pictures(result['configuration']['judging'])}{shape_note(metrics)}. By"
         f" `benchmarks/compare_methods.py --grid {result['grid']}` on {hardware['name']}, torch"
         f" {result['versions']['torch']}.{code_note(result['runs'])}"
     )
-    name, shows = FIGURES.get(result["grid"], (None, None))
+    name, shows = figure_of(result) or (None, None)
     figure = f"\n\n![{shows}](../{name})" if name else ""  # the pages of results are a folder below
     return table(header, rows) + "\n\n" + note + figure

@@ -1,6 +1,12 @@
 """How well finite differences see the loss, and Gauss-Newton its evidence."""
 
-from benchmarks.tables.markdown import code_note, table
+from benchmarks.tables.markdown import PREDICTS, code_note, table
+
+
+def base_of(result):
+    """The base of a result, and what it predicts."""
+    base = result["configuration"]["base"]
+    return f"`{base}`, which predicts {PREDICTS[base.removeprefix('demo/')]}"
 
 
 def signal(result):
@@ -18,7 +24,7 @@ def signal(result):
     note = (
         f"Correlation, median (and least) over {configuration['cells']} cells (example x timestep), and median"
         f" relative error of {configuration['directions']} directional derivatives by forward differences against"
-        " float32 autograd of the unquantized model; bold: median at least 0.9. By"
+        f" float32 autograd of the unquantized model; bold: median at least 0.9. Base: {base_of(result)}. By"
         f" `{result['command']}` on {hardware['name']}, torch {result['versions']['torch']},"
         f" {result['seconds']:.0f} s.{code_note([result])}"
     )
@@ -38,8 +44,8 @@ def evidence(result):
     note = (
         f"Relative error of K / of y / of y as the mean over both signs, medians over"
         f" {result['configuration']['cells']} cells (example x timestep), against forward-mode autograd of the"
-        f" unquantized float32 model, in the vocabulary's subspace of 32 directions. By `{result['command']}` on"
-        f" {result['hardware']['name']}.{code_note([result])}"
+        f" unquantized float32 model, in the vocabulary's subspace of 32 directions. Base: {base_of(result)}. By"
+        f" `{result['command']}` on {result['hardware']['name']}.{code_note([result])}"
     )
     return table(["weights", "activations", *(f"h = {step:g}" for step in steps)], rows) + "\n\n" + note
 

@@ -13,6 +13,7 @@ STEP_NAMES = {
     "ours-nf4": "ours, NF4",
     "ours-low-vram": "ours, INT8, `--low_vram`",
     "official": "official loop, quanto-INT8",
+    "official-compiled": "the same, `torch.compile` as its script has it",
     "ti-fp32": "gradient Textual Inversion, fp32",
     "ti-fp32-checkpointing": "the same, gradient checkpointing",
     "ti-bf16": "gradient Textual Inversion, bf16",

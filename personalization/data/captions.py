@@ -18,6 +18,7 @@ METADATA_NAMES = "metadata.jsonl", "metadata.csv"
 SIDECARS = ".txt", ".caption"  # of 01.jpg: 01.txt; where there are both, the first counts
 # Files that may hold what somebody wrote about pictures.
 WRITTEN = {*SIDECARS, *".json .jsonl .csv .tsv .yaml .yml .xml .parquet .toml .md .xlsx .ods".split()}
+MARKS = "<embedding>", "[trigger]", "[name]"  # which mark the concept for OneTrainer, ai-toolkit, Automatic1111
 ROW = '{"file_name": "a.png", "text": "a photo of {}"}'
 
 
@@ -124,10 +125,10 @@ def mark_concept(pictures, word, names, flag="--caption_token"):
     """
     if word is None:
         return pictures
-    marked = []
+    marked, names = [], [name.lower() for name in ("{}", *names)]  # as the tokenizer reads them
     for picture in pictures:
         text = picture.caption
-        if text is not None and not any(name in text for name in ("{}", *names)):
+        if text is not None and not any(name in text.lower() for name in names):
             picture = picture._replace(caption=whole_word(word).sub("{}", text))
         marked.append(picture)
     if marked == pictures:
@@ -262,7 +263,7 @@ def captions_by_file(rows):
     Raises:
         InputError: a row is something else, or two rows differ about one file.
     """
-    captions, line_of = {}, {}
+    captions, line_of, others = {}, {}, {}
     for line, row in rows:
         if not isinstance(row, dict):
             raise InputError(f"line {line} is {kind_of(row)} and not an object such as {ROW}")
@@ -275,10 +276,14 @@ def captions_by_file(rows):
         if name is None:
             raise InputError(f"line {line}: file_name is empty")
         caption, key = check_text(row["text"], f"line {line}: text"), file_key(name)
+        words = (field for field, value in row.items() if isinstance(value, str) and re.search(r"[^\W\d_]", value))
+        others |= dict.fromkeys(words)
         if key not in captions:
             captions[key], line_of[key] = caption, line
         elif captions[key] == caption:
             logger.warning(f"The metadata lists {quoted(name)} twice, in lines {line_of[key]} and {line}.")
         else:
             raise InputError(f"lines {line_of[key]} and {line} have two captions for {quoted(name)}: keep one of them")
+    if unread := [field for field in others if field not in ("file_name", "text")]:
+        logger.warning(f"Captions are in the field text of the metadata: what {some(unread)} say is lost.")
     return captions

@@ -18,6 +18,7 @@ from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from ..errors import InputError, first_cause, plain, quoted, shorten
 from ..logs import get_logger
+from ..models.weight_files import names_in
 from .captions import METADATA_NAMES, SIDECARS, WRITTEN, all_captions, check_text, file_key, kohya_name, some
 
 
@@ -98,10 +99,18 @@ def to_rgb(image):
     image = in_srgb(ImageOps.exif_transpose(image))
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image, dtype=np.float64) / 257).clip(0, 255).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return (over(image, "white") if is_transparent(image) else image).convert("RGB")
+
+
+def is_transparent(image):
+    """Whether a PIL image has an alpha channel, or a colour that stands for one."""
+    return image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
+
+
+def over(image, colour):
+    """A PIL image over a background of one colour."""
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, colour), image)
 
 
 def in_srgb(image):
@@ -189,21 +198,28 @@ def readable_suffixes():
     return set(Image.registered_extensions())
 
 
+IMAGES = "give the folder that holds your images."
+
+
+def find_folder(folder, flag):
+    """The folder, the value of `flag`; raises an `InputError` unless it is one."""
+    if not str(folder).strip():
+        raise InputError(f"{flag} {quoted(folder, 300)} is empty: {IMAGES}")
+    if not os.path.isdir(folder):
+        raise InputError(f"{flag} {quoted(folder, 300)} is not a folder: {IMAGES}")
+    return folder
+
+
 def list_folder(folder, flag="--train_data_dir"):
     """The `Entries` of a data folder, metadata left out; nothing is opened.
 
     Raises:
         InputError: there is no such folder, or it cannot be read.
     """
-    shown, advice = quoted(folder, 300), "give the folder that holds your images."
-    if not str(folder).strip():
-        raise InputError(f"{flag} {shown} is empty: {advice}")
     try:
-        if not os.path.isdir(folder):
-            raise InputError(f"{flag} {shown} is not a folder: {advice}")
-        names = sorted(os.listdir(folder))
+        names = sorted(os.listdir(find_folder(folder, flag)))
     except OSError as error:
-        raise InputError(f"{flag} {shown} cannot be read ({first_cause(error)}): {advice}") from None
+        raise InputError(f"{flag} {quoted(folder, 300)} cannot be read ({first_cause(error)}): {IMAGES}") from None
     known, entries = readable_suffixes(), Entries([], [], [], [], [], {}, {})
     for name in names:
         suffix = os.path.splitext(name)[1].lower()
@@ -223,12 +239,11 @@ def list_folder(folder, flag="--train_data_dir"):
             entries.ignored.append(name)
             if suffix in FOREIGN_FORMATS and not name.startswith("."):
                 entries.foreign.append(name)
-    stems = {os.path.splitext(name)[0]: name for name in entries.pictures}
-    masks = [name for name in entries.pictures if os.path.splitext(name)[0].endswith(MASK)]
-    for name in masks:  # of OneTrainer; one that belongs to no picture is a picture
-        if (stem := os.path.splitext(name)[0].removesuffix(MASK)) in stems:
-            entries.masks[stems[stem]] = name
-            entries.pictures.remove(name)
+    masks = {os.path.splitext(name)[0]: name for name in entries.pictures}  # those of OneTrainer, by 01-masklabel
+    for name in list(entries.pictures):  # a mask that belongs to no picture is a picture
+        if mask := masks.get(os.path.splitext(name)[0] + MASK):
+            entries.masks[name] = mask
+    entries.pictures[:] = [name for name in entries.pictures if name not in entries.masks.values()]
     of_stem = {}
     for name in entries.ignored:
         stem, suffix = os.path.splitext(name)
@@ -251,25 +266,38 @@ def read_folder(folder, resolution, center_crop, flag="--train_data_dir", multip
     A folder without pictures may hold folders of kohya's form, `10_my dog`, which are read instead.
 
     Raises:
-        InputError: there is no such folder, no image in it, or its captions cannot be read.
+        InputError: there is no such folder, no image in it, its captions cannot be read, or `mask_dir` is no folder of
+            masks for them.
     """
+    pictures = read_pictures(folder, Sizing(resolution, center_crop, multiple), flag, masked, mask_dir)
+    if mask_dir is not None and all(picture.mask is None for picture in pictures):
+        name = pictures[0].name
+        raise InputError(
+            f"--mask_dir {quoted(mask_dir, 300)} has no mask for any picture, such as"
+            f" {plain(os.path.splitext(name)[0])}.png for {plain(name)}: give masks their names."
+        )
+    return pictures
+
+
+def read_pictures(folder, sizing, flag, masked, mask_dir):
+    """`read_folder`, of a folder or of one in it."""
     entries = list_folder(folder, flag)
     shown, folder, of_class = quoted(folder, 300), Path(folder), flag == "--class_data_dir"
     inside = [name for name in entries.folders if kohya_name(name)[1]] if not entries.pictures else []
     captions = all_captions(folder, entries.sidecars, flag)
-    report(entries, shown, inside)
+    report(entries, shown, folder, inside)
     class_words = kohya_name(folder)[1]
     listed = [(name, lambda path=folder / name: Image.open(path)) for name in entries.pictures]
     if entries.masks and not masked:
-        logger.warning(f"Left out {len(entries.masks)} masks in {shown}: --masked_loss counts the loss inside them.")
+        masks = len(set(entries.masks.values()))
+        logger.warning(f"Left out {masks} masks in {shown}: --masked_loss counts the loss inside them.")
     open_mask = find_masks(folder, entries, mask_dir) if masked else None
-    sizing, whose = Sizing(resolution, center_crop, multiple), " of the class" if of_class else ""
-    pictures = decode_pictures(listed, sizing, open_mask, whose)
+    pictures = decode_pictures(listed, sizing, open_mask, " of the class" if of_class else "")
     pictures = [picture._replace(class_words=class_words) for picture in pictures]
     for name in inside:
         repeats = kohya_name(name)[0]
         inner = mask_dir if mask_dir is None or not (Path(mask_dir) / name).is_dir() else Path(mask_dir) / name
-        of_folder = read_folder(folder / name, resolution, center_crop, flag, multiple, masked, inner)
+        of_folder = read_pictures(folder / name, sizing, flag, masked, inner)
         logger.info(f"{plain(name)}: {len(of_folder)} pictures, each drawn {repeats} times as often as one of 1_name.")
         pictures += [each._replace(name=f"{name}/{each.name}", repeats=repeats) for each in of_folder]
     pictures = [each._replace(caption=captions.get(file_key(each.name), each.caption)) for each in pictures]
@@ -291,19 +319,15 @@ def find_masks(folder, entries, mask_dir=None):
     """A function from the name of a picture to that of its mask's path, None where it has none.
 
     Raises:
-        InputError: `--mask_dir` is no folder, or has no mask for any picture.
+        InputError: `--mask_dir` is no folder.
     """
     found = {name: folder / mask for name, mask in entries.masks.items()}
-    if mask_dir is not None:
+    if mask_dir is not None and not os.path.samefile(folder, find_folder(mask_dir, "--mask_dir")):
         there = list_folder(mask_dir, "--mask_dir")
-        by_stem = {os.path.splitext(name)[0].removesuffix(MASK): name for name in there.pictures}
+        names = [*there.pictures, *there.masks.values()]
+        by_stem = {os.path.splitext(name)[0].removesuffix(MASK): name for name in names}
         stems = {name: os.path.splitext(name)[0] for name in entries.pictures}
         found |= {name: Path(mask_dir) / by_stem[stem] for name, stem in stems.items() if stem in by_stem}
-        if entries.pictures and not found:
-            raise InputError(
-                f"--mask_dir {quoted(mask_dir, 300)} has no mask for any picture, such as"
-                f" {plain(stems[entries.pictures[0]])}.png for {plain(entries.pictures[0])}: give masks their names."
-            )
     return found.get
 
 
@@ -321,15 +345,15 @@ def read_mask(name, image, path, sizing):
     """
     if path is None:
         image = ImageOps.exif_transpose(image)
-        if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
+        if not is_transparent(image):
             return None
         mask = image.convert("RGBA").getchannel("A")
         if mask.getextrema() == (255, 255):
             return None
     else:
         try:
-            with Image.open(path) as opened:
-                mask = to_rgb(opened).convert("L")
+            with Image.open(path) as opened:  # where it is transparent it has nothing painted
+                mask = to_rgb(over(opened, "black") if is_transparent(opened) else opened).convert("L")
         except Exception as error:  # PIL raises nearly anything on a damaged file
             raise InputError(
                 f"the mask {plain(path.name)} of {plain(name)} cannot be read ({why_not(error)}): save it as PNG."
@@ -353,25 +377,26 @@ def unreadable(names):
     return f"{some(names)} cannot be read here: {'pip install pillow-heif, or ' * heif}save such images as JPEG or PNG"
 
 
-def report(entries, shown, inside=()):
+def report(entries, shown, folder, inside=()):
     """Says what of the `Entries` of a folder is not used.
 
     Args:
         shown: the folder, as a sentence has it.
+        folder: its path.
         inside: names of folders in it that are read.
     """
+    folders = [name for name in entries.folders if name not in inside and not name.startswith(".")]
     if entries.ignored:
         advice = f" ({unreadable(entries.foreign)})" if entries.foreign else ""
         names = some(entries.ignored)
         logger.warning(f"Ignored {len(entries.ignored)} files in {shown} that are not images: {names}{advice}.")
-    written = [name for name in entries.ignored if os.path.splitext(name)[1].lower() in WRITTEN]
-    if written:
+    others = [f"{name}/{each}" for name in folders for each in names_in(folder / name)]
+    if written := [name for name in entries.ignored + others if os.path.splitext(name)[1].lower() in WRITTEN]:
         logger.warning(
             f"If {some(written)} hold captions, they are lost: captions are read from {' or '.join(METADATA_NAMES)}"
             " (fields file_name, text), and from 01.txt or 01.caption beside a picture 01.jpg."
         )
-    folders = [name for name in entries.folders if name not in inside]
-    if any(not name.startswith(".") for name in folders):
+    if folders:
         logger.warning(f"Ignored folders in {shown}: {some(folders)}; only pictures beside them are read.")
     if entries.strange:
         logger.warning(f"Skipped links to nothing, pipes or devices in {shown}: {some(entries.strange)}.")

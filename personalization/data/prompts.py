@@ -7,7 +7,7 @@ import torch
 
 from ..errors import InputError, plain, quoted
 from ..logs import get_logger
-from .captions import check_unicode, whole_word
+from .captions import MARKS, check_unicode, whole_word
 
 
 logger = get_logger(__name__)
@@ -66,13 +66,18 @@ def placeholder_names(token, num_vectors):
     return [token] + [f"{token}_{i}" for i in range(1, num_vectors)]
 
 
+def normalized(tokenizer, text):
+    """Text as the tokenizer reads it: CLIP's knows no capitals."""
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    return text if normalizer is None else normalizer.normalize_str(text)
+
+
 def as_tokenized(tokenizer, token):
-    """A word as the tokenizer reads it, which is the name that is trained and saved: CLIP's knows no capitals.
+    """A word as the tokenizer reads it, which is the name that is trained and saved.
 
     Programs that compare names as they were typed would not find it otherwise, or all vectors but the first.
     """
-    normalizer = tokenizer.backend_tokenizer.normalizer
-    name = token if normalizer is None else normalizer.normalize_str(token)
+    name = normalized(tokenizer, token)
     if name != token:
         logger.warning(f"--placeholder_token {token!r} is {name!r} to the tokenizer: it is learned under that name.")
     return name
@@ -189,7 +194,8 @@ def build_prompts(pictures, placeholder, base, learnable_property="object"):
 def or_replace(pictures, class_word):
     """The end of a sentence: the words that stand for the concept in captions without {}, to be replaced; or ""."""
     texts = [picture.caption.lower() for picture in pictures if picture.caption and "{}" not in picture.caption]
-    for word in filter(None, dict.fromkeys([*(picture.class_words for picture in pictures), class_word])):
+    known = [*(picture.class_words for picture in pictures), class_word]
+    for word in filter(None, dict.fromkeys([*MARKS, *known])):
         found = sum(bool(whole_word(word).search(text)) for text in texts)
         if found:
             return f', or give --caption_token "{word}", which {found} of {len(texts)} such captions name'

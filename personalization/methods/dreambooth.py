@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from ..data import examples, images, prompts
-from ..data.captions import mark_concept
+from ..data.captions import mark_concept, some
 from ..data.examples import Concept
 from ..errors import InputError, plain, quoted
-from ..files import atomic_path, check_writable
+from ..files import atomic_path, check_apart, check_writable
 from ..flags import NOTHING, SHARE, Range
 from ..logs import get_logger
 from ..models import base_model, memory
@@ -118,15 +118,16 @@ def check_subject_arguments(parser, args):
 
 
 def check_class_folder(args):
-    """Makes sure that missing class images can be written, and are not mixed with the subject's.
+    """Makes sure that missing class images can be written, and lie apart from the subject's and the base model.
 
     Raises:
-        InputError: they cannot, or would be.
+        InputError: they cannot, or do not.
     """
+    for name in ("instance_data_dir", "pretrained_model_name_or_path"):
+        if getattr(args, name) is not None and os.path.exists(getattr(args, name)):
+            check_apart(f"--{name}", getattr(args, name), args.class_data_dir, "--class_data_dir")
     if not os.path.isdir(args.class_data_dir) or missing_class_images(args) > 0:
         check_writable("--class_data_dir", args.class_data_dir)
-    if args.instance_data_dir is not None and os.path.samefile(args.class_data_dir, args.instance_data_dir):
-        raise InputError("--class_data_dir is --instance_data_dir: give a folder of its own for class images.")
 
 
 def missing_class_images(args):
@@ -339,6 +340,8 @@ def read_class_folder(args, resolution):
         InputError: there are too few that can be read.
     """
     pictures = images.read_folder(args.class_data_dir, resolution, True, "--class_data_dir")
+    if captioned := [picture.name for picture in pictures if picture.caption is not None]:
+        logger.warning(f"Captions in --class_data_dir are lost ({some(captioned)}): class images have --class_prompt.")
     if len(pictures) < args.num_class_images:
         raise InputError(
             f"--class_data_dir {args.class_data_dir!r} has {len(pictures)} images that can be read, and"

@@ -143,6 +143,10 @@ class GradientOptimizer(Optimizer):
         """One, two for the backward pass, and one more for each time that checkpointing computes them again."""
         return 3 + frozen.CHECKPOINTING.index(args.gradient_checkpointing)
 
+    def freed_blocks(self, args):
+        """Few where few activations are kept: a backward pass makes tensors of so many sizes that the heap doubles."""
+        return {"none": 32, "block": 3, "layer": 1}[args.gradient_checkpointing]
+
     def num_steps(self, args, family):
         return 500
 

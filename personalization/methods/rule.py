@@ -95,6 +95,10 @@ class Optimizer:
     def make_ready(self, args, model):
         """Prepares the networks of a `FrozenModel` for it."""
 
+    def freed_blocks(self, args):
+        """Up to how many MB freed blocks of memory are kept for the next ones, see `memory.keep_freed_blocks`."""
+        return 1 if args.low_vram else 32  # the most that glibc allows, and what it comes to by itself
+
     def start(self, args, theta, found, num_processes):
         """The `Rule` before its first step; `found` is what `look_ahead` returned."""
         raise NotImplementedError

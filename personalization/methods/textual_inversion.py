@@ -1,5 +1,7 @@
 """Flags of learning a word (Textual Inversion), whatever method moves it: engine, concept, judgement and result."""
 
+from pathlib import Path
+
 from .. import flags
 
 
@@ -32,8 +34,8 @@ def add_engine_arguments(add, backends):
         decides=flags.RUN,
         page=True,
         help="Precision of the UNet's activations in OpenVINO. float: as --mixed_precision says; int8 (pip install"
-        " nncf; with --optimizer gauss_newton): in INT8, calibrated once on the pictures. Held-out loss and validation"
-        " images are then of that UNet; the learned word is for the ordinary one.",
+        " nncf; with --optimizer gauss_newton): in INT8, calibrated once on the pictures. Validation loss and images"
+        " are then of that UNet; the learned word is for the ordinary one.",
     )
     add(
         "--low_vram",
@@ -97,7 +99,14 @@ def add_concept_arguments(add):
 
 
 def add_held_out_arguments(add):
-    """Adds to the group "validation and logging" the held-out loss and what follows from it."""
+    """Adds to the group "validation and logging" the validation loss and what follows from it."""
+    add(
+        "--validation_data_dir",
+        type=Path,
+        decides=flags.NOTHING,
+        help="Folder of pictures to judge by that are not trained on, captioned as those of --train_data_dir. Default:"
+        " the training pictures, with noise and timesteps that training does not draw.",
+    )
     add(
         "--num_validation_samples",
         type=int,
@@ -105,7 +114,7 @@ def add_held_out_arguments(add):
         limits=flags.Range(0, 4096),
         decides=flags.NOTHING,
         page=True,
-        help="Fixed (image, noise, timestep) triples of the held-out loss, which picks the best embedding; 0: none.",
+        help="Fixed (image, noise, timestep) triples of the validation loss, which picks the best embedding; 0: none.",
     )
     patience = "Validations without gain after which training stops; 0: it never does."
     add(

@@ -9,6 +9,7 @@ window's part of the loss, but for ways that leave the window and come back.
 """
 
 import contextlib
+import math
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,25 @@ from diffusers.models.attention_processor import Attention, SpatialNorm
 from diffusers.models.normalization import AdaGroupNorm
 from torch.utils.checkpoint import checkpoint
 
+from ..data.examples import to_device
 from ..errors import InputError
+
+
+def tile_starts(length, side, grid):
+    """Where the fewest windows that cover a length start, evenly spaced on the grid: they meet, or overlap a bit."""
+    count = math.ceil(length / side)
+    return [i * (length - side) // (max(1, count - 1) * grid) * grid for i in range(count)]
+
+
+def evening(length, side, grid):
+    """What makes up for entries that lie in several windows of `tile_starts`: float32 `[length]`, mean 1 over them.
+
+    Of windows drawn alike, an entry is seen in proportion to how many it lies in; weighed with this, as often as all.
+    """
+    starts, seen = tile_starts(length, side, grid), torch.zeros(length)
+    for start in starts:
+        seen[start : start + side] += 1
+    return len(starts) * side / length / seen
 
 
 class Windows(NamedTuple):
@@ -80,6 +99,7 @@ class Surroundings:
     def __init__(self, unet, side):
         self.side, self.grid = side, 2 ** (len(unet.config.block_out_channels) - 1)
         self.windows, self.stage, self.convolutions, self.hooks = None, None, [], []
+        self.places = {}  # of the tokens outside the windows, by how much smaller the feature map is
         for module in list(unet.modules()):
             if getattr(module, "padding", 0) == (1, 1):
                 self.convolutions.append(module)
@@ -97,18 +117,35 @@ class Surroundings:
         HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, "window")
 
     def draw_windows(self, latents, generator):
-        """`Windows` of latents `[b, C, height, width]`, on the grid of the UNet's smallest feature map."""
-        height, width = latents.shape[2:]
-        rows, columns = (
-            self.grid * torch.randint((length - self.side) // self.grid + 1, (len(latents),), generator=generator)
-            for length in (height, width)
-        )
-        return Windows(list(zip(rows.tolist(), columns.tolist())), self.side, height, width)
+        """`Windows` of latents `[b, C, height, width]`, on the grid of the UNet's smallest feature map.
+
+        They are tiles of the pictures, each drawn as often as the others. Any other way to draw windows within a
+        picture sees its middle more often than its corners: only one window reaches a corner.
+        """
+        corners, (height, width) = [], latents.shape[2:]
+        for length in (height, width):
+            starts = tile_starts(length, self.side, self.grid)
+            picks = torch.randint(len(starts), (len(latents),), generator=generator)
+            corners.append([starts[pick] for pick in picks.tolist()])
+        return Windows(list(zip(*corners)), self.side, height, width)
+
+    def weigh(self, weights, windows):
+        """Weights of errors `[b, 1, height, width]` (or `[b, 0]`: none) in windows, so that all entries count alike.
+
+        Where tiles meet edge to edge they do so by themselves; where they overlap, less is made of each.
+        """
+        rows, columns = (evening(length, self.side, self.grid) for length in (windows.height, windows.width))
+        even = (rows[:, None] * columns).sqrt()  # errors are multiplied, and then squared
+        if weights.numel():
+            return windows.of(weights * to_device(even, weights.device))
+        if (even == 1).all():
+            return weights
+        return windows.of(to_device(even, weights.device).expand(len(windows.corners), 1, -1, -1))
 
     @contextlib.contextmanager
     def kept(self, windows):
         """Forward passes in here are of whole pictures and keep what `windows` will need; without a graph, please."""
-        self.windows, self.stage = windows, "keep"
+        self.windows, self.stage, self.places = windows, "keep", {}
         try:
             yield
         finally:
@@ -187,9 +224,10 @@ class SelfAttention(Keeper):
     def new_forward(self, module, tokens, **options):
         if self.surroundings.stage == "keep":
             windows = self.surroundings.windows
-            shrunk = windows.shrunk(round((windows.height * windows.width / tokens.shape[1]) ** 0.5))
-            places = shrunk.outside().to(tokens.device)
-            self.kept = tokens.gather(1, places[:, :, None].expand(-1, -1, tokens.shape[2]))
+            factor, places = round((windows.height * windows.width / tokens.shape[1]) ** 0.5), self.surroundings.places
+            if factor not in places:  # the host finds them and does not wait for the device
+                places[factor] = to_device(windows.shrunk(factor).outside(), tokens.device)
+            self.kept = tokens.gather(1, places[factor][:, :, None].expand(-1, -1, tokens.shape[2]))
         elif self.surroundings.stage == "stand in":
             return checkpoint(self.fn_ref.original_forward, tokens, use_reentrant=False, **options)
         return self.fn_ref.original_forward(tokens, **options)

@@ -299,7 +299,7 @@ def read_tokenizers(family, root, label, tokenizer_name, single, text_configs):
     """
     given = None if tokenizer_name is None else find_tokenizer(tokenizer_name)
     if single is not None and given is None:
-        return single_file.find_tokenizers(family, [config.vocab_size for config in text_configs], label)
+        return single_file.find_tokenizers(single, family, [config.vocab_size for config in text_configs], label)
     first = [] if given is None else [read_tokenizer(family, *given, "give another one")]
     if single is not None:  # which has none, and all of a model have the same vocabulary
         return single_file.same_tokenizers(family, given[0], [len(first[0])] * len(text_configs))
@@ -663,6 +663,7 @@ def component_tensors(base, component):
         yield from stored_tensors(files, kind)
     else:
         for name, later in part_of_file(base, component).items():
+            weight_files.check_values(base.single.path, name, later.read())
             yield current_name(name, kind), later.read()
 
 

@@ -30,6 +30,7 @@ OUT = "_out"  # ends the key of vectors for an encoder's output
 ONE = ""  # the only encoder, of a file that does not name it
 PICKLES = ".pt", ".bin", ".ckpt", ".pth"
 RESULT = "learned_embeds.safetensors"  # of a run, in its folder
+LONGEST_STEM = 200  # bytes; names of files end at 255, with those of temporary ones before them
 FORMS = ("diffusers", "a1111", "comfyui", "kohya", "onetrainer")
 FAMILIES = {  # encoders, or width of the only one -> what has such words
     768: "Stable Diffusion 1.x",
@@ -207,7 +208,8 @@ def entries(widths):
 
 def file_stem(name):
     """A file's name for a concept's, "my-dog" for "<my-dog>": without what shells and file systems trip over."""
-    return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "concept"
+    short = re.sub(r"[^\w.-]+", "-", name).strip("-.").encode(errors="ignore")[:LONGEST_STEM].decode(errors="ignore")
+    return short.strip("-.") or "concept"
 
 
 def files_of(words, form, stem):

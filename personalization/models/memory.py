@@ -92,15 +92,13 @@ class LiveBytes(TorchDispatchMode):
 
     Args:
         on_cpu: count what a CPU needs beside the tensors, too. For a convolution, oneDNN's own copies of input, weight
-            and output in blocked layouts. For blocks of up to 32 MB, `heap_slack` of their size: glibc's heap keeps
-            what was freed, and fragments.
+            and output in blocked layouts. For blocks of up to `heap_block`, `heap_slack` of their size: glibc's heap
+            keeps what was freed, and fragments.
     """
 
-    heap_block = 2**25
-
-    def __init__(self, on_cpu, heap_slack):
+    def __init__(self, on_cpu, heap_slack, heap_block=2**25):
         super().__init__()
-        self.on_cpu, self.heap_slack = on_cpu, heap_slack
+        self.on_cpu, self.heap_slack, self.heap_block = on_cpu, heap_slack, heap_block
         self.live = self.peak = 0
         self.known = set()
 
@@ -146,12 +144,12 @@ class FusedAttention(torch.autograd.Function):
         return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
 
 
-def activation_bytes(run, device, heap_slack=HEAP_SLACK, differentiates=False):
+def activation_bytes(run, device, heap_slack=HEAP_SLACK, differentiates=False, heap_block=2**25):
     """Peak bytes of the tensors that `run()` makes on the meta device, as they would be on `device`.
 
     Args:
         run: a forward pass, with its backward pass if it `differentiates`.
-        heap_slack: see `LiveBytes`.
+        heap_slack, heap_block: see `LiveBytes`.
     """
 
     def fused(query, key, value, *args, **kwargs):
@@ -162,7 +160,7 @@ def activation_bytes(run, device, heap_slack=HEAP_SLACK, differentiates=False):
     attention = F.scaled_dot_product_attention
     F.scaled_dot_product_attention = fused
     try:
-        with torch.set_grad_enabled(differentiates), LiveBytes(device.type == "cpu", heap_slack) as live:
+        with torch.set_grad_enabled(differentiates), LiveBytes(device.type == "cpu", heap_slack, heap_block) as live:
             run()
     finally:
         F.scaled_dot_product_attention = attention
@@ -187,6 +185,7 @@ class MemoryPlan(NamedTuple):
     derivatives: int = 0  # of a value that a pass computes beside it, see `stacked`
     coordinates: int = 0  # of all candidates of a step, numbers
     checkpointing: str | None = None  # of a backward pass, see `frozen.CHECKPOINTING`; None: there is none
+    freed_blocks: int = 32  # MB, see `keep_freed_blocks`
 
 
 @dataclass(frozen=True)
@@ -290,9 +289,11 @@ def predict_memory(text_encoder, denoiser, vae, backend, plan, base, compute):
         mapped += kept
     if plan.streamed:  # one layer and the next one; pages of the mapped file stay until they are dropped
         kept = 2 * largest_bytes + (kept if is_mapped else 0)
+    encoding_on_gpu = 0 if plan.streamed else tensor_bytes(vae) + encoding
     points = 4 * 4 * plan.coordinates  # directions, candidates and intermediate results, in float32
     phases = {
-        "encoding the images": max(vae_bytes if on_cpu else 0, tensor_bytes(vae) + encoding),
+        # which the host does where a GPU is to be spared
+        "encoding the images": max(vae_bytes, tensor_bytes(vae) + encoding) if on_cpu else encoding_on_gpu,
         "quantizing": text_bytes + unquantized_bytes if on_cpu and backend.whole_model else 0,
         "writing the layers to disk": text_bytes + denoiser_bytes if on_cpu and plan.streamed else 0,
         "training": text_bytes + kept + activations + points,
@@ -328,6 +329,7 @@ def count_activations(denoiser, vae, plan, base, compute):
         for tensor in inputs.text:
             if tensor is not None:
                 tensor.requires_grad_(True)
+    block = plan.freed_blocks * 2**20
     activations = None
     if plan.derivatives:
         rows = (x if x is None else Stacked(x.expand(1 + plan.derivatives, *x.shape)) for x in inputs.text)
@@ -336,7 +338,7 @@ def count_activations(denoiser, vae, plan, base, compute):
             activations = activation_bytes(lambda: step(stacked), device, slack)
         inputs = family.example(base, (1 + plan.derivatives) * plan.examples, plan.resolution, "meta", compute.dtype)
     if activations is None:
-        activations = activation_bytes(lambda: step(inputs), device, slack, plan.checkpointing is not None)
+        activations = activation_bytes(lambda: step(inputs), device, slack, plan.checkpointing is not None, block)
     pixels = torch.empty(1, 3, plan.resolution, plan.resolution, device="meta", dtype=vae.dtype)
     latent = inputs.noisy[:1].to(vae.dtype)
     encoding = activation_bytes(lambda: vae.encode(pixels).latent_dist.parameters, device, heap_slack=0.0)

@@ -2,11 +2,15 @@
 
 diffusers' own conversion says which tensor is called what. It is given tensors that are not read yet (`Later`), so
 that one tensor at a time is in memory, as of a base in folders. Configs of the families are in `configs/`; names and
-shapes in the file say which of them fits. Tokenizers are of a base that the Hub's cache has already.
+shapes in the file say which of them fits. Tokenizers are of a base that is here already, or of a package.
 """
 
+import gzip
+import importlib.util
+import json
 import os
 import re
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -23,8 +27,11 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from safetensors import SafetensorError, safe_open
 
 from ..errors import InputError, first_cause
+from ..logs import get_logger
 from .weight_files import StoredTensor, what_is_wrong
 
+
+logger = get_logger(__name__)
 
 CONFIGS = Path(__file__).with_name("configs")  # a folder in diffusers format, without weights, for each family
 SUFFIXES = ".safetensors", ".ckpt"
@@ -35,6 +42,10 @@ OF_1, OF_2 = "cond_stage_model.transformer.", "cond_stage_model.model."
 TEXT = {OF_XL[1]: ("sdxl", *OF_XL), OF_2: ("sd2", OF_2), OF_1: ("sd1", OF_1)}
 TOKENIZER = "openai/clip-vit-large-patch14"  # a small repository with the vocabulary of all of them
 FIRST_LAYER = f"{UNET}input_blocks.0.0.weight"
+OF_EDM = {"edm_mean", "edm_vpred.sigma_max"}  # tensors of models with noise levels of their own
+LAST_NORM = re.compile(rf"{re.escape(UNET)}output_blocks\.(\d+)\.1\.transformer_blocks\.0\.norm1\.bias")
+SPREAD = 0.09  # of its entries, above which a 2.x predicts velocity: the rule that ComfyUI goes by
+VELOCITY = re.compile(r"parameterization:\s*[\"']?v\b")
 
 
 class SingleFile(NamedTuple):
@@ -100,22 +111,57 @@ def open_file(path, label):
     family, *prefixes = text
     if FIRST_LAYER in names and names[FIRST_LAYER].shape[1] == 9:
         raise InputError(f"{label} is for inpainting (its UNet has 9 input channels): choose its text-to-image model.")
-    return SingleFile(path, CONFIGS / family, tuple(prefixes), overrides_of(path, prefixes, names))
+    if OF_EDM & names.keys():
+        raise InputError(
+            f"{label} has noise levels of its own (EDM, as Playground 2.5), which nothing here trains with: choose a"
+            " model that predicts noise or velocity."
+        )
+    overrides = overrides_of(names, predicts_velocity(path, names, OF_2 in prefixes), OF_2 in prefixes)
+    return SingleFile(path, CONFIGS / family, tuple(prefixes), overrides)
 
 
-def overrides_of(path, prefixes, names):
-    """What a checkpoint's config says otherwise than its family's: whether it predicts noise or velocity.
+def overrides_of(found, velocity, is_2):
+    """What the configs of a checkpoint say otherwise than its family's: component -> entries.
 
-    The file of SDXL says so by a tensor `v_pred`. That of 2.x does not say it: the `.yaml` beside it does, as for
-    Automatic1111; without one it is taken for 2.1, which predicts velocity.
+    Args:
+        found: names of its tensors.
+        velocity: whether it predicts velocity, and not noise.
+        is_2: whether it is of 2.x, whose models have 768 px where they predict velocity, and else 512.
     """
-    settings = path.with_suffix(".yaml")
-    velocity = re.search(r"parameterization:\s*[\"']?v\b", settings.read_text("utf-8")) if settings.is_file() else None
-    if OF_2 in prefixes and settings.is_file() and not velocity:
-        return {"unet": {"sample_size": 64}, "scheduler": {"prediction_type": "epsilon"}}
-    if velocity or "v_pred" in names:
-        return {"scheduler": {"prediction_type": "v_prediction", "rescale_betas_zero_snr": "ztsnr" in names}}
-    return {}
+    zero_snr = "ztsnr" in found
+    scheduler = {"prediction_type": "v_prediction" if velocity else "epsilon", "rescale_betas_zero_snr": zero_snr}
+    return {"scheduler": scheduler} | ({"unet": {"sample_size": 64}} if is_2 and not velocity else {})
+
+
+def predicts_velocity(path, found, is_2):
+    """Whether a checkpoint predicts velocity, by the first of these that says so.
+
+    A tensor `v_pred`; the `.yaml` beside the file, as for Automatic1111; `modelspec.prediction_type` in its metadata;
+    of 2.x, which has models of both kinds, the spread of a weight. Without any of them it predicts noise.
+    """
+    settings, said = path.with_suffix(".yaml"), metadata_of(path).get("modelspec.prediction_type", "")
+    norms = {int(match[1]): name for name in found if (match := LAST_NORM.fullmatch(name))}
+    if "v_pred" in found:
+        velocity, by = True, "a tensor in it"
+    elif settings.is_file():
+        velocity, by = bool(VELOCITY.search(settings.read_text("utf-8", errors="replace"))), settings.name
+    elif said:
+        velocity, by = said.startswith("v"), "its metadata"
+    elif is_2 and norms:
+        spread = found[norms[max(norms)]].read().float().std(correction=0)
+        velocity, by = bool(spread > SPREAD), f"the spread of its weights; {settings.name} beside it would say it"
+    else:
+        return False
+    logger.info(f"{path.name} predicts {'velocity' if velocity else 'noise'}, by {by}.")
+    return velocity
+
+
+def metadata_of(path):
+    """What a safetensors file says of itself; {} for others."""
+    if path.suffix.lower() == ".ckpt":
+        return {}
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
 
 
 def tensors(path, label):
@@ -194,33 +240,71 @@ def component_tensors(single, family, component, config, label):
 # =====================================================================================================
 
 
-def find_tokenizers(family, sizes, label):
-    """The tokenizers of a family whose checkpoint has none: of any base in the Hub's cache, or else of the Hub.
+def find_tokenizers(single, family, sizes, label):
+    """The tokenizers of a checkpoint, which has none: of a base beside it or in the Hub's cache, of a package, or of
+    the Hub.
 
     Args:
-        family: `Family`.
+        single: `SingleFile`.
+        family: its `Family`.
         sizes: tokens of each.
         label: see `open_file`.
 
     Raises:
         InputError: there is none.
     """
-    cached = sorted(Path(HF_HUB_CACHE).glob("models--*/snapshots/*/tokenizer"))
-    cached += sorted(Path(HF_HUB_CACHE).glob(f"models--{TOKENIZER.replace('/', '--')}/snapshots/*"))
-    for folder in cached:
+    found = [single.path.parent / "tokenizer", *sorted(single.path.parent.glob("*/tokenizer"))]
+    found += sorted(Path(HF_HUB_CACHE).glob("models--*/snapshots/*/tokenizer"))
+    found += sorted(Path(HF_HUB_CACHE).glob(f"models--{TOKENIZER.replace('/', '--')}/snapshots/*"))
+    for folder in found:
         try:
             return same_tokenizers(family, folder, sizes)
         except Exception:  # of another family, or not whole
             continue
+    if (package := importlib.util.find_spec(PACKAGE)) and package.origin:
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                unpack_vocabulary(Path(package.origin).with_name(VOCABULARY), Path(folder))
+                return same_tokenizers(family, Path(folder), sizes)
+            except Exception as error:  # another version of the package may have it elsewhere
+                logger.warning(f"{PACKAGE} has no vocabulary that can be read ({first_cause(error, 120)}).")
     try:
         return same_tokenizers(family, Path(snapshot_download(TOKENIZER, allow_patterns=["*.json", "*.txt"])), sizes)
     except Exception as error:  # huggingface_hub raises its own errors, the HTTP library's and the system's
         raise InputError(
-            f"{label} is a single file, which has no tokenizer; the Hub's cache has none either, nor does the Hub give"
-            f" one ({first_cause(error, 120)}): where there is a network, run hf download {TOKENIZER} vocab.json"
-            " merges.txt tokenizer_config.json once, or give --tokenizer_name, the folder tokenizer/ of any Stable"
-            " Diffusion."
+            f"{label} is a single file, which has no tokenizer; there is none beside it or in the Hub's cache, nor"
+            f" does the Hub give one ({first_cause(error, 120)}): put the folder tokenizer/ of any Stable Diffusion"
+            " beside the file or give it as --tokenizer_name, or pip install open_clip_torch, which has the words."
         ) from None
+
+
+PACKAGE, VOCABULARY = (
+    "open_clip",
+    "bpe_simple_vocab_16e6.txt.gz",
+)  # a package with CLIP's vocabulary, as OpenAI gave it
+MERGES = 49152 - 256 - 2  # of its lines so many count
+
+
+def unpack_vocabulary(path, folder):
+    """Writes CLIP's vocabulary, as OpenAI published it, as a tokenizer's folder of transformers."""
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        merges = [line for line in file.read().split("\n")[1 : MERGES + 1] if line.strip()]
+    shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    hidden = 256 - len(shown)  # bytes that print as nothing are written as characters that do
+    letters = [*map(chr, shown), *(chr(256 + i) for i in range(hidden))]
+    start, end = "<|startoftext|>", "<|endoftext|>"
+    words = [
+        *letters,
+        *(f"{letter}</w>" for letter in letters),
+        *("".join(pair.split()) for pair in merges),
+        start,
+        end,
+    ]
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}), encoding="utf-8")
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+    special = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": end}
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, **special}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
 def same_tokenizers(family, folder, sizes):

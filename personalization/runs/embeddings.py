@@ -5,6 +5,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save
 
+from ..data.prompts import normalized
 from ..errors import RunError, is_outside, reason
 from ..files import atomic_folder, atomic_path, save_tensors, tolerated
 from ..models.families import SD1, SDXL
@@ -43,15 +44,18 @@ def save_halves(results, placeholder_token, theta, parts=None):
 
 
 def load_concept(pipeline, folder, placeholder_token, name="learned_embeds.safetensors"):
-    """Teaches a pipeline of plain diffusers the word in a run's folder, and others that are in the same file."""
+    """Teaches a pipeline of plain diffusers the word in a run's folder, and others that are in the same file.
+
+    Under the names that the tokenizer has for them: in prompts, too, it is these that stand for all vectors of a word.
+    """
     halves = load_file(Path(folder) / name)
     if getattr(pipeline, "text_encoder_2", None) is None:
         for token, vectors in halves.items():
-            pipeline.load_textual_inversion({token: vectors})
+            pipeline.load_textual_inversion({normalized(pipeline.tokenizer, token): vectors})
         return
     parts = (pipeline.text_encoder, pipeline.tokenizer), (pipeline.text_encoder_2, pipeline.tokenizer_2)
     for key, (text_encoder, tokenizer) in zip(SDXL.word_keys, parts):
-        word = {placeholder_token: halves[key]}
+        word = {normalized(tokenizer, placeholder_token): halves[key]}
         pipeline.load_textual_inversion(word, text_encoder=text_encoder, tokenizer=tokenizer)
 
 

@@ -56,7 +56,7 @@ class Publication:
         files: patterns of what else a user of the result needs; never checkpoints, logs or the base model.
         pipeline_name: of what travels to the Hub as `pipeline.py`; None where diffusers needs no code of ours.
         tags: of the card.
-        best_name: the file with the lowest held-out loss, one of `files`.
+        best_name: the file with the lowest validation loss, one of `files`.
         card_name: template of the model card, from the script's folder.
         load: how a pipeline of diffusers takes up what was learned, by itself; None where it needs `pipeline_name`.
         keyword: under which `pipeline_name` takes it up.

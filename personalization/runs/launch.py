@@ -11,8 +11,8 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 
 from .. import flags
-from ..errors import InputError, quoted, reason
-from ..files import check_writable
+from ..errors import InputError, is_outside, reason
+from ..files import check_apart, check_writable
 from ..logs import get_logger
 from ..models import memory, weight_cache
 from ..models.compute import DTYPES
@@ -32,6 +32,8 @@ def open_folders(args):
         value = getattr(args, name) if args.output_dir.strip() else None
         if value and (flag.path is True or flag.path == flags.OR_NAME and os.path.exists(value)):
             check_apart(f"--{name}", value, args.output_dir)
+            if args.quantized_cache_dir is not None:
+                check_apart(f"--{name}", value, args.quantized_cache_dir, "--quantized_cache_dir", over=True)
     output_dir = Path(args.output_dir)
     check_writable("--output_dir", args.output_dir)
     if not (output_dir / args.logging_dir).resolve().is_relative_to(output_dir.resolve()):
@@ -41,29 +43,6 @@ def open_folders(args):
     if args.quantized_cache_dir is not None:
         cache = weight_cache.open_cache(args.quantized_cache_dir, flags.DEFAULT_CACHE, args.output_dir)
         args.quantized_cache_dir = cache
-
-
-def check_apart(flag, path, output_dir):
-    """Refuses an output folder that is in, over or under what a run reads.
-
-    A run moves what others left in its folder aside, and a later one would learn from the pictures of this one.
-
-    Args:
-        flag: that names what is read.
-        path: its value.
-        output_dir: of the run.
-
-    Raises:
-        InputError: they are not apart.
-    """
-    read, written = Path(os.path.realpath(path)), Path(os.path.realpath(output_dir))
-    same = read == written or os.path.exists(read) and os.path.exists(written) and os.path.samefile(read, written)
-    where = "is" if same else "lies in" if written.is_relative_to(read) else "holds"
-    if where != "holds" or read.is_relative_to(written):
-        raise InputError(
-            f"--output_dir {quoted(output_dir, 300)} {where} {flag} {quoted(path, 300)}: give a folder apart from what"
-            " the run reads."
-        )
 
 
 def start(args):
@@ -76,12 +55,20 @@ def start(args):
     logging_dir = Path(args.output_dir) / args.logging_dir
     logging.basicConfig(format="%(asctime)s - %(levelname)s - %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     check_engines()
-    accelerator = Accelerator(
-        mixed_precision="no",  # weights and activations are cast once, by hand: autocast would cast them every step
-        log_with=None if args.report_to == "none" else args.report_to,
-        project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=logging_dir),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=GROUP_SECONDS))],
-    )
+    try:
+        accelerator = Accelerator(
+            mixed_precision="no",  # weights and activations are cast once, by hand: autocast would cast at every step
+            log_with=None if args.report_to == "none" else args.report_to,
+            project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=logging_dir),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=GROUP_SECONDS))],
+        )
+    except Exception as error:  # whatever accelerate raises on settings in the environment
+        if is_outside(error):
+            raise
+        raise InputError(
+            f"accelerate cannot start as its launch, its configuration or ACCELERATE_... in the environment say"
+            f" ({reason(error)}): set that right, or start the script with python."
+        ) from error
     check_world(accelerator)
     take_precision(args, accelerator.device)
     for name in ("httpx", "httpx2"):  # a line for every request to the Hub
@@ -92,7 +79,9 @@ def start(args):
 
 # Seconds that a process waits for the others of its launch, which may be drawing validation images.
 GROUP_SECONDS = float(os.environ.get("ZOODIP_GROUP_TIMEOUT", 600))
-ENGINES = {"DEEPSPEED": "DeepSpeed", "FSDP": "FSDP", "MEGATRON_LM": "Megatron-LM"}  # ACCELERATE_USE_...
+# ACCELERATE_USE_...
+ENGINES = {"DEEPSPEED": "DeepSpeed", "FSDP": "FSDP", "MEGATRON_LM": "Megatron-LM"}
+ENGINES |= {"PARALLELISM_CONFIG": "a parallelism configuration"}
 
 
 def check_engines():
@@ -124,7 +113,13 @@ def check_world(accelerator):
 
 
 def take_precision(args, device):
-    """Takes `--mixed_precision` of accelerate's launch or configuration, where the script was given none."""
+    """Takes `--mixed_precision` of accelerate's launch or configuration, where the script was given none.
+
+    What else it can ask for is not taken, and said.
+    """
+    compiler = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+    if compiler != "no":
+        logger.warning(f"accelerate's dynamo_backend {compiler} is not taken: --torch_compile is, where there is one.")
     wanted = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if wanted == "no" or args.mixed_precision is not None:
         return

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from ..errors import Stopped, handled, leave_terminal, reason
+from ..errors import InputError, Stopped, handled, leave_terminal, reason, uncovered
 from ..flags import Settings
 from ..logs import get_logger
 from ..models.base_model import Base
@@ -31,7 +31,7 @@ class Progress:
 
     step: int = 0
     seconds: float = 0.0  # of training, over all its parts
-    best_loss: float = float("inf")  # least held-out loss, and the step that had it
+    best_loss: float = float("inf")  # least validation loss, and the step that had it
     best_step: int | None = None
     validations_without_gain: int = 0
     forward_passes: int = 0  # of one example and candidate, over all processes
@@ -68,7 +68,8 @@ class Run:
     @property
     def is_over(self):
         """Whether nothing is left to train."""
-        return self.progress.step >= self.args.max_train_steps
+        args = self.args
+        return args.finish_now or self.progress.step >= args.max_train_steps
 
     def state_dict(self):
         """What all processes have in common."""
@@ -103,9 +104,14 @@ class Run:
         Args:
             publication: `hub.Publication`.
             checkpoint: what `checkpoints.find_checkpoint` found.
+
+        Raises:
+            InputError: there is none, and nothing is to be trained.
         """
         if checkpoint is not None:
             self.resume(checkpoint)
+        elif self.args.finish_now:
+            raise InputError("--finish_now has no checkpoint to write the result of: leave it out to train.")
         self.results = run_folder.open_results(self.output_dir, publication, self.id, checkpoint is not None)
         if self.args.report_to != "none":
             launch.start_trackers(self.accelerator, publication.name, self.args)
@@ -115,7 +121,7 @@ class Run:
         self.load_state_dict(state)
         self.id, step = checkpoint.run, self.progress.step
         logger.info(f"Resumed from {checkpoint.path} at step {step}")
-        if self.is_over:
+        if self.is_over and not self.args.finish_now:
             logger.warning(
                 f"{checkpoint.path} is at step {step} of --max_train_steps {self.args.max_train_steps}: nothing is"
                 " left to train; its results are written again. Give more steps to go on."
@@ -224,7 +230,8 @@ def stoppable(run):
         Stopped: with that sentence.
     """
     try:
-        yield
+        with uncovered():
+            yield
     except Stopped:
         raise
     except KeyboardInterrupt:

@@ -25,7 +25,7 @@ class Result:
 
     placeholder_token: str
     theta: torch.Tensor | None  # [k, d]; None where something else than an embedding was learned
-    best: torch.Tensor | None  # the embedding with the least held-out loss
+    best: torch.Tensor | None  # the embedding with the least validation loss
     history: loop.History
     samples: list  # PIL images
     pictures: list  # `images.Picture`s it learned from
@@ -125,7 +125,7 @@ def usage(result, folder, publication):
 
 
 def save_loss_curve(path, history):
-    """Training loss (points and running mean) and held-out loss against the step, as a PNG.
+    """Training loss (points and running mean) and validation loss against the step, as a PNG.
 
     Where some updates are by backpropagation and others are not, their shares are beside it.
     """
@@ -149,7 +149,7 @@ def save_loss_curve(path, history):
         axes.plot(steps, losses, ".", alpha=0.3, label="training loss")
         axes.plot(steps, smooth, label=f"mean over {width} read-outs")
     if history.validation_loss:
-        axes.plot(*zip(*history.validation_loss), "o-", label="held-out loss")
+        axes.plot(*zip(*history.validation_loss), "o-", label="validation loss")
     axes.set(xlabel="step", ylabel="denoising loss")
     axes.legend()
     with atomic_path(path) as temporary:

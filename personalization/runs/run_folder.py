@@ -13,13 +13,14 @@ import errno
 import os
 import re
 import shutil
+import time
 from pathlib import Path
 
 import filelock
 from accelerate.utils import broadcast_object_list
 
-from ..errors import InputError, RunError, Stopped, is_outside, reason
-from ..files import read_json, sha256
+from ..errors import InputError, RunError, Stopped, is_outside, reason, uncovered
+from ..files import PROBE, read_json, sha256
 from ..logs import get_logger
 from .checkpoints import list_checkpoints
 
@@ -80,11 +81,19 @@ def remove_leftovers(output_dir):
     for path in [*folder.glob(".tmp-*"), *folder.glob("*/.tmp-*")]:
         streamed = path.name.startswith((".tmp-layers-", ".tmp-checkpoint-")) or path.name.endswith(f"-{PIPELINE}")
         if path.is_dir() and not path.is_symlink():
-            if streamed and path.parent == folder:  # a cache in this folder may be being filled by a run elsewhere
+            # A cache in this folder may be being filled by a run elsewhere, and a probe may be another process's.
+            if path.parent == folder and (streamed or re.fullmatch(PROBE, path.name) and is_old(path)):
                 shutil.rmtree(path, ignore_errors=True)
         elif re.match(r"\.tmp-\d+-", path.name) and not path.parent.is_symlink():
             with contextlib.suppress(OSError):
                 path.unlink()
+
+
+def is_old(path):
+    """Whether a file was left by whoever wrote it: nobody probes for a minute."""
+    with contextlib.suppress(OSError):
+        return time.time() - path.stat().st_mtime > 60
+    return False
 
 
 @contextlib.contextmanager
@@ -94,7 +103,8 @@ def saying_what_is_safe(output_dir):
     A request to stop, before there is a run that could be stopped (`loop.stoppable`), becomes a sentence as well.
     """
     try:
-        yield
+        with uncovered():
+            yield
     except (InputError, RunError, Stopped):
         raise
     except KeyboardInterrupt:

@@ -26,6 +26,8 @@ from ..errors import InputError, quoted, shorten
 from ..files import atomic_path, read_json, write_json
 from ..runs.checkpoints import list_checkpoints
 from ..runs.run_folder import own_files, regular_files
+from . import captioner, run_logs
+from .checks import check_form
 from .command_lines import (
     METHODS,
     Form,
@@ -37,11 +39,12 @@ from .command_lines import (
     training_command,
     with_flags,
 )
+from .drawing import Painter
 from .processes import ask_to_stop, environment, new_mark, processes_of, spawn
+from .run_logs import DRAWER
 from .workspace import is_name, is_text, safe_name, saying_why
 
 
-DRAWER = "evaluate_personalization.py"
 LONGEST_RECORD = 2**20  # bytes
 LOCK = ".lock"  # in the folder of a trial
 
@@ -50,10 +53,8 @@ LOCK = ".lock"  # in the folder of a trial
 # Runs
 # =====================================================================================================
 
-RUNNING, FINISHED, STOPPED, FAILED = "running", "finished", "stopped", "broke off"
-READY = "not started"
-SCRIPTS = "|".join(re.escape(name) for name in (*(method.script for method in METHODS.values()), DRAWER))
-ERROR_LINE = rf"(?:{SCRIPTS}): error[^:\n]*: (.+)$"  # how the scripts end, perhaps right behind a progress bar
+RUNNING, FINISHED, STOPPED, FAILED = "running", "finished", "stopped", "failed"
+READY, WAITING = "not started", "waiting"
 
 
 def is_number(value):
@@ -79,6 +80,7 @@ def read_record(path):
     if not is_text(json.dumps(content, ensure_ascii=False), LONGEST_RECORD) or "\\u0000" in json.dumps(content):
         raise ValueError("it has half characters or zero bytes in it")
     empty = {"created": 0, "launched": 0, "stopping": False, "process": None, "log_start": 0, "before": None}
+    empty |= {"queued": 0, "finishing": False}
     record = {**empty, **content}
     form, command = record.get("form"), record.get("command")
     good = isinstance(form, dict) and isinstance(form.get("flags", {}), dict)
@@ -87,7 +89,7 @@ def read_record(path):
     good = good and all(map(is_setting, form.get("flags", {}).values()))
     good = good and isinstance(command, list) and all(isinstance(word, str) for word in command)
     good = good and command[:1] in (["accelerate"], ["python"]) and METHODS[form["method"]].script in command
-    good = good and all(is_number(record[name]) for name in ("created", "launched", "log_start"))
+    good = good and all(is_number(record[name]) for name in ("created", "launched", "log_start", "queued"))
     if not good or set(form) | {"flags", "others"} != set(Form.__dataclass_fields__):
         raise ValueError("it is no record of a run")
     return record
@@ -156,12 +158,14 @@ class Run:
         record = self.record
         if processes_of(record.get("process")):
             return RUNNING, ""
+        if record.get("queued"):
+            return WAITING, ""
         if not record.get("process"):
             return READY, ""
         if self.has_result():
             return FINISHED, ""
         text = self.log_tail(60, start=record["log_start"])
-        if errors := re.findall(ERROR_LINE, text, re.MULTILINE):
+        if errors := run_logs.errors(text):
             return FAILED, errors[-1]
         if record.get("stopping"):
             return STOPPED, ""
@@ -173,21 +177,8 @@ class Run:
         return bool(list_checkpoints(self.output))
 
     def log_tail(self, lines=200, start=0):
-        """The end of the log, as a terminal would show it: of a progress bar only its last state, on its own line.
-
-        Args:
-            lines: so many at most.
-            start: byte that the log begins at.
-        """
-        try:
-            with self.log.open("rb") as file:
-                file.seek(max(int(start), self.log.stat().st_size - 200_000))
-                text = file.read().decode("utf-8", "replace")
-        except OSError:
-            return ""
-        text = re.sub(rf"(?<=[^\n])(?=(?:{SCRIPTS}): error)", "\n", text)
-        kept = [line.rstrip("\r").rsplit("\r", 1)[-1] for line in text.split("\n")]
-        return "\n".join(kept[-lines:]).strip()
+        """See `run_logs.tail`."""
+        return run_logs.tail(self.log, lines, start)
 
     def grids(self):
         """Validation images as (path, step), the oldest first."""
@@ -205,13 +196,29 @@ class Run:
                     result.append((record, before, after))
         return result
 
+    def result_files(self):
+        """The files that were learned, by what programs read them: paths."""
+        config = self.read_config() or {}
+        recorded = config.get("files")
+        first, others = self.method.result_name, filter(is_below, recorded) if isinstance(recorded, dict) else []
+        names = [first, *sorted({*others} - {first})]
+        found = set(regular_files(self.output, names))
+        return [self.output / name for name in names if name in found and name.endswith((".safetensors", ".pt"))]
+
+    def read_config(self):
+        """What the script wrote of its result; None where it cannot be read."""
+        try:
+            config = read_json(self.output / self.method.config_name)
+        except (OSError, ValueError):
+            return None
+        return config if isinstance(config, dict) else None
+
     def package(self):
         """A ZIP of the result for download: what the run recorded as its own, config, card; None without one."""
         if self.is_alive() or not self.has_result():  # the card is what it writes last
             return None
-        try:
-            config = read_json(self.output / self.method.config_name)
-        except (OSError, ValueError):
+        config = self.read_config()
+        if config is None:
             return None
         recorded = config.get("files")
         recorded = recorded if isinstance(recorded, dict) else {}
@@ -245,6 +252,8 @@ class RunBook:
         self.workspace, self.at_once, self.own_login = workspace, at_once, own_login
         self.folder, self._histories = workspace.root / "runs", Histories()
         self._starting = filelock.FileLock(workspace.root / ".starting", timeout=30)  # servers may share a workspace
+        self._tokens = {}  # of runs in the queue, which no file has
+        self.painter = Painter(workspace.root, self._spawn)
 
     def names(self):
         """Of all runs whose record can be read, the newest first."""
@@ -273,46 +282,154 @@ class RunBook:
         return training_command(form, pictures, Run(self.folder / name).output, self.workspace.root / "cache")
 
     def start(self, form, token=None):
-        """Starts a run; returns it.
+        """Starts a run, or puts it into the queue while others train; returns it.
 
         Raises:
-            InputError: something is missing, another is training, or the disk fails.
+            InputError: something is missing, or the disk fails.
         """
         form = checked(form, self.workspace)
-        rows, _ = self.workspace.review(form.concept, 1)
-        if not any(row.thumbnail is not None for row in rows):
-            raise InputError("There are no pictures yet: add some in step 1.")
+        self.command(form)  # says what is missing
+        check_form(form, self.workspace)
         with self._starting:
-            self._check_free()
             name = self._next_name(form.concept)
             command = self.command(form, name)
             with saying_why("The run could not be made"):
                 (self.folder / name).mkdir(parents=True)
             run = Run(self.folder / name)
             run.write(form=asdict(form), command=command, created=time.time())
-            self._launch(run, token)
+            self._launch_in_turn(run, token)
         return run
 
-    def resume(self, run, token=None):
-        """Starts the very command of a run again, which goes on from its newest checkpoint."""
+    def resume(self, run, token=None, finish=False):
+        """Starts the very command of a run again, which goes on from its newest checkpoint, in its turn.
+
+        Args:
+            run: that is not on.
+            token: of the Hub.
+            finish: train no further, and write the result of that checkpoint.
+        """
         with self._starting:
             if run.is_alive():
                 raise InputError(f"{run.name} is training already.")
-            self._check_free()
-            self._launch(run, token)
+            if finish and not run.can_resume():
+                raise InputError(f"{run.name} has no checkpoint yet: resume it, and stop it later.")
+            run.write(finishing=bool(finish))
+            self._launch_in_turn(run, token)
 
     def stop(self, run):
-        """Asks a run to end, with a checkpoint."""
+        """Asks a run to end, with a checkpoint; one that waits leaves the queue."""
         with self._starting:
+            run.write(queued=0)
             if run.is_alive():
                 run.write(stopping=True)
                 ask_to_stop(run.record["process"])
 
+    def _launch_in_turn(self, run, token):
+        """Launches a run, or lets it wait; `self._starting` is held."""
+        if self._is_free() and not self.waiting():
+            return self._launch(run, token)
+        self._tokens[run.name] = token
+        run.write(queued=time.time())
+
+    def waiting(self):
+        """Runs in the queue, the next one first."""
+        runs = [Run(path.parent) for path in self.folder.glob("*/run.json")]
+        queued = {run: run.record.get("queued") for run in runs if is_name(run.name)}
+        return sorted(filter(queued.get, queued), key=queued.get)
+
+    def advance(self):
+        """Launches what waits as long as there is room; returns the runs."""
+        launched = []
+        if not self.waiting():
+            return launched
+        with self._starting:
+            for run in self.waiting():
+                if not self._is_free():
+                    break
+                self._launch(run, self._tokens.pop(run.name, None))
+                launched.append(run)
+        return launched
+
     def _launch(self, run, token):
         mark, start = new_mark(), run.log.stat().st_size if run.log.is_file() else 0
-        run.write(launched=time.time(), stopping=False, log_start=start, before=run.written(), process={"mark": mark})
-        _, process = self._spawn(run.record["command"], run.log, mark, token)
-        run.write(process=process)
+        facts = {"launched": time.time(), "stopping": False, "queued": 0, "log_start": start}
+        run.write(**facts, before=run.written(), process={"mark": mark})
+        self.painter.leave()  # its memory is the training's
+        finish = {"finish_now": True} if run.record["finishing"] else {}
+        _, process = self._spawn(with_flags(run.record["command"], **finish), run.log, mark, token)
+        run.write(process=process, finishing=False)
+
+    # Renamed and deleted ------------------------------------------------------------------------------
+
+    def delete(self, run):
+        """Deletes a run with all that is in its folder.
+
+        Raises:
+            InputError: it is training, or the disk fails.
+        """
+        with self._starting, saying_why(f"{run.name} could not be deleted"):
+            self._check_at_rest(run)
+            gone = Path(tempfile.mkdtemp(prefix=".trial-", dir=self.folder))
+            run.folder.rename(gone / run.name)  # at once, and what is slow afterwards
+        shutil.rmtree(gone, ignore_errors=True)
+
+    def rename(self, run, name):
+        """Gives a run another name, which its folders and its command line carry; returns the `Run`.
+
+        Raises:
+            InputError: it is training, the name is taken, or the disk fails.
+        """
+        new = safe_name(name, "")
+        if not new:
+            raise InputError("Give the run a new name first, such as my-dog-best.")
+        with self._starting, saying_why(f"{run.name} could not be renamed"):
+            if new == run.name:
+                return run
+            self._check_at_rest(run)
+            if (self.folder / new).exists():
+                raise InputError(f"There is a run {new} already: choose another name.")
+            renamed = Run(self.folder / new)
+            command = with_flags(run.record["command"], output_dir=renamed.output)
+            run.folder.rename(renamed.folder)
+            if (renamed.folder / run.name).is_dir():
+                (renamed.folder / run.name).rename(renamed.output)
+            (renamed.folder / f"{run.name}.zip").unlink(missing_ok=True)
+            renamed.write(command=command)
+        return renamed
+
+    def runs_of(self, concept):
+        """All runs of a concept, the newest first."""
+        return [run for run in map(self.open, self.names()) if run.form.concept == concept]
+
+    def rename_concept(self, concept, name):
+        """Gives a concept another name, in the records of its runs, too; returns it as it is on the disk.
+
+        Raises:
+            InputError: a run of it is on, the name is taken, or the disk fails.
+        """
+        with self._starting:
+            self._check_at_rest(*self.runs_of(concept))
+            renamed = self.workspace.rename_concept(concept, name)
+            for run in self.runs_of(concept):
+                pictures = {run.method.pictures_flag: self.workspace.root / "concepts" / renamed}
+                form = {**run.record["form"], "concept": renamed}
+                run.write(form=form, command=with_flags(run.record["command"], **pictures))
+        return renamed
+
+    def delete_concept(self, concept):
+        """Deletes the pictures of a concept; runs that are done keep what they have learned.
+
+        Raises:
+            InputError: a run of it is on, or the disk fails.
+        """
+        with self._starting:
+            self._check_at_rest(*self.runs_of(concept))
+            self.workspace.delete_concept(concept)
+
+    def _check_at_rest(self, *runs):
+        for run in runs:
+            if run.outcome()[0] in (RUNNING, WAITING):
+                raise InputError(f"{run.name} is {run.outcome()[0]}: stop it first.")
 
     def _spawn(self, command, log, mark, token=None):
         return spawn(command, log, mark, environment(token, None if self.own_login else self.workspace.hub))
@@ -340,14 +457,17 @@ class RunBook:
             write_json(path, record)
         return process
 
+    def alive(self):
+        """Names of what trains now, trials among them."""
+        return [path.parent.name for path in self.folder.glob("*/run.json") if Run(path.parent).is_alive()]
+
+    def _is_free(self):
+        return len(self.alive()) < self.at_once
+
     def _check_free(self):
-        alive = [path.parent.name for path in self.folder.glob("*/run.json") if Run(path.parent).is_alive()]
-        if len(alive) >= self.at_once:
-            name = alive[0] if is_name(alive[0]) else "A trial"
-            raise InputError(
-                f"{name} is training, and this server trains {self.at_once} at a time: wait until it ends, or stop it;"
-                " it can go on later."
-            )
+        if not self._is_free():
+            name = next(filter(is_name, self.alive()), "A trial")
+            raise InputError(f"{name} is training: steps are timed when it is done, so that the times are true.")
 
     def _next_name(self, concept):
         stem = safe_name(concept or "my-concept")
@@ -368,9 +488,38 @@ class RunBook:
             with self._starting:
                 process = self._spawn_alone("prediction", command, folder / "memory.txt")
             if process.wait():
-                raise InputError(refusal(folder / "memory.txt"))
+                raise InputError(run_logs.refusal(folder / "memory.txt"))
             with saying_why("The prediction cannot be read"):
                 return (folder / "memory.txt").read_text(encoding="utf-8", errors="replace").partition("Predicted")[2]
+
+    def write_captions(self, concept, model, class_word):
+        """Has the missing captions of a concept written by a model; returns how many.
+
+        Args:
+            concept: its name.
+            model: folder of the model.
+            class_word: what the concept is, in one plain word; "" where nobody has said.
+
+        Raises:
+            InputError: there is no such concept, the model cannot, or the disk fails.
+        """
+        folder = self.workspace.existing_concept(concept)
+        rows, _ = self.workspace.review(concept, 1)
+        names = [row.name for row in rows if row.thumbnail is not None and not row.caption]
+        if not names:
+            return 0
+        with self._scratch() as scratch:
+            with self._starting:
+                command = captioner.command(model, [folder / name for name in names])
+                process = self._spawn_alone("captioning", command, scratch / "captions.txt")
+            if process.wait():
+                raise InputError(run_logs.refusal(scratch / "captions.txt"))
+            with saying_why("The captions cannot be read"):
+                text = (scratch / "captions.txt").read_text(encoding="utf-8", errors="replace")
+        found = captioner.read_captions(text)
+        described = [(Path(path).name, captioner.with_concept(said, class_word)) for path, said in found.items()]
+        self.workspace.save_captions(concept, described)
+        return len(described)
 
     def time_steps(self, form):
         """Trains a few steps with the very settings, and measures them.
@@ -390,7 +539,7 @@ class RunBook:
                 run.write(**facts, process={"mark": mark})
                 process, _ = self._spawn(command, run.log, mark)
             if process.wait():
-                raise InputError(refusal(run.log))
+                raise InputError(run_logs.refusal(run.log))
             with saying_why("The trial cannot be read"):
                 config = read_json(run.output / METHODS[form.method].config_name)
             return timed_steps(Histories().read(run.output), started, config["figures"]["peak_memory"])
@@ -439,13 +588,13 @@ class RunBook:
         if "{}" not in prompt:
             raise InputError(f"Put {{}} or {form.subject} into the prompt, where the concept goes.")
         if not (run.output / run.method.result_name).is_file():
-            raise InputError("There is nothing to draw with yet: the run has written no result.")
+            raise InputError("There is nothing to generate with yet: the run has written no result.")
         flags = {"pretrained_model_name_or_path": form.base, "class_word": form.class_word, "draw_only": True}
         flags |= {name: flag_of(run.record["command"], name) for name in ("revision", "variant")}
         flags |= {"results": f"learned={run.output}", "num_images_per_prompt": int(count)}
         flags |= {"num_inference_steps": int(steps), "guidance_scale": float(guidance)}
         flags |= {"batch_size": 1 if not is_demo(form.base) else 4}
-        with self._starting, saying_why("The drawing could not be started"):
+        with self._starting, saying_why("The images could not be started"):
             numbers = [int(path.name) for path in run.folder.glob("drawings/[0-9]*") if path.name.isdecimal()]
             folder = run.folder / "drawings" / f"{max(numbers, default=0) + 1:04d}"
             folder.mkdir(parents=True)
@@ -454,15 +603,11 @@ class RunBook:
             command = ["python", DRAWER, *flag_words(flags), "--prompts", str(folder / "prompts.txt")]
             command += ["--output_dir", str(folder), "--seed", str(int(seed))]
             try:
-                process = self._spawn_alone("drawing", command, folder / "log.txt")
+                self.painter.ask(command, folder)
             except InputError:
                 shutil.rmtree(folder)
                 raise
-        while process.poll() is None:
-            yield Run(folder).log_tail(1)
-            time.sleep(0.5)
-        if process.returncode:
-            raise InputError(refusal(folder / "log.txt"))
+        yield from self.painter.wait(command, folder)
 
     def push(self, run, repo_id, private, token):
         """Publishes a finished run with its trainer's `--push_only`; returns the address of the commit.
@@ -479,7 +624,7 @@ class RunBook:
             log = folder / "push.txt"
             process, _ = self._spawn(command, log, new_mark(), str(token or "").strip() or None)
             if process.wait():
-                raise InputError(refusal(log))
+                raise InputError(run_logs.refusal(log))
             found = re.search(r"^Pushed to (\S+)", log.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
             return found[1] if found else repo_id
 
@@ -495,15 +640,6 @@ def checked(form, workspace):
         raise InputError(f"{quoted(form.method)} is no method that is here: choose another.")
     changed = {"base": workspace.base_model(form.base), "concept": workspace.concept_name(form.concept)}
     return Form(**{**asdict(form), **changed})
-
-
-def refusal(log):
-    """What a script said before it ended, as the sentence it ended with."""
-    text = Path(log).read_text(encoding="utf-8", errors="replace") if Path(log).is_file() else ""
-    if errors := re.findall(ERROR_LINE, text, re.MULTILINE):
-        return errors[-1]
-    lines = [line for line in text.replace("\r", "\n").splitlines() if line.strip()]
-    return f"The process ended early: {shorten(lines[-1] if lines else 'it was killed', 300)}"
 
 
 # =====================================================================================================
@@ -551,7 +687,7 @@ class Histories:
         loader, events = self._files.setdefault(str(path), (EventFileLoader(str(path)), []))
         with contextlib.suppress(Exception):  # half a record, or no file any more
             for event in loader.Load():
-                for value in event.summary.value:
+                for value in event.summary.value if is_number(event.step) and is_number(event.wall_time) else ():
                     if value.tensor.float_val:
                         events.append((value.tag, event.step, value.tensor.float_val[0], event.wall_time))
         return events
@@ -573,7 +709,7 @@ class TimedSteps(NamedTuple):
 
     start: float  # until the first step, without its validation
     step: float
-    held_out: float  # the held-out loss once
+    held_out: float  # the validation loss once
     drawing: float  # one image with `TRIAL`'s inference steps
     peak_mb: int  # of the process
 

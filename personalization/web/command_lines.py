@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -76,16 +77,23 @@ class Method:
 METHODS = {
     "word": Method(
         title="A new word",
-        about="Learns one word on the quantized model, with little more memory than drawing takes; the result is a few"
-        " kilobytes. --recipe fast follows the exact gradient, paper is ZOODiP: forward passes alone.",
+        about="Learns one word on the quantized model, with little more memory than generating takes; the result is a"
+        " few kilobytes. --recipe fast follows the exact gradient, paper is ZOODiP: forward passes alone.",
         script="train_zoodip_textual_inversion.py",
         pictures_flag="train_data_dir",
         makes_a_word=True,
         result_name="learned_embeds.safetensors",
         config_name="zoodip_config.json",
-        defaults={"recipe": "fast", "max_train_steps": 500, "validation_steps": 50, "checkpointing_steps": 50},
+        defaults={
+            "recipe": "fast",
+            "center_crop": True,
+            "max_train_steps": 500,
+            "validation_steps": 50,
+            "checkpointing_steps": 50,
+        },
         demo={
             "recipe": "fast",
+            "center_crop": True,
             "learning_rate": 0.05,  # as in demo/run_demo.py, for few steps
             "gradient_checkpointing": "none",  # a small model has room for its activations
             "max_train_steps": 150,
@@ -120,7 +128,7 @@ METHODS = {
     "lora": Method(
         title="A LoRA (selective)",
         about="Trains small adapters by backpropagation through windows of the pictures, with the memory of half the"
-        " resolution; any program that reads a LoRA draws with it.",
+        " resolution; any program that reads a LoRA can use it.",
         script="train_selective_dreambooth_lora.py",
         pictures_flag="instance_data_dir",
         makes_a_word=False,
@@ -136,6 +144,8 @@ METHODS = {
         demo={
             "bp_view": "window",
             "max_train_steps": 200,
+            "learning_rate": 2e-3,
+            "zo_learning_rate": 2e-3,
             "train_batch_size": 4,
             "validation_steps": 50,
             "checkpointing_steps": 50,
@@ -152,6 +162,18 @@ def offered_methods():
 
 def is_demo(base):
     return Path(str(base)).resolve() == DEMO_BASE if str(base or "").strip() else False
+
+
+FITS = "cropped", "squeezed", "whole"  # to the model's square, or in buckets of about their own shape
+
+
+def fit_of(method, others):
+    """How pictures get the model's size, one of `FITS`, by a method and the other flags as they are typed."""
+    words = str(others or "").split()
+    if "--use_aspect_ratio_buckets" in words:
+        return "whole"
+    makes_a_word = method in METHODS and METHODS[method].makes_a_word
+    return "squeezed" if makes_a_word and "--center_crop" not in words else "cropped"
 
 
 def default_flags(method, base):
@@ -191,7 +213,8 @@ class Form:
 
 def launcher():
     """The words before a script: accelerate, told everything that it would ask or warn about."""
-    threads = int(os.environ.get("OMP_NUM_THREADS") or psutil.cpu_count(logical=False) or 1)
+    wanted = re.match(r"\s*(\d{1,4})", os.environ.get("OMP_NUM_THREADS", ""))  # "4,2" is of nested loops
+    threads = int(wanted[1] if wanted else 0) or psutil.cpu_count(logical=False) or 1
     words = "accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no"
     return [*words.split(), "--num_cpu_threads_per_process", str(threads)]
 
@@ -243,7 +266,9 @@ def training_command(form, pictures, output_dir, cache):
         raise InputError("Give the concept a name in prompts, such as <my-dog>.")
     prompt = (form.prompt or "").strip()
     if prompt and "{}" not in prompt and form.subject not in prompt:
-        raise InputError(f"The sample prompt {quoted(prompt)} does not say where the concept goes: put {{}} there.")
+        raise InputError(
+            f"The prompt of previews {quoted(prompt)} does not say where the concept goes: put {{}} there."
+        )
     flags = {"pretrained_model_name_or_path": form.base, method.pictures_flag: pictures}
     if method.makes_a_word:
         flags |= {"placeholder_token": form.subject.strip(), "initializer_token": form.class_word.strip()}
@@ -271,12 +296,21 @@ def shown(command, start=REPO):
     """A command line to copy: a flag a line, paths below the repository, from where it is run, relative."""
     words = [os.path.relpath(w, start) if Path(w).is_relative_to(start) and Path(w) != start else w for w in command]
     script = next(i for i, word in enumerate(words) if word.endswith(".py"))
-    lines = [words[:script], [words[script]]] if words[0] == "accelerate" else [words[: script + 1]]
+    lines = [words[:script], [words[script]]] if script > 1 else [words[: script + 1]]
     for word in words[script + 1 :]:
         if word.startswith("--"):
             lines.append([])
         lines[-1].append(word)
     return " \\\n  ".join(map(shlex.join, lines))
+
+
+def to_copy(command):
+    """The same for a shell anywhere: it goes to the repository first, and uses the Python that this server runs in."""
+    python = Path(sys.executable)
+    launcher = python.with_name("accelerate")
+    own = [launcher] if launcher.is_file() else [python, "-m", "accelerate.commands.accelerate_cli"]
+    words = [*map(str, own if command[0] == "accelerate" else [python]), *command[1:]]
+    return f"cd {shlex.quote(str(REPO))} && \\\n  {shown(words)}"
 
 
 def with_flags(command, **changed):

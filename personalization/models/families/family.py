@@ -111,6 +111,7 @@ class Family:
     # Settings where the user gives none, see `defaults`.
     timestep_window: tuple  # (T_L, T_U) of PUTS
     settings_of_optimizer: dict = {}  # optimizer -> further settings
+    settings_of_lora: dict = {}
 
     @property
     def components(self):

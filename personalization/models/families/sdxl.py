@@ -38,6 +38,7 @@ class StableDiffusionXL(StableDiffusion):
     crops = pools = True
     timestep_window = 700, 900
     settings_of_optimizer = {"zo_adam": {"learning_rate": 5e-3, "max_train_steps": 20_000, "perturbation_scale": 1e-2}}
+    settings_of_lora = {"learning_rate": 1e-4, "zo_learning_rate": 1e-4}  # as in diffusers' and kohya's trainers
 
     def recognises(self, index, configs):
         return "text_encoder_2" in index and ("unet" in index or "transformer" not in index)

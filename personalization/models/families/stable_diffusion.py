@@ -38,6 +38,7 @@ class StableDiffusion(ClipFamily):
     # The settings of ZOODiP's paper.
     timestep_window = 500, 900
     settings_of_optimizer = {"zo_adam": {"learning_rate": 5e-3, "max_train_steps": 30_000}}
+    settings_of_lora = {"learning_rate": 1e-4, "zo_learning_rate": 1e-4}  # as in diffusers' and kohya's trainers
 
     def recognises(self, index, configs):
         """A UNet and one text encoder; a base whose index says next to nothing is taken for one, too."""
