@@ -63,7 +63,6 @@ from personalization.web.app_words import (
     curve,
     downloads,
     empty,
-    held_out_sentence,
     pair,
     prediction_card,
     say,
@@ -73,6 +72,7 @@ from personalization.web.app_words import (
     strip,
     tiles,
     uses,
+    validation_sentence,
 )
 from personalization.web.checks import LABELS as FIELDS
 from personalization.web.command_lines import (
@@ -449,7 +449,7 @@ class Handlers:
         step = max(history.loss[-1][0] if history.loss else 0, doing.step if doing else 0)
         left = history.seconds_left(run.steps, record.get("launched", 0)) if alive else None
         ahead = [other.name for other in self.book.waiting()].index(run.name) if waits else 0
-        best = held_out_sentence(history, step if alive else 0)
+        best = validation_sentence(history, step if alive else 0)
         can_go_on = run.can_resume()
         status = status_card(state, sentence, step, run.steps, left, doing, ahead, best, can_go_on)
         previews, log, table = run.grids(), run.log_tail(), curve(history)

@@ -615,9 +615,9 @@ def test_what_a_run_is_doing():
         ([0.3, 0.4, 0.5, 0.6], "now 0.6000: no better in the last 3 looks. It no longer improves: stop?"),
     ],
 )
-def test_the_held_out_loss_as_a_sentence(losses, said):
+def test_the_validation_loss_as_a_sentence(losses, said):
     history = app_runs.History([], [(25 * n, loss, 0.0) for n, loss in enumerate(losses)])
-    sentence = app.held_out_sentence(history, 100)
+    sentence = app.validation_sentence(history, 100)
     assert sentence.endswith(said) and bool(sentence) == bool(said)
 
 
@@ -804,7 +804,7 @@ def test_runs_and_concepts_are_renamed_and_deleted(book, form, sleeping):
     (run.output / run.method.result_name).write_bytes(b"learned")
     renamed = book.rename(run, "The best one!")
     assert book.names() == ["The-best-one"] and not run.folder.exists()
-    assert (renamed.output / run.method.result_name).read_bytes() == b"learned"
+    assert (renamed.output / renamed.method.result_name).read_bytes() == b"learned"
     assert flag_of(renamed.record["command"], "output_dir") == str(renamed.output), "Resume finds its checkpoints"
     for name, said in (("The-best-one", ""), ("", "a new name first")):
         with pytest.raises(InputError, match=said) if said else contextlib.nullcontext():

@@ -104,15 +104,12 @@ def test_times_and_memory_of_the_hardware_table():
     row("512 px", "`--resolution 512`", ("not measured",), gib(("sdxl", "int8", 512, 2)))
     frontier = json.loads((BENCHMARKS / "frontier_cpu.json").read_text(encoding="utf-8"))["entries"]
     for resolution, add in ((512, "`--optimizer gradient`"), (256, "`--optimizer gradient --res")):
-        (entry,) = [
-            e for e in frontier if (e["row"], e["resolution"], e["architecture"]) == ("gradient", resolution, "sd15")
-        ]
-        seconds, gigabytes = (
-            statistics.fmean(entry["cpu_seconds_of_steps"][1:]),
-            entry["measured"]["peak_rss_mb"] / 1024,
-        )
+        wanted = ("sd15", "gradient", resolution)
+        (entry,) = [e for e in frontier if (e["architecture"], e["row"], e["resolution"]) == wanted]
+        seconds = statistics.fmean(entry["cpu_seconds_of_steps"][1:])
         length = f"projected: {500 * seconds / 3600:.1f} hours"
-        row(f"{resolution} px", add, (f"{seconds:.1f} s", length), f"{gigabytes:.1f} GiB")
+        memory = f"{entry['measured']['peak_rss_mb'] / 1024:.1f} GiB"
+        row(f"{resolution} px", add, (f"{seconds:.1f} s", length), memory)
 
 
 def test_figures_of_the_subjects_that_gauss_newton_was_not_tuned_on():

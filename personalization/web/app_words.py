@@ -63,7 +63,7 @@ def status_card(state, sentence, step, steps, seconds_left, doing=None, ahead=0,
         seconds_left: None as long as nobody knows.
         doing: `run_logs.Doing` of one that is on.
         ahead: how many runs come before one that waits.
-        best: of `held_out_sentence`.
+        best: of `validation_sentence`.
         has_checkpoint: whether one that was stopped can go on.
     """
     share = min(1.0, step / steps) if steps else 0.0
@@ -94,7 +94,7 @@ def status_card(state, sentence, step, steps, seconds_left, doing=None, ahead=0,
     return card("<b>Not started.</b>", "calm")
 
 
-def held_out_sentence(history, step):
+def validation_sentence(history, step):
     """The validation loss as a sentence; "" where there is too little of it.
 
     Args:
