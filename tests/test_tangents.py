@@ -76,7 +76,9 @@ def test_a_rule_is_the_derivative(name, layout, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "function", [torch.sin, lambda x: x / x, lambda x: x**2, lambda x: F.dropout(x), lambda x: x[..., 0]], ids=str
+    "function",
+    [torch.sin, lambda x: x / x, lambda x: x**2, lambda x: F.dropout(x), lambda x: x[..., 0]],
+    ids=["sine", "quotient", "square", "dropout", "index"],
 )
 def test_what_has_no_rule_is_refused(function):
     with pytest.raises((NoRule, TypeError)):
