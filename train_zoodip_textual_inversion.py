@@ -927,9 +927,10 @@ def complete_for_precision(args, precision):
     Raises:
         InputError: what is measured in this precision with this step is mostly rounding.
     """
-    if not OPTIMIZERS[args.optimizer].perturbation_scales:
+    optimizer = OPTIMIZERS[args.optimizer]
+    if not optimizer.perturbation_scales or optimizer.stacks(args):
         return
-    default, least = OPTIMIZERS[args.optimizer].perturbation_scales[precision]
+    default, least = optimizer.perturbation_scales[precision]
     args.perturbation_scale = default if args.perturbation_scale is None else args.perturbation_scale
     if args.perturbation_scale < least and not args.allow_noisy_estimates:
         others = "; --allow_noisy_estimates trains all the same"
@@ -1064,9 +1065,11 @@ def estimate_memory(args, base, compute):
     """The `MemoryPrediction` of a run, from the configs alone."""
     parts = base.family.denoiser, "vae"
     networks = base_model.empty_text_encoder(base), *(base_model.empty_model(base, name) for name in parts)
-    entries, optimizer = args.num_vectors * base.word_width, OPTIMIZERS[args.optimizer]
+    optimizer, entries = OPTIMIZERS[args.optimizer], args.num_vectors * base.word_width
+    rows = candidates_per_pass(args)
     plan = memory.MemoryPlan(
-        examples=candidates_per_pass(args) * args.train_batch_size,
+        examples=args.train_batch_size * (1 if optimizer.stacks(args) else rows),
+        derivatives=max(1, rows - 1) if optimizer.stacks(args) else 0,
         resolution=args.resolution,
         cached=args.quantized_cache_dir is not None,
         streamed=args.low_vram,
@@ -1190,8 +1193,8 @@ def add_optimization_arguments(add):
         type=float,
         limits=flags.Range(0.0, 1.0, above=True),  # the precision of activations says what it is at least
         page=True,
-        help="μ: finite-difference step (Gauss-Newton: its length, h). Default: by optimizer and precision of the"
-        " activations (docs/results/README.md).",
+        help="μ: finite-difference step. Default: by optimizer and precision of the activations"
+        " (docs/results/README.md); gauss_newton in PyTorch: none, its derivatives are exact unless this gives h.",
     )
     noisy = "Train even where rounding drowns the loss differences."
     add("--allow_noisy_estimates", action="store_true", decides=flags.NOTHING, page=True, help=noisy)
@@ -1201,8 +1204,8 @@ def add_optimization_arguments(add):
         limits=flags.Range(1, 8192),
         decides=flags.NOTHING,
         page=True,
-        help="Candidates of a step (θ and its perturbations) in one forward pass at most; fewer take less memory, with"
-        " the same result. Default: all in one; with gauss_newton 9.",
+        help="Candidates of a step (θ and its perturbations, or derivatives) in one forward pass at most; fewer take"
+        " less memory, with the same result. Default: all in one; with gauss_newton 9.",
     )
     low = "T_L of PUTS, inclusive. Default: 500, for SDXL 700."
     add("--puts_min_timestep", type=int, limits=flags.Range(0, 10**6), page=True, help=low)

@@ -57,13 +57,13 @@ def timestep_range(least, most):
     return name, cell(f"t in [{least}, {most})", timesteps=flags)
 
 
-def ours(title, changes="", precision="--mixed_precision bf16"):
-    """Gauss-Newton, changed by flags."""
+def ours(title, changes="", precision="--mixed_precision bf16 --perturbation_scale 5e-2"):
+    """Gauss-Newton by finite differences, changed by flags."""
     settings = f"--optimizer gauss_newton --quantization int8 --train_batch_size 1 {precision}"
     return Method(title, f"{settings} {changes} {PUTS}")
 
 
-FLOAT32 = ours("Gauss-Newton in float32, h = 3e-4", precision="--mixed_precision no")
+FLOAT32 = ours("Gauss-Newton in float32, h = 3e-4", precision="--mixed_precision no --perturbation_scale 3e-4")
 
 
 def idea(title, learner):

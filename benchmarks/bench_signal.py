@@ -11,7 +11,10 @@ timestep; a row of `benchmarks/results/signal.json` has the median and the worst
 
 Gauss-Newton's evidence is judged alike: K and y in the vocabulary's subspace, from differences over h, against
 forward-mode autograd. A difference over a large h also has curvature in it, which the random signs of training take
-out of the mean: so y is judged as the mean over both signs, too.
+out of the mean: so y is judged as the mean over both signs, too. Where PyTorch computes, K and y from exact
+derivatives (`tangents.stacked`) are judged as well; for those alone:
+
+    python benchmarks/bench_signal.py --mu --evidence_steps --output benchmarks/results/signal_tangents.json
 """
 
 import argparse
@@ -40,7 +43,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import train_zoodip_textual_inversion as zoodip
 from personalization.data import examples, prompts
-from personalization.methods import gauss_newton
+from personalization.methods import gauss_newton, tangents
 from personalization.models import base_model
 
 
@@ -237,16 +240,40 @@ def measure_evidence(cells, directions, step, model, reference):
     errors = {"matrix": [], "gradient": [], "gradient_both_signs": []}
     for cell, (exact_matrix, exact_gradient) in zip(cells, reference):
         error_fn, theta = functools.partial(model.errors, batch=cell.batch), cell.thetas["initial"]
-        (matrix, plus, _), (_, minus, _) = (
-            [x.double().cpu() for x in gauss_newton.gauss_newton_evidence(error_fn, theta, sign * directions, step)]
-            for sign in (1, -1)
+        (matrix, plus), (_, minus) = (
+            evidence_of(*gauss_newton.differences(error_fn, theta, sign * directions, step)) for sign in (1, -1)
         )
         pairs = (matrix, exact_matrix), (plus, exact_gradient), ((plus - minus) / 2, exact_gradient)
         for values, (found, exact) in zip(errors.values(), pairs):
-            value = ((found - exact).norm() / exact.norm()).item()
-            values.append(value if math.isfinite(value) else math.inf)
-    medians = {name: statistics.median(values) for name, values in errors.items()}
-    return {name: float(f"{value:.3g}") if math.isfinite(value) else None for name, value in medians.items()}
+            values.append(relative_error(found, exact))
+    return {name: rounded(statistics.median(values)) for name, values in errors.items()}
+
+
+def measure_tangents(cells, directions, model, reference):
+    """Relative errors of K and of y from exact derivatives: the median over cells, and the largest."""
+    errors = {"matrix": [], "gradient": []}
+    for cell, exact in zip(cells, reference):
+        found = evidence_of(*tangents.stacked(model, cell.thetas["initial"], directions, cell.batch))
+        for values, pair in zip(errors.values(), zip(found, exact)):
+            values.append(relative_error(*pair))
+    medians = {name: rounded(statistics.median(values)) for name, values in errors.items()}
+    return medians | {f"{name}_max": rounded(max(values)) for name, values in errors.items()}
+
+
+def evidence_of(error, derivatives):
+    """K and y (float64, host)."""
+    return [part.double().cpu() for part in gauss_newton.gauss_newton_evidence(error, derivatives)[:2]]
+
+
+def relative_error(found, exact):
+    """‖found - exact‖ / ‖exact‖, infinite where it is no number."""
+    value = ((found - exact).norm() / exact.norm()).item()
+    return value if math.isfinite(value) else math.inf
+
+
+def rounded(value):
+    """To three digits; None: infinite."""
+    return float(f"{value:.3g}") if math.isfinite(value) else None
 
 
 def compare(measured, reference):
@@ -289,10 +316,10 @@ def parse_args():
     add("--activations", nargs="+", choices=kinds, default=kinds, help="Which activations to measure.")
     add("--subjects", nargs="+", default=subjects, help="Folders of demo/subjects; one (image, caption) of each.")
     add("--timesteps", nargs="+", type=int, default=[500, 700, 899], help="Timesteps of each example.")
-    add("--mu", nargs="+", type=float, default=[1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2], help="Steps of the differences.")
+    add("--mu", nargs="*", type=float, default=[1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2], help="Steps of the differences.")
     add(
         "--evidence_steps",
-        nargs="+",
+        nargs="*",
         type=float,
         default=[1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 2e-2, 5e-2, 0.15],
         help="Steps h of Gauss-Newton's differences.",
@@ -341,7 +368,7 @@ def main():
     base = base_model.open_base(base_model.ModelSource(str(DEMO / args.base)))
     subspace = gauss_newton.vocabulary_directions(base_model.load_token_table(base), 32, 80)[:, None, :].to(device)
 
-    results, evidence, left_out, cache = [], [], {}, cache_of_rows(args)
+    results, evidence, by_tangents, left_out, cache = [], [], [], {}, cache_of_rows(args)
     cache.mkdir(parents=True, exist_ok=True)
     with tf32(False):
         model = build("none", torch.float32, torch.float32, args.base, device)
@@ -359,9 +386,10 @@ def main():
         if finished.is_file():
             found = json.loads(finished.read_text())
             results, evidence = results + found["rows"], evidence + found["evidence"]
+            by_tangents += found["tangents"]
             continue
-        own = reference(row.weights) if row.weights else None
-        of_row, evidence_of_row = [], []
+        own = reference(row.weights) if row.weights and args.mu else None
+        of_row, evidence_of_row, tangents_of_row = [], [], []
         try:
             model = row.load(args.base, device)
             for name, mu in itertools.product(cells[0].thetas, args.mu):
@@ -378,8 +406,14 @@ def main():
                     found = measure_evidence(cells, subspace, step, model, exact_matrices)
                 evidence_of_row.append({**label, "step": step, **found})
                 print(evidence_of_row[-1], flush=True)
-            write_json(finished, {"rows": of_row, "evidence": evidence_of_row})
+            if not row.backend.startswith("openvino"):  # which has no graph of derivatives
+                with tf32(row.tf32), torch.inference_mode():
+                    found = measure_tangents(cells, subspace, model, exact_matrices)
+                tangents_of_row.append({**label, **found})
+                print(tangents_of_row[-1], flush=True)
+            write_json(finished, {"rows": of_row, "evidence": evidence_of_row, "tangents": tangents_of_row})
             results, evidence = results + of_row, evidence + evidence_of_row
+            by_tangents += tangents_of_row
         except Exception as error:  # not installed, or without kernels for this machine: the other rows go on
             left_out[", ".join(label.values())] = f"{type(error).__name__}: {error}"
         model = None
@@ -395,6 +429,7 @@ def main():
             "forward_mode_deviation": deviation,
             "rows": results,
             "evidence": evidence,
+            "tangents": by_tangents,
             "left_out": left_out,
             "seconds": round(time.perf_counter() - started, 1),
         },

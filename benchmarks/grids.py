@@ -13,6 +13,7 @@ PAPER = (
 )
 PUTS = "--puts_min_timestep 500 --puts_max_timestep 900"
 UNIFORM = "--puts_min_timestep 0 --puts_max_timestep 1000"
+GAUSS_NEWTON = "--optimizer gauss_newton --mixed_precision"
 
 
 def by_gradient(title, rate, learner="gradient"):
@@ -43,8 +44,14 @@ GRIDS = {
         "gradient_750": by_small_gradient("gradient, INT8, checkpointed (ours), short", 750),
         "gradient_1500": by_small_gradient("gradient, INT8, checkpointed (ours)", 1500),
         "gradient_6000": by_small_gradient("gradient, INT8, checkpointed (ours), long", 6000),
-        "fast": Method("Gauss-Newton, bf16 (ours)", "--optimizer gauss_newton --mixed_precision bf16"),
-        "fast_float32": Method("Gauss-Newton, fp32 (ours)", "--optimizer gauss_newton --mixed_precision no"),
+        "fast": Method("Gauss-Newton, bf16 (ours)", f"{GAUSS_NEWTON} bf16 --perturbation_scale 5e-2"),
+        "fast_float32": Method("Gauss-Newton, fp32 (ours)", f"{GAUSS_NEWTON} no --perturbation_scale 3e-4"),
+        "tangents": Method(
+            "Gauss-Newton, exact derivatives, bf16 (ours)", f"--unet_backend torch {GAUSS_NEWTON} bf16"
+        ),
+        "tangents_float32": Method(
+            "Gauss-Newton, exact derivatives, fp32 (ours)", f"--unet_backend torch {GAUSS_NEWTON} no"
+        ),
     },
     "gradient_rates": {  # to choose `gradient.RATE_OF_SPREAD`; a word of the demo base has a spread of 0.035
         f"rate_{share}_{budget}": by_small_gradient(

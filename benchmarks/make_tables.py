@@ -33,6 +33,7 @@ ABLATIONS = "sg_puts tau_nu sampling rge_spsa mu n precision timesteps gauss_new
 OF_ABLATIONS = [f"ablation_{name}{ending}" for name in ABLATIONS for ending in ("", "_eps")]
 TABLES = {
     "evidence": (signal.evidence, f"{RESULTS}/signal.json"),
+    "tangents": (signal.tangents, f"{RESULTS}/signal_tangents.json"),
     "demo_scores": (demo.demo_scores, "docs/demo_scores.json"),
     "demo_scores_xl": (demo.demo_scores, "docs/demo_scores_xl.json"),
     "demo_quality": (demo.demo_quality, "demo/quality.json"),

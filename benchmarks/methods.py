@@ -17,6 +17,7 @@ from diffusers.optimization import get_scheduler
 import train_zoodip_textual_inversion as zoodip
 from personalization.data import prompts
 from personalization.models import base_model
+from personalization.models.stacked import Stacked
 
 
 def prepare(words, length=None, device="cpu"):
@@ -42,7 +43,8 @@ def prepare(words, length=None, device="cpu"):
 class ForwardCount:
     """Example-forwards through a UNet. A backward pass counts as two, so one that autograd follows costs three.
 
-    With checkpointing (`block`, not `layer`) it costs four.
+    With checkpointing (`block`, not `layer`) it costs four. A derivative that a pass computes beside its value is a
+    row of its batch, and counts as one.
     """
 
     def __init__(self, unet):
@@ -51,7 +53,8 @@ class ForwardCount:
 
     def _count(self, unet, inputs):
         followed = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-        self.total += len(inputs[0]) * (3 + unet.is_gradient_checkpointing if followed else 1)
+        rows = max(len(x.rows) if isinstance(x, Stacked) else 1 for x in inputs)
+        self.total += len(inputs[0]) * rows * (3 + unet.is_gradient_checkpointing if followed else 1)
 
 
 class FlagshipLearner:

@@ -33,7 +33,6 @@ ZO_ADAM = {
 }
 GAUSS_NEWTON = {
     "optimizer": "gauss_newton",
-    "perturbation_scale": 0.1,
     "max_train_steps": 6,
     "gn_subspace_dimension": 8,
     "gn_subspace_steps": 4,  # then all directions
@@ -65,7 +64,7 @@ RUNS = {
     "gauss_newton, all directions, two vectors": (
         WORD,
         {name: value for name, value in GAUSS_NEWTON.items() if name not in ("gn_subspace_steps", "gn_subspace_words")}
-        | {"gn_subspace": "none", "num_vectors": 2, "gn_subspace_dimension": 4},
+        | {"gn_subspace": "none", "num_vectors": 2, "gn_subspace_dimension": 4, "perturbation_scale": 0.1},
     ),
     "gauss_newton, sdxl": (WORD, GAUSS_NEWTON | {"base": "base_xl", "max_train_steps": 5, "gn_subspace_steps": 3}),
     "openvino": (WORD, ZO_ADAM | {"unet_backend": "openvino", "max_train_steps": 8}),

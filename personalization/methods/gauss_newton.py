@@ -1,15 +1,15 @@
 """Forward-only Gauss-Newton (ours): a forward pass returns a whole predicted noise, of which ZOODiP keeps one number.
 
-n + 1 passes on one batch give n directional derivatives of the *prediction*. They make a Gauss-Newton matrix, and a
-recursive least-squares filter of a few numbers takes steps from it: no learning rate, no Adam, and bfloat16 or INT8
-activations do no harm. Prior art: multi-tangent forward gradients (arXiv 2410.17764) and FoMoH (arXiv 2408.10419)
-take such derivatives in forward mode; BSZO (arXiv 2601.01452) filters finite differences of losses by Kalman's
-formulas. docs/methods/gauss_newton.md has what was measured.
+n + 1 passes on one batch give n directional derivatives of the *prediction*: exact ones in PyTorch (`tangents`),
+finite differences on other engines. They make a Gauss-Newton matrix, and a recursive least-squares filter of a few
+numbers takes steps from it: no learning rate, no Adam. Prior art: multi-tangent forward gradients (arXiv 2410.17764)
+and FoMoH (arXiv 2408.10419) take such derivatives in forward mode; BSZO (arXiv 2601.01452) filters finite differences
+of losses by Kalman's formulas. docs/methods/gauss_newton.md has what was measured.
 """
 
-import functools
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,6 +20,8 @@ from ..errors import InputError
 from ..flags import COUNT, RUN, SHARE, Range
 from ..logs import get_logger
 from ..models import base_model
+from ..models.stacked import NoRule
+from . import tangents
 from .rule import Optimizer
 
 
@@ -49,12 +51,25 @@ def vocabulary_directions(table, num_directions, num_words):
     return directions[:num_directions].float()
 
 
-def gauss_newton_evidence(error_fn, theta, directions, step_size):
+def gauss_newton_evidence(error, derivatives):
     """What n + 1 forward passes say about θ along n directions: the Gauss-Newton matrix K and half the gradient, y.
 
-    The loss is the mean square of the prediction errors r(θ) = ε_φ(θ) - target. With the derivatives of all M errors
-    along e_i, D_i = (r(θ + h e_i) - r(θ)) / h, they are K = D Dᵀ / M and y = D r / M. Both average over M errors: so
-    they survive the rounding of bfloat16 and INT8 activations, where differences of two losses do not.
+    The loss is the mean square of the prediction errors r(θ) = ε_φ(θ) - target. With the derivatives D_i of all M
+    errors along directions e_i they are K = D Dᵀ / M and y = D r / M. Both average over M errors: so they survive
+    rounding that differences of two losses do not.
+
+    Args:
+        error: r `[M]`.
+        derivatives: D `[n, M]`.
+
+    Returns:
+        K `[n, n]`, y `[n]` and the loss, float32.
+    """
+    return derivatives @ derivatives.T / len(error), derivatives @ error / len(error), error.square().mean()
+
+
+def differences(error_fn, theta, directions, step_size):
+    """Errors, and their derivatives along directions by finite differences, D_i = (r(θ + h e_i) - r(θ)) / h.
 
     Args:
         error_fn: takes candidates `[m, *theta.shape]`, returns their errors `[m, M]`, all on the same examples.
@@ -63,13 +78,12 @@ def gauss_newton_evidence(error_fn, theta, directions, step_size):
         step_size: h, the length of the finite difference, in units of θ; or one for each direction `[n]`, of any sign.
 
     Returns:
-        K `[n, n]`, y `[n]` and the loss, float32.
+        r `[M]` and D `[n, M]`.
     """
     step_size = torch.as_tensor(step_size).to(theta).expand(len(directions))
     steps = directions * step_size.view(-1, *[1] * theta.dim())
     errors = error_fn(torch.cat([theta[None], theta + steps]))
-    error, derivatives = errors[0], (errors[1:] - errors[0]) / step_size[:, None]
-    return derivatives @ derivatives.T / len(error), derivatives @ error / len(error), error.square().mean()
+    return errors[0], (errors[1:] - errors[0]) / step_size[:, None]
 
 
 class GaussNewton:
@@ -133,18 +147,19 @@ class GaussNewtonUpdate:
 
     A run begins in a subspace, which learns fast; then every step looks along as many directions drawn from all, which
     learn further. In the subspace one random direction from outside goes along, which tells how much of the gradient
-    it holds: where that is too little, it is left at once. Rounding adds to every direction alike and would be
-    multiplied with the one that stands for all outside, so bfloat16 and INT8 do not tell.
+    it holds: where that is too little, it is left at once. Rounding adds to every difference alike and would be
+    multiplied with the one that stands for all outside, so differences in bfloat16 and INT8 do not tell.
     """
 
     solver: GaussNewton  # with all directions, those of the subspace first
-    step_size: float  # h
+    step_size: float | None  # h of finite differences; None: derivatives are exact
     inside: int  # directions of the subspace
     subspace_steps: int  # in it, before it is left
     seed: int  # of the draws of directions, which are the same in all processes
-    exact: bool = True  # whether activations are precise enough to tell the share
+    exact: bool = True  # whether derivatives are precise enough to tell the share
     squares: torch.Tensor = field(default_factory=lambda: torch.zeros(2))  # sums of |gradient|² inside, outside
     steps: int = 0
+    differentiate: Callable = tangents.stacked  # the way to exact derivatives
 
     @property
     def share(self):
@@ -171,12 +186,23 @@ class GaussNewtonUpdate:
         if self.in_subspace:
             probe = random_combination(self.solver.directions[self.inside :], generator)
             directions = torch.cat([directions, probe[None]])
-        # A random sign for each: what curvature adds to a difference over h has either sign, and averages out.
-        signs = torch.randint(2, (len(directions),), generator=generator) * 2 - 1
-        error_fn = functools.partial(model.errors, batch=batch)
-        matrix, gradient, loss = gauss_newton_evidence(error_fn, theta, directions.to(theta), self.step_size * signs)
+        error, derivatives = self.derivatives(model, theta, directions.to(theta), batch, generator)
+        matrix, gradient, loss = gauss_newton_evidence(error, derivatives)
         squares = torch.stack([gradient[:n].square().sum(), gradient[n:].square().sum() * outside])
         return (matrix[:n, :n], gradient[:n], squares), loss
+
+    def derivatives(self, model, theta, directions, batch, generator):
+        """Errors of the prediction `[M]` and their derivatives along directions `[n, M]`, exact or by differences."""
+        if self.step_size is not None:
+            # A random sign for each: what curvature adds to a difference over h has either sign, and averages out.
+            signs = torch.randint(2, (len(directions),), generator=generator) * 2 - 1
+            return differences(lambda points: model.errors(points, batch), theta, directions, self.step_size * signs)
+        try:
+            return self.differentiate(model, theta, directions, batch)
+        except NoRule as reason:
+            logger.info(f"Derivatives by PyTorch's forward mode, about half as fast: {reason}")
+            self.differentiate = tangents.by_autograd
+            return self.differentiate(model, theta, directions, batch)
 
     def update(self, theta, matrix, gradient, squares):
         """Moves θ."""
@@ -259,7 +285,7 @@ class GaussNewtonOptimizer(Optimizer):
         "save_steps": 100,
         "checkpointing_steps": 50,
     }
-    # y, as the mean over both signs of the steps, is right within a third at the least ones.
+    # Of differences: y, as the mean over both signs of the steps, is right within a third at the least ones.
     perturbation_scales = {"no": (3e-4, 1e-5), "fp16": (1e-2, 3e-3), "bf16": (5e-2, 5e-2), "int8": (0.15, 0.15)}
     precision_of_engine = {"openvino": "bf16"}  # which its evidence survives, in half the time
     candidates_per_pass = 9  # a few, so that memory stays small
@@ -331,9 +357,21 @@ class GaussNewtonOptimizer(Optimizer):
                 f" has {dimension} entries: give at most {dimension - 1}."
             )
 
+    def stacks(self, args):
+        """Where PyTorch computes, unless a step of differences is given; what it compiles are passes of tensors."""
+        return args.perturbation_scale is None and args.unet_backend == "torch" and not args.torch_compile
+
     def num_candidates(self, args):
         """θ, the subspace's directions for each vector, and one more."""
         return args.num_vectors * args.gn_subspace_dimension + 2
+
+    def num_forwards(self, args):
+        """One for each point; of exact derivatives every pass has θ in it, too."""
+        points = self.num_candidates(args)
+        if not self.stacks(args):
+            return points
+        rows = tangents.rows_per_pass(args.max_candidates_per_forward, points - 1)
+        return points - 1 + math.ceil((points - 1) / (rows - 1))
 
     def kept_coordinates(self, args, entries):
         """As many directions as θ has entries, and A."""
@@ -352,7 +390,7 @@ class GaussNewtonOptimizer(Optimizer):
         of_vectors = torch.eye(k)[None, :, :, None] * found[:, None, None, :]  # [d, k, k, d]: vector by vector
         solver = GaussNewton(of_vectors.reshape(-1, k, d), args.gn_memory, args.gn_ridge, args.gn_max_step)
         inside, steps = k * args.gn_subspace_dimension, 0 if args.gn_subspace == "none" else args.gn_subspace_steps
-        exact = args.activations != "bfloat16" and args.openvino_precision != "int8"
+        exact = self.stacks(args) or args.activations not in ("bfloat16", "int8")
         return GaussNewtonUpdate(solver, args.perturbation_scale, inside, steps, args.seed, exact)
 
     def tail(self, args):

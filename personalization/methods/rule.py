@@ -14,7 +14,7 @@ class Rule(Protocol):
         """What a batch says of θ; it reads and changes nothing else.
 
         Args:
-            model: `FrozenModel`: `losses(candidates, batch)` `[m]`, `errors(candidates, batch)` `[m, M]`.
+            model: `FrozenModel`: `losses(candidates, batch)` `[m]`, `errors(candidates, batch)` `[m, M]`; its parts.
             theta: θ `[k, d]`, float32.
             batch: `Batch` on θ's device.
             generator: this process's source of perturbations.
@@ -44,7 +44,7 @@ class Optimizer:
         recipe_name, recipe: its set of defaults, as `--recipe` names it: flag -> value.
         perturbation_scales: precision of the activations -> the step of the finite difference, the default and the
             least at which what it measures still agrees with autograd (benchmarks/bench_signal.py); empty where it
-            takes no differences.
+            never takes differences; see `stacks`.
         precision_of_engine: value of `--unet_backend` -> the `--mixed_precision` that it computes in by default.
         candidates_per_pass: default of `--max_candidates_per_forward`; None: all at once.
         differentiates: whether it needs a backward pass, which only PyTorch has.
@@ -68,6 +68,10 @@ class Optimizer:
 
     def complete(self, args, base):
         """Fills in the settings that depend on the base; raises an `InputError` where one does not fit it."""
+
+    def stacks(self, args):
+        """Whether a pass is a value and exact derivatives of it, see `models.stacked`."""
+        return False
 
     def num_candidates(self, args):
         """Points of a step."""

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from ..errors import InputError
 from ..logs import get_logger
 from . import frozen
+from .stacked import NoRule, Stacked
 
 
 logger = get_logger(__name__)
@@ -152,6 +153,8 @@ def activation_bytes(run, device, heap_slack=HEAP_SLACK, differentiates=False, h
     """
 
     def fused(query, key, value, *args, **kwargs):
+        if any(isinstance(x, Stacked) for x in (query, key, value)):  # which makes tensors that are counted
+            return attention(query, key, value, *args, **kwargs)
         return FusedAttention.apply(query, key, value)
 
     attention = F.scaled_dot_product_attention
@@ -173,12 +176,13 @@ OPENVINO_BYTES = 120 * 2**20
 class MemoryPlan(NamedTuple):
     """How a run treats its memory."""
 
-    examples: int  # of one forward pass of the denoiser
+    examples: int  # of one forward pass of the denoiser; where it computes derivatives, of the value
     resolution: int  # of the pictures
     cached: bool  # quantized weights may be kept in files and mapped from there
     streamed: bool  # --low_vram
     openvino: bool
     images: bool  # validation images are drawn
+    derivatives: int = 0  # of a value that a pass computes beside it, see `stacked`
     coordinates: int = 0  # of all candidates of a step, numbers
     checkpointing: str | None = None  # of a backward pass, see `frozen.CHECKPOINTING`; None: there is none
     freed_blocks: int = 32  # MB, see `keep_freed_blocks`
@@ -315,7 +319,7 @@ def count_activations(denoiser, vae, plan, base, compute):
     inputs = family.example(base, plan.examples, plan.resolution, "meta", compute.dtype)
     slack = 0.0 if plan.streamed else HEAP_SLACK
 
-    def step():
+    def step(inputs):
         prediction = family.predict(denoiser, *inputs)
         if plan.checkpointing is not None:
             prediction.float().square().sum().backward()
@@ -326,7 +330,15 @@ def count_activations(denoiser, vae, plan, base, compute):
             if tensor is not None:
                 tensor.requires_grad_(True)
     block = plan.freed_blocks * 2**20
-    activations = activation_bytes(step, device, slack, plan.checkpointing is not None, block)
+    activations = None
+    if plan.derivatives:
+        rows = (x if x is None else Stacked(x.expand(1 + plan.derivatives, *x.shape)) for x in inputs.text)
+        stacked = inputs._replace(text=type(inputs.text)(*rows))
+        with contextlib.suppress(NoRule):  # PyTorch's forward mode is counted as so many candidates
+            activations = activation_bytes(lambda: step(stacked), device, slack)
+        inputs = family.example(base, (1 + plan.derivatives) * plan.examples, plan.resolution, "meta", compute.dtype)
+    if activations is None:
+        activations = activation_bytes(lambda: step(inputs), device, slack, plan.checkpointing is not None, block)
     pixels = torch.empty(1, 3, plan.resolution, plan.resolution, device="meta", dtype=vae.dtype)
     latent = inputs.noisy[:1].to(vae.dtype)
     encoding = activation_bytes(lambda: vae.encode(pixels).latent_dist.parameters, device, heap_slack=0.0)

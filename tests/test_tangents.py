@@ -1,0 +1,282 @@
+"""Exact derivatives of whole predictions: every rule and whole models against PyTorch's forward mode."""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import as_arguments
+from tiny_base import build_pictures, build_tiny_base, build_tiny_xl_base
+
+import train_zoodip_textual_inversion as zoodip
+from benchmarks.methods import ForwardCount
+from personalization.data import prompts
+from personalization.methods import gauss_newton, tangents
+from personalization.models import stacked
+from personalization.models.stacked import NoRule, Stacked
+
+
+def draw(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ----------------------------------------------------------------------------------------------------------- the rules
+
+B, C, H, D = 2, 8, 4, 5
+WEIGHT, PICTURES, WORDS, OTHER = draw(6, D), (B, C, H, H), (B, 7, D), draw(B, 7, D, seed=1)
+MASK = draw(B, 1, 7, 7, seed=2) > -1
+RULES = {
+    "linear": (WORDS, lambda x: F.linear(x, WEIGHT, draw(6))),
+    "conv2d": (PICTURES, lambda x: F.conv2d(x, draw(4, C, 3, 3), draw(4), 2, 1)),
+    "interpolate": (PICTURES, lambda x: F.interpolate(x, scale_factor=2.0, mode="nearest")),
+    "constants": (WORDS, lambda x: (1 + 2 * x - OTHER) / 3 + OTHER * x + OTHER[:, None] * x[:, None] - x),
+    "products": (WORDS, lambda x: x * x[:, :1] + x.mean(1, keepdim=True) * x),
+    "shapes": (
+        WORDS,
+        lambda x: x.view(B, 7, D, 1).transpose(1, 2).permute(2, 3, 0, 1).reshape(7, -1).unsqueeze(0).squeeze(0),
+    ),
+    "parts": (WORDS, lambda x: torch.cat([x.chunk(2, 1)[1] * 2, OTHER, x[:, :, None].flatten(1, 2)], 1)[:, 3:]),
+    "gather": (WORDS, lambda x: x[torch.arange(B), torch.tensor([3, 1])]),
+    "silu": (WORDS, lambda x: F.silu(3 * x)),
+    "gelu": (WORDS, lambda x: F.gelu(3 * x)),
+    "quick gelu": (WORDS, lambda x: x * torch.sigmoid(1.702 * x)),
+    "softmax": (WORDS, lambda x: torch.softmax(x.float(), dim=-1).type(x.dtype)),
+    "einsum": (WORDS, lambda x: torch.einsum("btc,bsc->bts", x, x) + torch.einsum("btc,bsc->bts", OTHER, x)),
+    "layer norm": (WORDS, lambda x: F.layer_norm(x, (D,), draw(D), draw(D, seed=1))),
+    "group norm": (PICTURES, lambda x: F.group_norm(x, 4, draw(C), draw(C, seed=1))),
+    "group norm of words": ((B, C, 7), lambda x: F.group_norm(x, 4)),
+    "self-attention": (PICTURES, lambda x: F.scaled_dot_product_attention(x, 2 * x, -x)),
+    "cross-attention": (
+        (B, 3, 7, D),
+        lambda x: F.scaled_dot_product_attention(draw(B, 3, 9, D), x, 3 * x, attn_mask=MASK[:, :, :1]),
+    ),
+    "query alone": ((B, 3, 7, D), lambda x: F.scaled_dot_product_attention(x, *draw(2, B, 3, 7, D), attn_mask=MASK)),
+    "causal": ((B, 3, 7, D), lambda x: F.scaled_dot_product_attention(x, x, x, is_causal=True, scale=0.3)),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("layout", ["plain", "channels last"])
+def test_a_rule_is_the_derivative(name, layout, monkeypatch):
+    monkeypatch.setitem(stacked.SCORES, "cpu", 100)  # several chunks of queries
+    shape, function = RULES[name]
+    if layout == "channels last" and shape != PICTURES:
+        return
+    rows = draw(4, *shape)
+    value, directions = rows[0], rows[1:]
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        expected = [torch.func.jvp(function, (value,), (direction,)) for direction in directions]
+    if layout == "channels last":
+        rows = rows.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, (4, B))
+    found = function(Stacked(rows))
+    assert found.shape == expected[0][0].shape
+    torch.testing.assert_close(found.rows[0], expected[0][0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.rows[1:], torch.stack([d for _, d in expected]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [torch.sin, lambda x: x / x, lambda x: x**2, lambda x: F.dropout(x), lambda x: x[..., 0]],
+    ids=["sine", "quotient", "square", "dropout", "index"],
+)
+def test_what_has_no_rule_is_refused(function):
+    with pytest.raises((NoRule, TypeError)):
+        function(Stacked(draw(2, 3, 4)))
+
+
+# -------------------------------------------------------------------------------------------------------------- models
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tangents")
+    build_tiny_base(folder / "sd")
+    build_tiny_xl_base(folder / "xl")
+    build_tiny_base(folder / "velocity")
+    scheduler = folder / "velocity" / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"prediction_type": "v_prediction"}))
+    build_pictures(folder / "pictures")
+    return folder
+
+
+def prepare(base, pictures, **more):
+    """The script's `Task` for Gauss-Newton on a base."""
+    flags = {
+        "pretrained_model_name_or_path": base,
+        "train_data_dir": pictures,
+        "placeholder_token": "<my-toy>",
+        "initializer_token": "star",
+        "optimizer": "gauss_newton",
+        "gn_subspace_dimension": 4,
+        "train_batch_size": 2,
+        "quantized_cache_dir": "none",
+        **more,
+    }
+    args = zoodip.parse_args(as_arguments({f"--{name}": value for name, value in flags.items()}))
+    base, placeholder, compute = zoodip.resolve_settings(args, torch.device("cpu"))
+    pictures = zoodip.read_pictures(args, base)
+    return zoodip.prepare(
+        args, base, placeholder, compute, pictures, prompts.build_prompts(pictures, placeholder, base)
+    )
+
+
+def point_and_directions(task, count):
+    theta = task.initial.expand(task.args.num_vectors, -1).clone()
+    directions = torch.linalg.qr(draw(theta.numel(), count))[0].T.reshape(count, *theta.shape)
+    return theta, directions.contiguous()
+
+
+def deviations(found, exact):
+    """Relative errors of K and of y."""
+    (matrix, gradient, _), (exact_matrix, exact_gradient, _) = (
+        gauss_newton.gauss_newton_evidence(error.double(), derivatives.double())
+        for error, derivatives in (found, exact)
+    )
+    pairs = (matrix, exact_matrix), (gradient, exact_gradient)
+    return [((one - other).norm() / other.norm()).item() for one, other in pairs]
+
+
+@pytest.mark.parametrize(
+    "base, flags",
+    [
+        ("sd", {"quantization": "none"}),
+        ("velocity", {"num_vectors": 2}),
+        ("xl", {"num_vectors": 3}),
+        ("xl", {"quantization": "none", "pool_at_eos": True}),
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_derivatives_of_a_prediction_equal_those_of_autograd(place, base, flags):
+    task = prepare(place / base, place / "pictures", **flags)
+    theta, directions = point_and_directions(task, 5)
+    batch = task.draw_batch(torch.Generator().manual_seed(0))
+    exact = tangents.by_autograd(task.model, theta, directions, batch)
+    found = tangents.stacked(task.model, theta, directions, batch)
+    torch.testing.assert_close(found[0], exact[0], rtol=1e-4, atol=1e-5)
+    assert exact[1].norm() > 0 and (found[1] - exact[1]).norm() < 1e-4 * exact[1].norm()
+    assert max(deviations(found, exact)) < 1e-4
+    task.model.max_candidates = 3  # two directions a pass
+    again = tangents.stacked(task.model, theta, directions, batch)
+    torch.testing.assert_close(again[1], found[1], rtol=1e-3, atol=1e-5 * found[1].abs().max().item())
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "quanto-int8"])
+@torch.no_grad()
+def test_layers_of_other_libraries(place, quantization):
+    """They have no forward derivative in PyTorch: finite differences in float32 tell."""
+    pytest.importorskip("bitsandbytes" if quantization == "nf4" else "optimum.quanto")
+    task = prepare(place / "xl", place / "pictures", quantization=quantization)
+    theta, directions = point_and_directions(task, 4)
+    batch = task.draw_batch(torch.Generator().manual_seed(0))
+    found = tangents.stacked(task.model, theta, directions, batch)
+    near = gauss_newton.differences(lambda points: task.model.errors(points, batch), theta, directions, 1e-3)
+    assert (found[1] - near[1]).norm() < 2e-2 * near[1].norm() > 0
+
+
+DEMO_FLAGS = {"quantization": "none", "train_batch_size": 1, "max_candidates_per_forward": 9}
+
+
+@pytest.fixture(scope="module")
+def demo(demo_base, subject):
+    """A task on the demo base, batches at three timesteps, a point and directions, and exact derivatives there."""
+    task = prepare(demo_base, subject, **DEMO_FLAGS)
+    batches = []
+    for t in (550, 700, 850):
+        task.sampling = zoodip.Sampling(t, t + 1, 1)
+        batches.append(task.draw_batch(torch.Generator().manual_seed(t)))
+    table = task.model.text_encoder.get_input_embeddings().weight
+    directions = gauss_newton.vocabulary_directions(table, 8, 80)[:, None, :]
+    theta = task.initial[None].clone()
+    with torch.no_grad():
+        return batches, theta, directions, [tangents.by_autograd(task.model, theta, directions, b) for b in batches]
+
+
+@pytest.mark.parametrize("dtype, bound", [("float32", 1e-4), ("float16", 0.01), ("bfloat16", 0.05)])
+@torch.no_grad()
+def test_evidence_in_every_precision(demo, demo_base, subject, monkeypatch, dtype, bound):
+    """K and y on the demo base against float32 autograd, where differences in bfloat16 are off by half."""
+    monkeypatch.setattr(zoodip, "choose_compute", lambda device, *_: (zoodip.Compute(device, *of_dtype), "no"))
+    of_dtype = getattr(torch, dtype), torch.contiguous_format
+    task = prepare(demo_base, subject, **DEMO_FLAGS)
+    batches, theta, directions, exact = demo
+    for batch, by_autograd in zip(batches, exact):
+        found = tangents.stacked(task.model, theta, directions, batch)
+        assert max(deviations(found, by_autograd)) < bound, (batch.timesteps.item(), deviations(found, by_autograd))
+
+
+# ---------------------------------------------------------------------------------------------------------------- runs
+
+
+def test_a_pass_of_derivatives_counts_its_rows(place):
+    """As the run counts them, and as the benchmarks see them."""
+    task = prepare(place / "sd", place / "pictures", max_candidates_per_forward=3)
+    args, count = task.args, ForwardCount(task.model.denoiser)
+    learner = zoodip.start_learner(args, task.initial, torch.eye(task.base.word_width))
+    zoodip.train_step(learner, task.model, task.concept, task.sampling)
+    directions = args.gn_subspace_dimension + 1
+    assert count.total == (directions + math.ceil(directions / 2)) * args.train_batch_size
+    assert count.total == zoodip.OPTIMIZERS["gauss_newton"].num_forwards(args) * args.train_batch_size
+
+
+def test_memory_is_predicted_for_derivatives(place):
+    def activations(**more):
+        task = prepare(place / "xl", place / "pictures", **more)
+        compute = zoodip.Compute(torch.device("cpu"), torch.float32, torch.contiguous_format)
+        return zoodip.estimate_memory(task.args, task.base, compute).activations
+
+    exact, differences = activations(), activations(perturbation_scale=1e-3)
+    assert 0.5 * differences < exact < 3 * differences
+    assert activations(max_candidates_per_forward=2) < exact
+
+
+@pytest.fixture
+def learn(place, tmp_path):
+    """Trains on a tiny base; returns the figures of the run and what it learned."""
+
+    def run(base="sd", **more):
+        flags = {
+            "pretrained_model_name_or_path": place / base,
+            "train_data_dir": place / "pictures",
+            "placeholder_token": "<my-toy>",
+            "initializer_token": "star",
+            "optimizer": "gauss_newton",
+            "gn_subspace_dimension": 4,
+            "gn_subspace_steps": 2,
+            "max_train_steps": 3,
+            "num_validation_samples": 0,
+            "checkpointing_steps": 3,
+            "quantized_cache_dir": place / "cache",
+            "report_to": "none",
+            "output_dir": tmp_path / "out",
+            **more,
+        }
+        zoodip.main(zoodip.parse_args(as_arguments({f"--{name}": value for name, value in flags.items()})))
+        config = json.loads((tmp_path / "out" / "zoodip_config.json").read_text())
+        return config, torch.load(tmp_path / "out" / "checkpoint-3" / "state.pt", weights_only=True)["theta"]
+
+    return run
+
+
+def test_streamed_weights_and_small_passes_change_nothing(learn):
+    _, whole = learn()
+    _, streamed = learn(low_vram=True)
+    _, small = learn(max_candidates_per_forward=1)
+    torch.testing.assert_close(streamed, whole, rtol=0, atol=0)
+    torch.testing.assert_close(small, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_the_share_is_exact_in_bfloat16_and_differences_remain(learn):
+    config, theta = learn(mixed_precision="bf16")
+    assert 0 < config["figures"]["share"] < 1 and config["settings"]["perturbation_scale"] is None
+    config, other = learn(mixed_precision="bf16", perturbation_scale=0.1)
+    assert "share" not in config["figures"] and not torch.equal(theta, other)
+
+
+def test_a_model_with_an_unknown_operation_learns_by_autograd(learn, monkeypatch, caplog):
+    _, known = learn()
+    monkeypatch.delitem(stacked.RULES, "group_norm")
+    _, unknown = learn()
+    assert "Derivatives by PyTorch's forward mode" in caplog.text and "group_norm" in caplog.text
+    torch.testing.assert_close(unknown, known, rtol=1e-3, atol=1e-5)
