@@ -20,7 +20,6 @@ RESULTS = "benchmarks/results"
 ABLATIONS = "sg_puts tau_nu sampling rge_spsa mu n precision timesteps gauss_newton ideas".split()
 TABLES = {
     "evidence": (signal.evidence, f"{RESULTS}/signal.json"),
-    "tangents": (signal.tangents, f"{RESULTS}/signal_tangents.json"),
     "demo_scores": (demo.demo_scores, "docs/demo_scores.json"),
     "demo_scores_xl": (demo.demo_scores, "docs/demo_scores_xl.json"),
     "demo_quality": (demo.demo_quality, "demo/quality.json"),

@@ -42,19 +42,3 @@ def evidence(result):
         f" {result['hardware']['name']}.{code_note([result])}"
     )
     return table(["weights", "activations", *(f"h = {step:g}" for step in steps)], rows) + "\n\n" + note
-
-
-def tangents(result):
-    """benchmarks/results/signal_tangents.json: Gauss-Newton's K and y from exact derivatives."""
-    names = ("matrix", "matrix_max", "gradient", "gradient_max")
-    rows = [
-        [row["backend"], row["activations"], *("–" if row[name] is None else f"{row[name]:.2%}" for name in names)]
-        for row in result["tangents"]
-    ]
-    note = (
-        f"Relative error, median and largest of {result['configuration']['cells']} cells; against what, and where, as"
-        f" above. By `{result['command']}` on {result['hardware']['name']}, torch {result['versions']['torch']}."
-        f"{code_note([result])}"
-    )
-    heads = ["weights", "activations", "K", "at most", "y", "at most"]
-    return table(heads, rows) + "\n\n" + note
