@@ -335,7 +335,7 @@ def count_activations(denoiser, vae, plan, base, compute):
         rows = (x if x is None else Stacked(x.expand(1 + plan.derivatives, *x.shape)) for x in inputs.text)
         stacked = inputs._replace(text=type(inputs.text)(*rows))
         with contextlib.suppress(NoRule):  # PyTorch's forward mode is counted as so many candidates
-            activations = activation_bytes(lambda: step(stacked), device, slack)
+            activations = activation_bytes(lambda: step(stacked), device, slack, heap_block=block)
         inputs = family.example(base, (1 + plan.derivatives) * plan.examples, plan.resolution, "meta", compute.dtype)
     if activations is None:
         activations = activation_bytes(lambda: step(inputs), device, slack, plan.checkpointing is not None, block)
