@@ -77,6 +77,7 @@ ROWS = {
     "int8-n8": Row("script", {"quantization": "int8"}, num_perturbations=8),
     "int8-gauss-newton": Row("script", {**GAUSS_NEWTON, "max_candidates_per_forward": 3}),  # as n = 2 has
     "int8-gauss-newton-default": Row("script", GAUSS_NEWTON),
+    "int8-gauss-newton-differences": Row("script", {**GAUSS_NEWTON, "perturbation_scale": 3e-4}),
     "int8-gradient": Row("script", {"quantization": "int8", "optimizer": "gradient"}),
     "int8-gradient-kept": Row(
         "script", {"quantization": "int8", "optimizer": "gradient", "gradient_checkpointing": "none"}

@@ -84,7 +84,11 @@ class OurStep:
         words = ["--pretrained_model_name_or_path", self.base_name, "--train_data_dir", SUBJECT]
         words += ["--placeholder_token", "<my-toy>", "--initializer_token", "star", "--report_to", "none"]
         words += ["--resolution", resolution, "--train_batch_size", batch_size]
-        words += ["--num_perturbations", num_perturbations, "--quantized_cache_dir", self.cache_dir, *self.flags]
+        words += ["--quantized_cache_dir", self.cache_dir, *self.flags]
+        # Gauss-Newton looks along one direction more than its subspace has.
+        subspace = ["--gn_subspace_dimension", num_perturbations - 1]
+        words += subspace if "gauss_newton" in self.flags else ["--num_perturbations", num_perturbations]
+        self.num_perturbations = num_perturbations
         self.args = args = zoodip.parse_args([str(word) for word in words])
         base, placeholder, compute = zoodip.resolve_settings(args, self.device)
         self.dtype = compute.dtype
@@ -102,7 +106,8 @@ class OurStep:
         self.model, initial = zoodip.assemble_model(
             args, base, placeholder, self.concept.prompt_ids, text_encoder, unet, compute
         )
-        self.learner, self.sampling = zoodip.start_learner(args, initial), zoodip.choose_sampling(args)
+        found = zoodip.OPTIMIZERS[args.optimizer].look_ahead(args, base, placeholder, self.concept.prompt_ids)
+        self.learner, self.sampling = zoodip.start_learner(args, initial, found), zoodip.choose_sampling(args)
         self.initial = self.learner.theta.clone()
 
     def prepare(self):
@@ -118,7 +123,7 @@ class OurStep:
         """Losses `[n + 1]` of a batch and candidates that are the same for every `OurStep` of a configuration."""
         generator = torch.Generator().manual_seed(1)
         batch = zoodip.draw_batch(self.concept, self.sampling, self.model.scheduler, generator)
-        directions = torch.randn(self.args.num_perturbations, *self.initial.shape, generator=generator)
+        directions = torch.randn(self.num_perturbations, *self.initial.shape, generator=generator)
         candidates = torch.cat([self.initial[None], self.initial + scale * directions.to(self.device)])
         return self.model.losses(candidates, batch.to(self.device)).cpu()
 
@@ -221,6 +226,11 @@ ROWS = {
     ),
     "ours-low-vram": Row(BOTH, "--low_vram", size=0.3),
     "ours-compile": Row(("cuda",), "--torch_compile", note="compiling, at the first step, is not counted"),
+    **{
+        f"gauss-newton{suffix}{way}": Row((), f"--optimizer gauss_newton --mixed_precision {precision}{step}")
+        for suffix, precision, scale in (("", "no", "3e-4"), ("-bf16", "bf16", "5e-2"))
+        for way, step in (("", ""), ("-differences", f" --perturbation_scale {scale}"))
+    },
     "official": Row(BOTH, kind="official", precision="fp32", size=1.6),
     "official-compiled": Row((), kind="official", precision="fp32", compiled=True, size=1.6),
     "official-fp16": Row(("cuda",), kind="official", precision="fp16", size=1.6),

@@ -2,6 +2,7 @@
 
 import json
 import math
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from tiny_base import build_pictures, build_tiny_base, build_tiny_xl_base
 import train_zoodip_textual_inversion as zoodip
 from benchmarks.methods import ForwardCount
 from personalization.data import prompts
+from personalization.data.examples import Batch
 from personalization.methods import gauss_newton, tangents
 from personalization.models import stacked
 from personalization.models.stacked import NoRule, Stacked
@@ -30,7 +32,10 @@ RULES = {
     "linear": (WORDS, lambda x: F.linear(x, WEIGHT, draw(6))),
     "conv2d": (PICTURES, lambda x: F.conv2d(x, draw(4, C, 3, 3), draw(4), 2, 1)),
     "interpolate": (PICTURES, lambda x: F.interpolate(x, scale_factor=2.0, mode="nearest")),
-    "constants": (WORDS, lambda x: (1 + 2 * x - OTHER) / 3 + OTHER * x + OTHER[:, None] * x[:, None] - x),
+    "constants": (
+        WORDS,
+        lambda x: (1 + 2 * x - OTHER) / 3 + OTHER * x + OTHER[:, None] * x[:, None] - x / (2 + OTHER[:, None] ** 2),
+    ),
     "products": (WORDS, lambda x: x * x[:, :1] + x.mean(1, keepdim=True) * x),
     "shapes": (
         WORDS,
@@ -41,7 +46,7 @@ RULES = {
     "silu": (WORDS, lambda x: F.silu(3 * x)),
     "gelu": (WORDS, lambda x: F.gelu(3 * x)),
     "quick gelu": (WORDS, lambda x: x * torch.sigmoid(1.702 * x)),
-    "softmax": (WORDS, lambda x: torch.softmax(x.float(), dim=-1).type(x.dtype)),
+    "softmax": (WORDS, lambda x: torch.softmax(x.float(), dim=-1, dtype=torch.float32).type(x.dtype)),
     "einsum": (WORDS, lambda x: torch.einsum("btc,bsc->bts", x, x) + torch.einsum("btc,bsc->bts", OTHER, x)),
     "layer norm": (WORDS, lambda x: F.layer_norm(x, (D,), draw(D), draw(D, seed=1))),
     "group norm": (PICTURES, lambda x: F.group_norm(x, 4, draw(C), draw(C, seed=1))),
@@ -77,11 +82,21 @@ def test_a_rule_is_the_derivative(name, layout, monkeypatch):
 
 @pytest.mark.parametrize(
     "function",
-    [torch.sin, lambda x: x / x, lambda x: x**2, lambda x: F.dropout(x), lambda x: x[..., 0]],
-    ids=["sine", "quotient", "square", "dropout", "index"],
+    [
+        torch.sin,
+        lambda x: x / x,
+        lambda x: 1 / x,
+        lambda x: x**2,
+        lambda x: x @ x.mT,
+        lambda x: x > 0,
+        F.dropout,
+        lambda x: x[..., 0],
+        lambda x: F.pad(x, (1, 1), value=1.0),
+    ],
+    ids=["sine", "quotient", "reciprocal", "square", "product", "comparison", "dropout", "index", "padding"],
 )
 def test_what_has_no_rule_is_refused(function):
-    with pytest.raises((NoRule, TypeError)):
+    with pytest.raises(NoRule):
         function(Stacked(draw(2, 3, 4)))
 
 
@@ -178,32 +193,75 @@ def test_layers_of_other_libraries(place, quantization):
 DEMO_FLAGS = {"quantization": "none", "train_batch_size": 1, "max_candidates_per_forward": 9}
 
 
+class Cell(NamedTuple):
+    """A batch of the demo base at one timestep, and float32 autograd's errors and derivatives there."""
+
+    batch: Batch
+    exact: tuple
+
+
 @pytest.fixture(scope="module")
 def demo(demo_base, subject):
-    """A task on the demo base, batches at three timesteps, a point and directions, and exact derivatives there."""
+    """θ and directions on the demo base, and five draws of a `Cell` at each of four timesteps."""
     task = prepare(demo_base, subject, **DEMO_FLAGS)
-    batches = []
-    for t in (550, 700, 850):
-        task.sampling = zoodip.Sampling(t, t + 1, 1)
-        batches.append(task.draw_batch(torch.Generator().manual_seed(t)))
     table = task.model.text_encoder.get_input_embeddings().weight
     directions = gauss_newton.vocabulary_directions(table, 8, 80)[:, None, :]
-    theta = task.initial[None].clone()
+    theta, cells = task.initial[None].clone(), {}
     with torch.no_grad():
-        return batches, theta, directions, [tangents.by_autograd(task.model, theta, directions, b) for b in batches]
+        for t in (550, 700, 850, 899):
+            task.sampling = zoodip.Sampling(t, t + 1, 1)
+            batches = [task.draw_batch(torch.Generator().manual_seed(1000 * seed + t)) for seed in range(5)]
+            cells[t] = [Cell(b, tangents.by_autograd(task.model, theta, directions, b)) for b in batches]
+    return theta, directions, cells
 
 
-@pytest.mark.parametrize("dtype, bound", [("float32", 1e-4), ("float16", 0.01), ("bfloat16", 0.05)])
+@pytest.fixture
+def demo_in(demo_base, subject, monkeypatch):
+    """The demo base's `FrozenModel`, computing in a precision."""
+
+    def load(dtype):
+        computing = lambda device, *_: (zoodip.Compute(device, dtype, torch.contiguous_format), "no")  # noqa: E731
+        monkeypatch.setattr(zoodip, "choose_compute", computing)
+        return prepare(demo_base, subject, **DEMO_FLAGS).model
+
+    return load
+
+
+@pytest.mark.parametrize("dtype, bound, outliers", [("float32", 1e-4, 0), ("float16", 0.01, 1), ("bfloat16", 0.05, 1)])
 @torch.no_grad()
-def test_evidence_in_every_precision(demo, demo_base, subject, monkeypatch, dtype, bound):
-    """K and y on the demo base against float32 autograd, where differences in bfloat16 are off by half."""
-    monkeypatch.setattr(zoodip, "choose_compute", lambda device, *_: (zoodip.Compute(device, *of_dtype), "no"))
-    of_dtype = getattr(torch, dtype), torch.contiguous_format
-    task = prepare(demo_base, subject, **DEMO_FLAGS)
-    batches, theta, directions, exact = demo
-    for batch, by_autograd in zip(batches, exact):
-        found = tangents.stacked(task.model, theta, directions, batch)
-        assert max(deviations(found, by_autograd)) < bound, (batch.timesteps.item(), deviations(found, by_autograd))
+def test_evidence_in_every_precision(demo, demo_in, dtype, bound, outliers):
+    """K and y against float32 autograd, where differences in bfloat16 are off by half.
+
+    The values that derivatives are taken at are rounded, too, and now and then K or y is very sensitive to them. So
+    one draw in five may be beyond the bound; `test_an_outlier_is_one_for_float32_autograd` looks at one.
+    """
+    (theta, directions, cells), model = demo, demo_in(getattr(torch, dtype))
+    for t, draws in cells.items():
+        found = [deviations(tangents.stacked(model, theta, directions, b), exact) for b, exact in draws]
+        assert sum(max(pair) >= bound for pair in found) <= outliers, (t, found)
+
+
+@torch.no_grad()
+def test_an_outlier_is_one_for_float32_autograd(demo, demo_in):
+    """The cell of bfloat16's largest error of K: rounding the noisy picture alone is worth more than the bound."""
+    theta, directions, cells = demo
+    batch, exact = cells[850][0]
+    rounded = batch._replace(noisy_latents=batch.noisy_latents.bfloat16().float())
+    assert deviations(tangents.by_autograd(demo_in(torch.float32), theta, directions, rounded), exact)[0] > 0.05
+
+
+@torch.no_grad()
+def test_stacked_derivatives_are_as_precise_as_autograd_in_bfloat16(demo, demo_in):
+    """The median errors of K and of y, from three draws at each timestep."""
+    (theta, directions, cells), model = demo, demo_in(torch.bfloat16)
+    cells = [cell for draws in cells.values() for cell in draws[:3]]
+
+    def errors(way):
+        found = [deviations(way(model, theta, directions, batch), exact) for batch, exact in cells]
+        return torch.tensor(found).median(0).values
+
+    ours, autograd = errors(tangents.stacked), errors(tangents.by_autograd)
+    assert (ours < 1.5 * autograd).all(), (ours, autograd)
 
 
 # ---------------------------------------------------------------------------------------------------------------- runs
@@ -277,6 +335,7 @@ def test_the_share_is_exact_in_bfloat16_and_differences_remain(learn):
 def test_a_model_with_an_unknown_operation_learns_by_autograd(learn, monkeypatch, caplog):
     _, known = learn()
     monkeypatch.delitem(stacked.RULES, "group_norm")
-    _, unknown = learn()
+    with caplog.at_level("INFO"):
+        _, unknown = learn()
     assert "Derivatives by PyTorch's forward mode" in caplog.text and "group_norm" in caplog.text
     torch.testing.assert_close(unknown, known, rtol=1e-3, atol=1e-5)

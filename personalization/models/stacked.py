@@ -88,6 +88,12 @@ class Stacked:
 
     __radd__, __rmul__ = __add__, __mul__
 
+    def _refuse(self, *_):
+        raise NoRule("an operator without a rule for derivatives here")
+
+    __pow__ = __rpow__ = __matmul__ = __rmatmul__ = __rtruediv__ = __abs__ = __bool__ = __setitem__ = _refuse
+    __lt__ = __le__ = __gt__ = __ge__ = _refuse
+
 
 RULES = {}
 
@@ -271,7 +277,14 @@ def of_pictures(function):
     return apply
 
 
-RULES |= {name: of_pictures(getattr(F, name)) for name in ("interpolate", "avg_pool2d", "pad")}
+RULES |= {name: of_pictures(getattr(F, name)) for name in ("interpolate", "avg_pool2d")}
+
+
+@rule_of("pad")
+def pad(x, sides, mode="constant", value=None):
+    if value:
+        raise NoRule("padding with numbers other than 0")
+    return of_pictures(F.pad)(x, sides, mode)
 
 
 # =====================================================================================================
@@ -315,7 +328,7 @@ def multiply(x, y):
 def divide(x, y):
     if isinstance(y, Stacked):
         raise NoRule("division by what depends on the inputs")
-    return Stacked(x.rows / y)
+    return Stacked(padded(x.rows, getattr(y, "ndim", 0)) / y)
 
 
 @rule_of("einsum")
@@ -417,8 +430,9 @@ def projected(rows, normal, dims):
 
 @rule_of("softmax")
 def softmax(x, dim, dtype=None, **_):
-    value = torch.softmax(x.rows[0], dim)
-    rows = x.rows * value
+    x = x.rows.to(dtype or x.dtype)
+    value = torch.softmax(x[0], dim)
+    rows = x * value
     return derived(value, torch.addcmul(rows, value, rows.sum(shifted(dim), keepdim=True), value=-1))
 
 
