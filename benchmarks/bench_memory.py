@@ -66,6 +66,7 @@ class Row(NamedTuple):
 
 OPENVINO = {"quantization": "int8", "unet_backend": "openvino"}
 GAUSS_NEWTON = {"quantization": "int8", "optimizer": "gauss_newton"}
+DIFFERENCES = {**GAUSS_NEWTON, "perturbation_scale": 3e-4}
 VALIDATION = {"validation_prompt": "a photo of {}", "num_validation_images": 1, "num_inference_steps": 1}
 ROWS = {
     "int8-first": Row("script", {"quantization": "int8"}, "fresh"),
@@ -75,9 +76,13 @@ ROWS = {
     "int8-low-vram": Row("script", {"quantization": "int8", "low_vram": True}),
     "int8-images": Row("script", {"quantization": "int8", **VALIDATION}),
     "int8-n8": Row("script", {"quantization": "int8"}, num_perturbations=8),
-    "int8-gauss-newton": Row("script", {**GAUSS_NEWTON, "max_candidates_per_forward": 3}),  # as n = 2 has
+    "int8-gauss-newton": Row("script", {**DIFFERENCES, "max_candidates_per_forward": 3}),  # as n = 2 has
+    "int8-gauss-newton-differences": Row("script", DIFFERENCES),
     "int8-gauss-newton-default": Row("script", GAUSS_NEWTON),
-    "int8-gauss-newton-differences": Row("script", {**GAUSS_NEWTON, "perturbation_scale": 3e-4}),
+    "int8-gauss-newton-bf16-differences": Row(
+        "script", {**GAUSS_NEWTON, "mixed_precision": "bf16", "perturbation_scale": 5e-2}
+    ),
+    "int8-gauss-newton-bf16": Row("script", {**GAUSS_NEWTON, "mixed_precision": "bf16"}),
     "int8-gradient": Row("script", {"quantization": "int8", "optimizer": "gradient"}),
     "int8-gradient-kept": Row(
         "script", {"quantization": "int8", "optimizer": "gradient", "gradient_checkpointing": "none"}

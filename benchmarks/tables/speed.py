@@ -52,6 +52,38 @@ def step(result):
     return table(header, rows) + "\n\n" + note
 
 
+GAUSS_NEWTON_NAMES = {
+    "gauss-newton": ("float32", "exact derivatives"),
+    "gauss-newton-differences": ("float32", "finite differences"),
+    "gauss-newton-bf16": ("bfloat16", "exact derivatives"),
+    "gauss-newton-bf16-differences": ("bfloat16", "finite differences"),
+}
+
+
+def step_gauss_newton(result):
+    """benchmarks/results/step_gauss_newton.json: a row of derivatives and a candidate of differences, in turns."""
+    times = {(r["resolution"], r["row"]): r["seconds_per_example"] for r in result["rows"]}
+    rows = []
+    for row in sorted(result["rows"], key=lambda r: (r["resolution"], list(GAUSS_NEWTON_NAMES).index(r["row"]))):
+        seconds, others = row["seconds_per_step"], times.get((row["resolution"], f"{row['row']}-differences"))
+        cells = [f"{row['resolution']} px", *GAUSS_NEWTON_NAMES[row["row"]], row["examples_per_step"]]
+        cells += [f"{seconds['median']:.1f} s ({seconds['min']:.1f}–{seconds['max']:.1f})"]
+        cells += [
+            f"{row['seconds_per_example']:.2f} s",
+            f"{row['seconds_per_example'] / others:.2f}" if others else "",
+        ]
+        rows.append(cells)
+    header = ["", "activations", "", "rows of a pass", "a pass (range)", "a row", "of a difference's"]
+    first = result["rows"][0]
+    note = (
+        "Stable Diffusion 1.5 architecture, random weights, INT8, batch 1; a pass is one step, its text encoder"
+        f" included. CPU time of one thread of {first['hardware']['cpu']}, torch {first['versions']['torch']}; rows of"
+        " one resolution take turns in one process. By `benchmarks/bench_step.py --cpu_seconds`."
+        + code_note(result["rows"])
+    )
+    return table(header, rows) + "\n\n" + note
+
+
 def scaling(step_result, memory_result):
     """Step time and memory against n, batch and resolution, one at a time from n = 2, batch 1, 256 px."""
     times = {
