@@ -306,13 +306,8 @@ def bp_window(learner, model, batch, sampling, drawn=None):
     drawn = drawn or surroundings.draw_windows(batch.noisy_latents, learner.data)
     with torch.no_grad(), surroundings.kept(drawn):
         loss = dreambooth_loss(model.errors(batch), sampling.batch_size, sampling.prior_weight)
-    parts = batch._replace(
-        noisy_latents=drawn.of(batch.noisy_latents),
-        target=drawn.of(batch.target),
-        weights=surroundings.weigh(batch.weights, drawn),
-    )
     with surroundings.standing_in():
-        gradient, _ = bp_low(learner, model, parts, sampling)
+        gradient, _ = bp_low(learner, model, surroundings.part(batch, drawn), sampling)
     return gradient, loss
 
 
@@ -856,12 +851,8 @@ def personalize(args, accelerator, base, compute):
     """A run in `--output_dir`, which is its own, from the pictures to the push."""
     # 1. Everything that can be wrong is checked before anything slow starts.
     pictures = dreambooth.read_instances(args, base=base)
-    shortest = min(min(picture.pixels.shape[1:]) for picture in pictures)
-    if args.bp_view == "window" and args.low_resolution > shortest:
-        raise InputError(
-            f"--low_resolution {args.low_resolution} is the side of windows and one of a picture is {shortest} px:"
-            " give at most that."
-        )
+    if args.bp_view == "window":
+        windows.check_pictures(args.low_resolution, pictures)
     texts = dreambooth.instance_texts(pictures, args.instance_prompt, args.subject_name)
     fill_in(args.validation_prompt or "", args.subject_name, "--validation_prompt")
     launch.settle(args, len(pictures), accelerator.num_processes, DEFAULT_STEPS)

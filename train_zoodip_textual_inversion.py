@@ -344,12 +344,8 @@ class Int8Conv2d(Int8Layer):
         self.in_channels, self.out_channels = conv.in_channels, conv.out_channels
         self.stride, self.padding, self.dilation, self.groups = conv.stride, conv.padding, conv.dilation, conv.groups
 
-    def options(self):
-        """The arguments of `F.conv2d`, in its order."""
-        return self.stride, self.padding, self.dilation, self.groups
-
     def product(self, input, weight, bias):
-        return F.conv2d(input, weight, bias, *self.options())
+        return F.conv2d(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
 
 class Unquantized:
@@ -570,16 +566,17 @@ class PromptRows(torch.nn.Module):
         return F.embedding(self.index[ids], self.weight)
 
 
-def stream_weights(denoiser, device, folder):
+def stream_weights(denoiser, device, folder, in_one_order=True):
     """`--low_vram`: the denoiser's weights come layer by layer for every pass and leave again (diffusers' offloading).
 
     A forward-only method reads every weight once per pass, whatever n and the batch are, so that all candidates share
     the cost. On CUDA they come from pinned host memory, the next layer while one computes; on a CPU from `folder`.
+    A backward pass, which asks for layers in another order, has no next layer.
     """
     if device.type == "cpu":
         options = {"offload_to_disk_path": str(folder)}
     else:
-        options = {"use_stream": True, "record_stream": True}
+        options = {"use_stream": in_one_order, "record_stream": in_one_order}
     apply_group_offloading(denoiser, onload_device=device, offload_type="leaf_level", **options)
 
 
@@ -665,6 +662,7 @@ class FrozenModel:
     max_candidates: int | None
     compute: Compute
     whole_passes: bool = False
+    surroundings: object | None = None  # `windows.Surroundings`, if a gradient is of windows
 
     def _call(self, function, candidates, batch):
         model = self.family, self.text_encoder, self.denoiser, self.first_placeholder_id, self.max_candidates
@@ -1078,6 +1076,7 @@ def estimate_memory(args, base, compute):
         coordinates=candidates_per_step(args) * entries + optimizer.kept_coordinates(args, entries),
         checkpointing=args.gradient_checkpointing if optimizer.differentiates else None,
         freed_blocks=optimizer.freed_blocks(args),
+        look_around=optimizer.look_around(args, base),
     )
     return memory.predict_memory(*networks, BACKENDS[args.quantization], plan, base, compute)
 
@@ -1376,7 +1375,8 @@ def load_denoiser(args, base, compute, layers_dir=None, calibration=None):
     denoiser, share = load_frozen(base, name, backend, compute, args.quantized_cache_dir, staging)
     stored = base_model.StoredModel(memory.tensor_bytes(denoiser), share)
     if args.low_vram:
-        stream_weights(denoiser, compute.device, layers_dir and layers_dir.name)
+        one_order = not OPTIMIZERS[args.optimizer].differentiates
+        stream_weights(denoiser, compute.device, layers_dir and layers_dir.name, one_order)
     if args.torch_compile:
         denoiser.compile(mode="reduce-overhead", dynamic=False)
     return denoiser, stored
@@ -1467,7 +1467,7 @@ def prepare(
     with in_turn():
         text_encoder, denoiser, stored = load_networks(args, base, compute, layers_dir)
     model, initial = assemble_model(args, base, placeholder, prompt_ids, text_encoder, denoiser, compute)
-    OPTIMIZERS[args.optimizer].make_ready(args, model)
+    OPTIMIZERS[args.optimizer].make_ready(args, model, base)
     task = Task(args, base, placeholder, concept, model, initial, sampling, {"vae": stored_vae, **stored}, judged)
     if denoiser is None:
         rule = OPTIMIZERS[args.optimizer].start(
@@ -1702,6 +1702,7 @@ def learn_concept(args, accelerator, base, placeholder, compute):
         logger.warning(f"--validation_prompt {args.validation_prompt!r} does not contain {placeholder.token}.")
     pictures = read_pictures(args, base)
     images.warn_about_squeezed(pictures)
+    optimizer.check_pictures(args, pictures)
     captions = prompts.build_prompts(pictures, placeholder, base, args.learnable_property)
     held_out = read_held_out(args, base, placeholder, pictures)
     steps = optimizer.num_steps(args, base.family)

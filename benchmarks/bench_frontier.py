@@ -42,6 +42,8 @@ ROWS = {
     "gauss-newton-openvino-bf16": {**GN, "unet_backend": "openvino", "mixed_precision": "bf16"},
     "gradient": {**INT8, "optimizer": "gradient"},
     "gradient-layer": {**INT8, "optimizer": "gradient", "gradient_checkpointing": "layer"},
+    "gradient-window": {**INT8, "optimizer": "gradient", "bp_view": "window"},
+    "gradient-low-vram": {**INT8, "optimizer": "gradient", "low_vram": True},
     "gradient-bf16": {**INT8, "optimizer": "gradient", "mixed_precision": "bf16"},
     "gradient-everything-kept": {**INT8, "optimizer": "gradient", "gradient_checkpointing": "none"},
     "ti-fp32": None,  # diffusers' own way, see baselines.py

@@ -44,6 +44,7 @@ GRIDS = {
         "gradient_750": by_small_gradient("gradient, INT8, checkpointed (ours), short", 750),
         "gradient_1500": by_small_gradient("gradient, INT8, checkpointed (ours)", 1500),
         "gradient_6000": by_small_gradient("gradient, INT8, checkpointed (ours), long", 6000),
+        "gradient_window": by_small_gradient("the same, through windows (ours)", 1500, "--bp_view window"),
         "fast": Method("Gauss-Newton, bf16 (ours)", f"{GAUSS_NEWTON} bf16 --perturbation_scale 5e-2"),
         "fast_float32": Method("Gauss-Newton, fp32 (ours)", f"{GAUSS_NEWTON} no --perturbation_scale 3e-4"),
         "tangents": Method(

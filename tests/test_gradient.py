@@ -1,6 +1,7 @@
 """The exact gradient of a word: equal to plain autograd of the dequantized model, and a run like any other."""
 
 import json
+from itertools import product
 
 import pytest
 import torch
@@ -9,7 +10,9 @@ from safetensors.torch import load_file
 
 import train_zoodip_textual_inversion as zoodip
 from personalization.data import prompts
-from personalization.methods.gradient import loss_gradient
+from personalization.errors import InputError
+from personalization.methods import windows
+from personalization.methods.gradient import loss_gradient, window_gradient
 from personalization.models import base_model, frozen
 
 
@@ -17,14 +20,14 @@ CPU = torch.device("cpu")
 SHORT = {"optimizer": "gradient", "logging_steps": 1, "num_validation_samples": 2, "flip_probability": 0}
 
 
-def build(basics, **flags):
+def build(basics, layers_dir=None, **flags):
     """The `Task` of a command line."""
     words = as_arguments(basics | {"--quantized_cache_dir": "none"} | {f"--{n}": v for n, v in flags.items()})
     args = zoodip.parse_args(words)
     base, placeholder, compute = zoodip.resolve_settings(args, CPU)
     pictures = zoodip.read_pictures(args)
     captions = prompts.build_prompts(pictures, placeholder, base)
-    return zoodip.prepare(args, base, placeholder, compute, pictures, captions)
+    return zoodip.prepare(args, base, placeholder, compute, pictures, captions, layers_dir=layers_dir)
 
 
 def start_and_batch(task, seed=0):
@@ -133,6 +136,57 @@ def test_checkpointing_keeps_less(basics):
     assert kept["block"] < 0.5 * kept["none"], kept
 
 
+def test_streamed_weights_change_no_bit(basics, tmp_path):
+    """Also those of norms, whose gradient needs them: they are gone between the passes."""
+    for more in ({}, {"quantization": "none"}, {"gradient_checkpointing": "none"}):
+        found = []
+        for low_vram in (False, True):
+            layers = zoodip.temporary_folder(tmp_path) if low_vram else None
+            task = build(basics, layers, **SHORT | more | ({"low_vram": True} if low_vram else {}))
+            with torch.no_grad():
+                found.append(loss_gradient(task.model, *start_and_batch(task)))
+        assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+
+
+def test_windows_in_turn_are_the_whole_gradient(basics):
+    """The mean over all windows, but for ways that leave a window and come back; and exactly, of a window of all."""
+    whole = build(basics, **SHORT)
+    theta, batch = start_and_batch(whole)
+    with torch.no_grad():
+        expected, its_loss = loss_gradient(whole.model, theta, batch)
+    side = whole.args.resolution
+    for low in (side, side // 2):
+        task = build(basics, **SHORT, bp_view="window", low_resolution=low)
+        surroundings, (height, width) = task.model.surroundings, batch.target.shape[2:]
+        starts = windows.tile_starts(height, surroundings.side, surroundings.grid)
+        tiles = [windows.Windows([corner], surroundings.side, height, width) for corner in product(starts, starts)]
+        parts = []
+        with torch.no_grad():
+            for tile in tiles:
+                gradient, loss = window_gradient(task.model, theta, batch, tile)
+                torch.testing.assert_close(loss, its_loss, rtol=1e-5, atol=0)
+                parts.append(gradient)
+        found = torch.stack(parts).mean(dim=0)
+        if low == side:
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+        assert torch.cosine_similarity(found.flatten(), expected.flatten(), dim=0) > 0.85
+
+
+def test_windows_keep_less(basics):
+    def need(**more):
+        args = zoodip.parse_args(as_arguments(basics | {f"--{name}": value for name, value in (SHORT | more).items()}))
+        base, _, compute = zoodip.resolve_settings(args, CPU)
+        return zoodip.estimate_memory(args, base, compute).activations
+
+    plain, window = need(gradient_checkpointing="none"), need(gradient_checkpointing="none", bp_view="window")
+    assert window < 0.75 * plain
+
+
+def test_a_window_is_of_the_pictures(train):
+    with pytest.raises(InputError, match="--low_resolution 64 is above --resolution 32"):
+        train(bp_view="window", resolution=32, low_resolution=64, **SHORT)
+
+
 def test_a_small_step_along_it_lowers_the_loss_as_it_says(basics):
     task = build(basics, **SHORT, quantization="none")
     theta, batch = start_and_batch(task)
@@ -149,7 +203,7 @@ def learned(out, name="learned_embeds.safetensors"):
 
 @pytest.mark.parametrize(
     "flags",
-    [{}, {"num_vectors": 2, "gradient_accumulation_steps": 2}, {"gradient_checkpointing": "none"}],
+    [{}, {"num_vectors": 2, "gradient_accumulation_steps": 2}, {"bp_view": "window"}],
     ids=lambda flags: " ".join(flags) or "plain",
 )
 def test_a_resumed_run_equals_the_uninterrupted_one(train, tmp_path, flags):
@@ -176,7 +230,8 @@ def test_it_learns_and_says_what_it_was(train):
 @pytest.mark.parametrize(
     "flags, sentence",
     [
-        ({"low_vram": True}, "--low_vram streams weights for forward passes"),
+        ({"low_vram": True, "bp_view": "window"}, "--low_vram streams weights that --bp_view window looks at"),
+        ({"low_resolution": 32}, "--low_resolution is the side of windows"),
         ({"unet_backend": "openvino"}, "has no backward pass"),
         ({"quantization": "quanto-int8"}, "not quanto-int8"),
         ({"torch_compile": True}, "--torch_compile compiles forward passes"),

@@ -8,14 +8,17 @@ backward pass at all (OpenVINO, NPUs, INT8 activations). That checkpointed backp
 memory is known of language models (arXiv 2506.21833); docs/results/frontier.md has the figures for a word.
 """
 
+import functools
+import math
 from dataclasses import dataclass
 
 import torch
 from diffusers.optimization import get_scheduler
 
 from ..errors import InputError
-from ..flags import RUN
-from ..models import frozen
+from ..flags import RUN, SIDE
+from ..models import base_model, frozen
+from . import windows
 from .rule import Optimizer
 
 
@@ -51,6 +54,19 @@ def loss_gradient(model, theta, batch):
     return gradient / entries, loss.detach()
 
 
+def window_gradient(model, theta, batch, drawn):
+    """As `loss_gradient`, of the part of the loss in `Windows` of the pictures; the loss is that of all.
+
+    A forward pass without a graph keeps what the windows need of their surroundings, see `methods.windows`.
+    """
+    surroundings = model.surroundings
+    with torch.no_grad(), surroundings.kept(drawn):
+        loss = model.losses(theta[None], batch).mean()
+    with surroundings.standing_in():
+        gradient, _ = loss_gradient(model, theta, surroundings.part(batch, drawn))
+    return gradient, loss
+
+
 @dataclass
 class GradientDescent:
     """`gradient`: AdamW on the exact gradient, as diffusers' Textual Inversion."""
@@ -60,7 +76,11 @@ class GradientDescent:
 
     def evidence(self, model, theta, batch, generator):
         """What a batch says: the gradient; and the loss."""
-        gradient, loss = loss_gradient(model, theta, batch)
+        if model.surroundings is None:
+            gradient, loss = loss_gradient(model, theta, batch)
+        else:
+            drawn = model.surroundings.draw_windows(batch.noisy_latents, generator)
+            gradient, loss = window_gradient(model, theta, batch, drawn)
         return (gradient,), loss
 
     def update(self, theta, gradient):
@@ -119,11 +139,23 @@ class GradientOptimizer(Optimizer):
             " large pictures; none: nothing.",
         )
 
+        add(
+            "--bp_view",
+            choices=["whole", "window"],
+            default="whole",
+            page=True,
+            decides=RUN,
+            help="View that is backpropagated on: the whole picture, or a window of it in less memory, with the rest"
+            " as it is in a forward pass.",
+        )
+        small = "Side of the windows. Default: half of --resolution."
+        add("--low_resolution", type=int, limits=SIDE, page=True, decides=RUN, help=small)
+
     def check(self, args):
-        if args.low_vram:
-            raise InputError(
-                "--low_vram streams weights for forward passes and --optimizer gradient has a backward pass: drop one."
-            )
+        if args.low_resolution is not None and args.bp_view == "whole":
+            raise InputError("--low_resolution is the side of windows: add --bp_view window, or drop it.")
+        if args.low_vram and args.bp_view == "window":
+            raise InputError("--low_vram streams weights that --bp_view window looks at in between: drop one.")
         if args.quantization == "quanto-int8":
             raise InputError(
                 "--optimizer gradient hands gradients through --quantization int8, nf4 or none, not quanto-int8:"
@@ -132,16 +164,41 @@ class GradientOptimizer(Optimizer):
         if args.torch_compile:
             raise InputError("--torch_compile compiles forward passes, and --optimizer gradient has others: drop one.")
 
-    def make_ready(self, args, model):
+    def complete(self, args, base):
+        if args.bp_view == "window":
+            if base.family.denoiser != "unet":
+                raise InputError(f"--bp_view window looks through UNets and {base.source.label} has none: drop it.")
+            multiple = base.resolution_multiple
+            args.low_resolution = base_model.check_low_resolution(args.low_resolution, args.resolution, multiple)
+            windows.check_layers(base_model.empty_model(base, "unet"))
+
+    def check_pictures(self, args, pictures):
+        if args.bp_view == "window":
+            windows.check_pictures(args.low_resolution, pictures)
+
+    def make_ready(self, args, model, base):
         for network in (*model.text_encoder.encoders, model.denoiser):
             frozen.make_differentiable(network, args.gradient_checkpointing)
+        if args.bp_view == "window":
+            model.surroundings = self.look_around(args, base)(model.denoiser)
+
+    def look_around(self, args, base):
+        if args.bp_view == "whole":
+            return None
+        return functools.partial(windows.Surroundings, side=args.low_resolution // base.vae_factor)
 
     def num_candidates(self, args):
         return 1
 
     def num_forwards(self, args):
-        """One, two for the backward pass, and one more for each time that checkpointing computes them again."""
-        return 3 + frozen.CHECKPOINTING.index(args.gradient_checkpointing)
+        """One, two for the backward pass, and one more for each time that checkpointing computes them again.
+
+        Of windows all that comes after a pass of whole pictures, in proportion to their area, rounded up.
+        """
+        passes = 3 + frozen.CHECKPOINTING.index(args.gradient_checkpointing)
+        if args.bp_view == "whole":
+            return passes
+        return 1 + math.ceil(passes * (args.low_resolution / args.resolution) ** 2)
 
     def freed_blocks(self, args):
         """Few where few activations are kept: a backward pass makes tensors of so many sizes that the heap doubles."""

@@ -92,8 +92,15 @@ class Optimizer:
     def look_ahead(self, args, base, placeholder, prompt_ids):
         """Whatever `start` needs of the base's small files; an `InputError` comes before anything slow."""
 
-    def make_ready(self, args, model):
-        """Prepares the networks of a `FrozenModel` for it."""
+    def check_pictures(self, args, pictures):
+        """Raises an `InputError` where its flags do not fit the `Picture`s."""
+
+    def make_ready(self, args, model, base):
+        """Prepares the networks of a `FrozenModel` of a `Base` for it."""
+
+    def look_around(self, args, base):
+        """Denoiser -> the `windows.Surroundings` that its backward pass needs; None where it sees whole pictures."""
+        return None
 
     def freed_blocks(self, args):
         """Up to how many MB freed blocks of memory are kept for the next ones, see `memory.keep_freed_blocks`."""

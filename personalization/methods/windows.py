@@ -73,6 +73,15 @@ class Windows(NamedTuple):
         return outside.flatten(1).nonzero()[:, 1].view(len(outside), -1)
 
 
+def check_pictures(side, pictures):
+    """Raises an `InputError` unless windows of `side` pixels fit into all `Picture`s."""
+    shortest = min(min(picture.pixels.shape[1:]) for picture in pictures)
+    if side > shortest:
+        raise InputError(
+            f"--low_resolution {side} is the side of windows and one of a picture is {shortest} px: give at most that."
+        )
+
+
 def check_layers(unet):
     """Raises an `InputError` unless it is known of all layers of a UNet what they need of a window's surroundings."""
     for name, module in unet.named_modules():
@@ -84,7 +93,7 @@ def check_layers(unet):
         if not known:
             raise InputError(
                 f"--bp_view window cannot be used with this model, whose UNet has a layer of another kind"
-                f" ({name!r}, {type(module).__name__}): give --bp_view scaled."
+                f" ({name!r}, {type(module).__name__}): give another --bp_view."
             )
 
 
@@ -141,6 +150,12 @@ class Surroundings:
         if (even == 1).all():
             return weights
         return windows.of(to_device(even, weights.device).expand(len(windows.corners), 1, -1, -1))
+
+    def part(self, batch, windows):
+        """What windows see of a `Batch`."""
+        weights = self.weigh(batch.weights, windows)
+        latents, target = windows.of(batch.noisy_latents), windows.of(batch.target)
+        return batch._replace(noisy_latents=latents, target=target, weights=weights)
 
     @contextlib.contextmanager
     def kept(self, windows):

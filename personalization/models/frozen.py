@@ -1,5 +1,6 @@
-"""Frozen INT8 layers that hand a gradient through, with nothing of their weight kept for the backward pass."""
+"""Frozen layers that hand a gradient through, with nothing of their weight kept for the backward pass."""
 
+import contextlib
 import functools
 
 import torch
@@ -9,9 +10,10 @@ from torch.utils.checkpoint import checkpoint
 
 
 class FrozenProduct(torch.autograd.Function):
-    """y = W x + b of a frozen INT8 layer: ∂L/∂x = Wᵀ ∂L/∂y, for which the weight is dequantized once more.
+    """y = W x + b of a frozen linear map: ∂L/∂x = Wᵀ ∂L/∂y, for which an INT8 weight is dequantized once more.
 
-    Left to autograd, every dequantized weight would stay until the backward pass: a whole UNet in full precision.
+    Left to autograd, every dequantized weight would stay until the backward pass: a whole UNet in full precision; and
+    every streamed one would be gone.
     """
 
     @staticmethod
@@ -22,23 +24,78 @@ class FrozenProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         total = None
-        for channels, weight in ctx.layer.slices(gradient.dtype):
-            if weight.dim() == 2:
-                part = gradient[..., channels] @ weight
-            else:
-                part = torch.nn.grad.conv2d_input(ctx.shape, weight, gradient[:, channels], *ctx.layer.options())
-            total = part if total is None else total.add_(part)
+        with at_hand(ctx.layer):
+            for channels, weight in slices_of(ctx.layer, gradient.dtype):
+                if weight.dim() == 2:
+                    part = gradient[..., channels] @ weight
+                else:
+                    options = options_of(ctx.layer)
+                    part = torch.nn.grad.conv2d_input(ctx.shape, weight, gradient[:, channels], *options)
+                total = part if total is None else total.add_(part)
         return total, None, None
 
 
-def hand_gradients_through(model):
-    """Lets gradients through all frozen INT8 layers of a model, those that have `slices`; returns the model.
+class StreamedLayer(torch.autograd.Function):
+    """Any other layer whose weights are streamed, a norm: it is computed once more where its gradient is wanted."""
 
-    Layers of other kinds (bitsandbytes' Linear4bit, unquantized ones) do so by themselves.
+    @staticmethod
+    def forward(ctx, input, layer, function):
+        ctx.layer, ctx.function = layer, function
+        ctx.save_for_backward(input)
+        return function(input)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (input,) = ctx.saved_tensors
+        with torch.enable_grad():
+            point = input.detach().requires_grad_(True)
+            with at_hand(ctx.layer):
+                output = type(ctx.layer).forward(ctx.layer, point)
+                (found,) = torch.autograd.grad(output, point, gradient)
+        return found, None, None
+
+
+def slices_of(layer, dtype):
+    """`(channels, weight)` of a linear map, those of an INT8 layer some output channels at a time."""
+    return layer.slices(dtype) if hasattr(layer, "slices") else [(slice(None), layer.weight)]
+
+
+def options_of(convolution):
+    """The arguments of `F.conv2d`, in its order."""
+    return convolution.stride, convolution.padding, convolution.dilation, convolution.groups
+
+
+@contextlib.contextmanager
+def at_hand(layer):
+    """In here the weights of a layer are where it computes, also of one that diffusers streams for each pass."""
+    hook = streaming_hook(layer)
+    if hook is not None:
+        hook.group.onload_()
+    try:
+        yield
+    finally:
+        if hook is not None:
+            hook.group.offload_()
+
+
+def streaming_hook(layer):
+    """diffusers' hook that brings the weights of a layer for each pass, or None."""
+    registry = getattr(layer, "_diffusers_hook", None)
+    return registry and registry.get_hook("group_offloading")
+
+
+def hand_gradients_through(model):
+    """Lets gradients through all frozen layers of a model; returns the model.
+
+    Layers that are neither INT8 nor streamed (bitsandbytes' Linear4bit, unquantized ones) do so by themselves.
     """
     for layer in model.modules():
         if hasattr(layer, "slices"):
-            layer.forward = functools.partial(_forward, layer, layer.forward)
+            layer.forward = functools.partial(_apply, FrozenProduct, layer, layer.forward)
+        elif streaming_hook(layer) is not None:
+            is_linear = isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d))
+            function = FrozenProduct if is_linear else StreamedLayer
+            layer.forward = functools.partial(_apply, function, layer, layer.forward)
     return model
 
 
@@ -73,5 +130,5 @@ def _in_parts(forward, states):
     return torch.cat([checkpoint(forward, part, use_reentrant=False) for part in parts], dim=1)
 
 
-def _forward(layer, product, input):
-    return FrozenProduct.apply(input, layer, product)
+def _apply(function, layer, forward, input):
+    return function.apply(input, layer, forward)

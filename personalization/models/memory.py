@@ -7,6 +7,7 @@ import gc
 import re
 import sys
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -186,6 +187,7 @@ class MemoryPlan(NamedTuple):
     coordinates: int = 0  # of all candidates of a step, numbers
     checkpointing: str | None = None  # of a backward pass, see `frozen.CHECKPOINTING`; None: there is none
     freed_blocks: int = 32  # MB, see `keep_freed_blocks`
+    look_around: Callable | None = None  # denoiser -> its `windows.Surroundings`; None: whole pictures
 
 
 @dataclass(frozen=True)
@@ -319,16 +321,27 @@ def count_activations(denoiser, vae, plan, base, compute):
     inputs = family.example(base, plan.examples, plan.resolution, "meta", compute.dtype)
     slack = 0.0 if plan.streamed else HEAP_SLACK
 
+    surroundings = None
+
     def step(inputs):
-        prediction = family.predict(denoiser, *inputs)
-        if plan.checkpointing is not None:
-            prediction.float().square().sum().backward()
+        seen = inputs
+        if surroundings is not None:
+            drawn = surroundings.draw_windows(inputs.noisy, torch.Generator().manual_seed(0))
+            with torch.no_grad(), surroundings.kept(drawn):
+                family.predict(denoiser, *inputs)
+            seen = inputs._replace(noisy=drawn.of(inputs.noisy))
+        with surroundings.standing_in() if surroundings is not None else contextlib.nullcontext():
+            prediction = family.predict(denoiser, *seen)
+            if plan.checkpointing is not None:
+                prediction.float().square().sum().backward()
 
     if plan.checkpointing is not None:
         frozen.make_differentiable(denoiser.requires_grad_(False), plan.checkpointing)
         for tensor in inputs.text:
             if tensor is not None:
                 tensor.requires_grad_(True)
+        if plan.look_around is not None:
+            surroundings = plan.look_around(denoiser)
     block = plan.freed_blocks * 2**20
     activations = None
     if plan.derivatives:
