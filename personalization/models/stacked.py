@@ -53,6 +53,9 @@ class Stacked:
     def numel(self):
         return self.rows.numel()
 
+    def is_floating_point(self):
+        return self.rows.is_floating_point()
+
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         return rule(function.__name__)(*args, **(kwargs or {}))
