@@ -67,6 +67,7 @@ class Row(NamedTuple):
 OPENVINO = {"quantization": "int8", "unet_backend": "openvino"}
 GAUSS_NEWTON = {"quantization": "int8", "optimizer": "gauss_newton"}
 DIFFERENCES = {**GAUSS_NEWTON, "perturbation_scale": 3e-4}
+IN_BFLOAT16, ONE_PASS = {"mixed_precision": "bf16", "perturbation_scale": 5e-2}, {"gn_subspace_dimension": 7}
 VALIDATION = {"validation_prompt": "a photo of {}", "num_validation_images": 1, "num_inference_steps": 1}
 ROWS = {
     "int8-first": Row("script", {"quantization": "int8"}, "fresh"),
@@ -77,12 +78,11 @@ ROWS = {
     "int8-images": Row("script", {"quantization": "int8", **VALIDATION}),
     "int8-n8": Row("script", {"quantization": "int8"}, num_perturbations=8),
     "int8-gauss-newton": Row("script", {**DIFFERENCES, "max_candidates_per_forward": 3}),  # as n = 2 has
-    "int8-gauss-newton-differences": Row("script", DIFFERENCES),
-    "int8-gauss-newton-default": Row("script", GAUSS_NEWTON),
-    "int8-gauss-newton-bf16-differences": Row(
-        "script", {**GAUSS_NEWTON, "mixed_precision": "bf16", "perturbation_scale": 5e-2}
-    ),
-    "int8-gauss-newton-bf16": Row("script", {**GAUSS_NEWTON, "mixed_precision": "bf16"}),
+    # One pass a step, of 9 rows; more directions are more passes.
+    "int8-gauss-newton-differences": Row("script", {**DIFFERENCES, **ONE_PASS}),
+    "int8-gauss-newton-exact": Row("script", {**GAUSS_NEWTON, **ONE_PASS}),
+    "int8-gauss-newton-bf16-differences": Row("script", {**DIFFERENCES, **ONE_PASS, **IN_BFLOAT16}),
+    "int8-gauss-newton-bf16-exact": Row("script", {**GAUSS_NEWTON, **ONE_PASS, "mixed_precision": "bf16"}),
     "int8-gradient": Row("script", {"quantization": "int8", "optimizer": "gradient"}),
     "int8-gradient-kept": Row(
         "script", {"quantization": "int8", "optimizer": "gradient", "gradient_checkpointing": "none"}
