@@ -9,8 +9,8 @@ MEMORY_NAMES = {
     "int8-no-cache": "ours, INT8, `--quantized_cache_dir none`",
     "int8-low-vram": "ours, INT8, `--low_vram`",
     "int8-gauss-newton": "ours, INT8, Gauss-Newton with 32 directions, differences, 3 candidates a pass",
-    "int8-gauss-newton-differences": "the same, 9 candidates a pass",
-    "int8-gauss-newton-exact": "ours, INT8, Gauss-Newton with exact derivatives, 9 rows a pass (its default)",
+    "int8-gauss-newton-differences": "ours, INT8, Gauss-Newton, differences, 9 candidates a pass",
+    "int8-gauss-newton-exact": "the same with exact derivatives (its default), 9 rows a pass",
     "int8-gauss-newton-bf16-differences": "ours, INT8, Gauss-Newton in bfloat16, differences, 9 candidates a pass",
     "int8-gauss-newton-bf16-exact": "the same with exact derivatives, 9 rows a pass",
     "int8-n8": "ours, INT8, n = 8",
@@ -47,10 +47,10 @@ def memory(result):
         "peak of the whole process",
         "predicted by `--estimate_memory`",
     ]
-    first = chosen[0]
+    first, names = chosen[0], dict.fromkeys(entry["hardware"]["name"] for entry in chosen)
     note = (
         "Fresh processes, from start to the second trained step (baselines: first), n = 2 unless said, batch 1,"
-        f" {first['hardware']['cores']} cores of {first['hardware']['name']}. A process that only imports the"
+        f" {first['hardware']['cores']} cores of {' or '.join(names)}. A process that only imports the"
         f" libraries has {imports['peak_rss_mb']:.0f} MB, {imports['peak_anonymous_mb']:.0f} MB of it anonymous."
         " The peak counts mapped pages of the weight file, too, which the system can drop."
         " MB = 2^20. By `benchmarks/bench_memory.py`." + code_note(chosen)
