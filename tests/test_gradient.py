@@ -203,11 +203,7 @@ def learned(out, name="learned_embeds.safetensors"):
 
 @pytest.mark.parametrize(
     "flags",
-    [
-        {},
-        {"num_vectors": 2, "gradient_accumulation_steps": 2},
-        {"bp_view": "window"},
-    ],
+    [{}, {"num_vectors": 2, "gradient_accumulation_steps": 2}, {"bp_view": "window"}],
     ids=lambda flags: " ".join(flags) or "plain",
 )
 def test_a_resumed_run_equals_the_uninterrupted_one(train, tmp_path, flags):
