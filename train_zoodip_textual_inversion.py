@@ -235,6 +235,9 @@ def normalize_estimate(gradient, num_directions, num_removed):
 
 def quantize_per_channel(weight):
     """Symmetric absmax INT8 per output channel: weight `[out, ...]` -> int8 like it, float32 scale `[out, 1, ...]`."""
+    if weight.is_meta:  # of an empty model only the shapes are wanted, and each operation takes a millisecond
+        scale = weight.new_empty(len(weight), *[1] * (weight.dim() - 1), dtype=torch.float32)
+        return torch.empty_like(weight, dtype=torch.int8), scale
     weight = weight.float()
     scale = weight.abs().amax(dim=tuple(range(1, weight.dim())), keepdim=True) / 127
     scale = torch.where(scale == 0, 1.0, scale)

@@ -1,5 +1,6 @@
-"""OpenVINO, streamed weights, compilation and the prediction of memory: other ways to the same losses."""
+"""OpenVINO, streamed weights, compilation, a lean VAE and the prediction of memory: other ways to the same."""
 
+import copy
 import os
 import sys
 import threading
@@ -10,12 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import as_arguments
+from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
 import train_zoodip_textual_inversion as zoodip
 from personalization.data import examples
 from personalization.errors import InputError
-from personalization.models import base_model, families, memory, openvino_unet
+from personalization.models import base_model, families, lean_vae, memory, openvino_unet
 
 
 CPU = torch.device("cpu")
@@ -264,3 +266,35 @@ def test_the_process_knows_its_memory():
     if Path("/proc/self/status").is_file():
         assert after.anonymous - before.anonymous > 45 * 2**20
     del block
+
+
+@pytest.mark.parametrize("strip_bytes", [1, 3000, 2**30])
+def test_a_lean_vae_makes_the_same_in_less(monkeypatch, strip_bytes):
+    """Convolutions of every kind in strips, sums in place: against diffusers' own, whose input stays as it was."""
+    monkeypatch.setattr(lean_vae, "STRIP_BYTES", strip_bytes)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    torch.manual_seed(0)
+    plain = AutoencoderKL(block_out_channels=(8, 16), layers_per_block=2, norm_num_groups=4, **blocks).eval()
+    lean = lean_vae.spare_memory(copy.deepcopy(plain))
+    pixels, latents = torch.rand(2, 3, 34, 22) * 2 - 1, torch.randn(1, 4, 9, 7)
+    given = pixels.clone(), latents.clone()
+    with torch.inference_mode():
+        for found, expected in (
+            (lean.encode(pixels).latent_dist.parameters, plain.encode(pixels).latent_dist.parameters),
+            (lean.decode(latents).sample, plain.decode(latents).sample),
+        ):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(pixels, given[0]) and torch.equal(latents, given[1])
+
+
+def test_a_lean_vae_needs_three_tensors_of_the_picture():
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    with torch.device("meta"):
+        vae = AutoencoderKL(block_out_channels=(128, 128), layers_per_block=2, **blocks).eval()
+        pixels = torch.empty(1, 3, 512, 512)
+    with torch.inference_mode():
+        plain = memory.activation_bytes(lambda: vae.encode(pixels), CPU, heap_slack=0.0)
+        lean_vae.spare_memory(vae)
+        lean = memory.activation_bytes(lambda: vae.encode(pixels), CPU, heap_slack=0.0)
+    whole = 4 * 128 * 512**2
+    assert lean < 3.6 * whole and plain > 4.9 * whole

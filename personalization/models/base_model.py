@@ -24,6 +24,7 @@ from transformers import CLIPTextModelWithProjection, PreTrainedModel
 
 from ..errors import InputError
 from . import families, single_file, weight_files
+from .lean_vae import spare_memory
 
 
 class ModelSource(NamedTuple):
@@ -687,7 +688,7 @@ def load_text_encoder(base, dtype=torch.float32):
 
 def load_vae(base, dtype=torch.float32):
     """The frozen VAE, on the CPU."""
-    return load_component(base, "vae", dtype)
+    return spare_memory(load_component(base, "vae", dtype))
 
 
 def load_component(base, component, dtype=torch.float32):

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from ..errors import InputError
 from ..logs import get_logger
 from . import frozen
+from .lean_vae import spare_memory
 from .stacked import NoRule, Stacked
 
 
@@ -354,6 +355,7 @@ def count_activations(denoiser, vae, plan, base, compute):
         activations = activation_bytes(lambda: step(inputs), device, slack, plan.checkpointing is not None, block)
     pixels = torch.empty(1, 3, plan.resolution, plan.resolution, device="meta", dtype=vae.dtype)
     latent = inputs.noisy[:1].to(vae.dtype)
+    spare_memory(vae)
     encoding = activation_bytes(lambda: vae.encode(pixels).latent_dist.parameters, device, heap_slack=0.0)
     decoding = activation_bytes(lambda: vae.decode(latent), device) if plan.images else 0
     return activations, encoding, decoding
