@@ -42,16 +42,18 @@ def prepare(words, length=None, device="cpu"):
 class ForwardCount:
     """Example-forwards through a UNet. A backward pass counts as two, so one that autograd follows costs three.
 
-    With checkpointing (`block`, not `layer`) it costs four.
+    With checkpointing (`block`, not `layer`) it costs four; of windows, by their area, as a pass of whole pictures is
+    always before them.
     """
 
     def __init__(self, unet):
-        self.total = 0
+        self.total = self.whole = 0
         unet.register_forward_pre_hook(self._count)
 
     def _count(self, unet, inputs):
         followed = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-        self.total += len(inputs[0]) * (3 + unet.is_gradient_checkpointing if followed else 1)
+        self.whole = max(self.whole, inputs[0][0].numel())
+        self.total += inputs[0].numel() / self.whole * (3 + unet.is_gradient_checkpointing if followed else 1)
 
 
 class FlagshipLearner:
