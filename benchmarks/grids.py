@@ -23,7 +23,7 @@ def by_gradient(title, rate, learner="gradient"):
 
 def by_small_gradient(title, budget=None, flags=""):
     """The script's own, through the INT8 model with checkpointing; a forward computed again counts as one more."""
-    words = f"--optimizer gradient --quantization int8 --mixed_precision no {PUTS} {flags}"
+    words = f"--unet_backend torch --optimizer gradient --quantization int8 --mixed_precision no {PUTS} {flags}"
     return Method(title, words, budget=budget)
 
 

@@ -43,18 +43,20 @@ def prepare(words, length=None, device="cpu"):
 class ForwardCount:
     """Example-forwards through a UNet. A backward pass counts as two, so one that autograd follows costs three.
 
-    With checkpointing (`block`, not `layer`) it costs four. A derivative that a pass computes beside its value is a
-    row of its batch, and counts as one.
+    With checkpointing (`block`, not `layer`) it costs four; of windows, by their area, as a pass of whole pictures is
+    always before them. A derivative that a pass computes beside its value is a row of its batch, and counts as one.
     """
 
     def __init__(self, unet):
-        self.total = 0
+        self.total = self.whole = 0
         unet.register_forward_pre_hook(self._count)
 
     def _count(self, unet, inputs):
         followed = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
         rows = max(len(x.rows) if isinstance(x, Stacked) else 1 for x in inputs)
-        self.total += len(inputs[0]) * rows * (3 + unet.is_gradient_checkpointing if followed else 1)
+        self.whole = max(self.whole, inputs[0][0].numel())
+        of_pictures = inputs[0].numel() / self.whole
+        self.total += of_pictures * rows * (3 + unet.is_gradient_checkpointing if followed else 1)
 
 
 class FlagshipLearner:

@@ -149,12 +149,14 @@ def test_forwards_are_counted_as_they_happen(cache, name):
     learner, count = run.method.make(task), methods.ForwardCount(task.model.denoiser)
     seen = {"forward": 0, "backward": 0}
 
+    entries = task.concept.moments[0, 0].numel() // 2  # of a picture's latents: a mean and a variance for each
+
     def watch(unet, inputs, outputs):
-        seen["forward"] += len(outputs[0]) * len(getattr(outputs[0], "rows", [0]))  # of derivatives
+        seen["forward"] += outputs[0].numel() / entries  # the rows of derivatives among them
         if outputs[0].requires_grad:
 
             def backward(gradient):
-                seen["backward"] += len(gradient)
+                seen["backward"] += gradient.numel() / entries
 
             outputs[0].register_hook(backward)
 
@@ -166,6 +168,7 @@ def test_forwards_are_counted_as_they_happen(cache, name):
     assert count.total == seen["forward"] + again + 2 * seen["backward"] == 2 * per_step
     expected = {"gradient_ti": 3, "dti": 3, "paper": 3, "naive_zo": 3, "gf_ti": 30, "fast": 34, "fast_float32": 34}
     expected |= {"tangents": 38, "tangents_float32": 38}
+    expected["gradient_window"] = 2  # the whole picture once, a quarter of it four times
     assert per_step == expected.get(name, 4)
     assert (seen["backward"] > 0) == (name == "dti" or name.startswith("gradient_"))
 
@@ -173,7 +176,8 @@ def test_forwards_are_counted_as_they_happen(cache, name):
 @pytest.mark.parametrize("grid", grids.GRIDS)
 def test_every_method_parses(grid, cache):
     for name, method in grids.GRIDS[grid].items():
-        words = [*compare_methods.common_flags(make_run("plain"), cache), *method.flags.split()]
+        run = dataclasses.replace(make_run("plain"), judging=compare_methods.Judging())
+        words = [*compare_methods.common_flags(run, cache), *method.flags.split()]
         zoodip.parse_args([str(word) for word in words])
         assert method.learner is None or method.learner in methods.LEARNERS, name
 

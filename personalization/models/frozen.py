@@ -113,7 +113,9 @@ def make_differentiable(model, checkpointing="none"):
     if hasattr(model, "enable_gradient_checkpointing"):
         model.enable_gradient_checkpointing()
     else:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # Its new name, or the one that is deprecated for it
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
         model.train()  # transformers checkpoints in training mode only; text encoders have no dropout
     if checkpointing == "layer":
         for layer in model.modules():
