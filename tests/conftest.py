@@ -20,6 +20,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ import torch
 from tiny_base import build_pictures, build_tiny_base
 
 import train_zoodip_textual_inversion as zoodip
+from personalization.models import base_model
 
 
 REPO = Path(__file__).resolve().parent.parent
@@ -41,10 +43,54 @@ def tiny(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     build_tiny_base(folder / "base")
     build_pictures(folder / "pictures")
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen_garbage():
+    """What the imports left is not looked through at every garbage collection of a run."""
     gc.collect()
-    gc.freeze()  # what the imports left is not looked through at every garbage collection of a run
-    yield folder
+    gc.freeze()
+    yield
     gc.unfreeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def remembered():
+    """Runs in this process find out only once what follows from configs alone, a third of a short run's time.
+
+    A refusal is not remembered, and the command line's own runs are processes that remember nothing.
+    """
+    fits, predict, known = base_model.compute_empty, zoodip.estimate_memory, {}
+
+    def configs(base):
+        found = (base_model.config_of(base, name) for name in base.family.components)
+        found = [config if isinstance(config, dict) else config.to_dict() for config in found]
+        return repr((base.family.name, found, len(base.tokenizers), base.prompt_length))
+
+    def compute_empty(base):
+        key = configs(base)
+        if key not in known:
+            known[key] = fits(base)
+
+    def estimate_memory(args, base, compute):
+        settings = {name: value for name, value in vars(args).items() if not name.endswith(("_dir", "_checkpoint"))}
+        settings["is_cached"] = args.quantized_cache_dir is not None
+        key = repr((settings, compute)) + configs(base)
+        if key not in known:
+            known[key] = predict(args, base, compute)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(base_model, "compute_empty", compute_empty)
+        patch.setattr(zoodip, "estimate_memory", estimate_memory)
+        yield
+
+
+def pytest_collection_modifyitems(items):
+    """Files of few tests, which are the long ones, come first: so that the workers end together."""
+    counts = Counter(item.path for item in items)
+    items.sort(key=lambda item: counts[item.path])
 
 
 def pytest_runtest_setup(item):
@@ -143,16 +189,11 @@ def as_arguments(flags):
 
 @pytest.fixture(scope="module")
 def built():
-    """An empty `damage.World`; what the imports left is not looked through at every garbage collection of a run."""
-    from damage import World, remembered
+    """An empty `damage.World`."""
+    from damage import World
 
     made = World()
-    gc.collect()
-    gc.freeze()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(zoodip, "estimate_memory", remembered(zoodip.estimate_memory))
-        yield made
-    gc.unfreeze()
+    yield made
     shutil.rmtree(made.root)
 
 

@@ -88,20 +88,6 @@ def run_from_outside(words, capsys, caplog):
     return Outcome(code, capsys.readouterr().err, "\n".join(record.getMessage() for record in caplog.records))
 
 
-def remembered(predict):
-    """`zoodip.estimate_memory`, half of a tiny run's time, that predicts the same settings and configs only once."""
-    known = {}
-
-    def answer(args, base, compute):
-        settings = {name: value for name, value in vars(args).items() if name != "output_dir"}
-        key = repr((settings, base.denoiser_config, base.vae_config, base.text_config.to_dict(), compute))
-        if key not in known:
-            known[key] = predict(args, base, compute)
-        return known[key]
-
-    return answer
-
-
 # =====================================================================================================
 # The world
 # =====================================================================================================

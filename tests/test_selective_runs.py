@@ -114,16 +114,28 @@ RESUME = {"--max_train_steps": 12, "--checkpointing_steps": 4, "--train_batch_si
 RESUME |= {"--gradient_accumulation_steps": 2, "--num_perturbations": 2, "--bp_progress_midpoint": 0.6}
 
 
-@pytest.mark.parametrize("view", [{}, {"--bp_view": "window", "--bp_timestep_midpoint": 0.6}])
-def test_resumed_run_equals_the_uninterrupted_one(basics, tmp_path, view):
+WINDOWS = {"--bp_view": "window", "--bp_timestep_midpoint": 0.6}
+
+
+@pytest.mark.parametrize("launched, view", [(True, {}), (False, WINDOWS)], ids=["scaled", "window"])
+def test_resumed_run_equals_the_uninterrupted_one(basics, tmp_path, caplog, launched, view):
     """By `accelerate launch`: the second run starts from checkpoint-8, the one after it is lost half-written."""
     whole, parts, basics = tmp_path / "whole", tmp_path / "parts", basics | view
-    launch(basics | RESUME | {"--output_dir": whole})
+    caplog.set_level("INFO")
+
+    def run(words):
+        """What the run says."""
+        if launched:
+            return launch(words).stderr
+        script.main(script.parse_args(as_arguments(words)))
+        return caplog.text
+
+    run(basics | RESUME | {"--output_dir": whole})
     shutil.copytree(whole, parts)
     (parts / WEIGHTS).unlink()
     (parts / "checkpoint-12").rename(parts / ".tmp-checkpoint-12")
     again = basics | RESUME | {"--output_dir": parts, "--resume_from_checkpoint": "latest"}
-    assert "checkpoint-8 at step 8" in launch(again).stderr
+    assert "checkpoint-8 at step 8" in run(again)
     assert same_weights(parts, whole)
     states = [torch.load(f / "checkpoint-12" / "state.pt", weights_only=True) for f in (whole, parts)]
     assert states[0]["history"] == states[1]["history"] and states[0]["updates"] == states[1]["updates"]

@@ -262,12 +262,12 @@ def test_a_stopped_run_has_a_checkpoint_and_resumes_bit_identical(train, tmp_pat
 
 
 def test_killed_run_resumes_bit_identical(run_script, basics, tmp_path):
-    flags = basics | RESUME | {"--max_train_steps": 160, "--checkpointing_steps": 10, "--validation_steps": 50}
+    flags = basics | RESUME | {"--max_train_steps": 60, "--checkpointing_steps": 5, "--validation_steps": 25}
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     command = [sys.executable, str(SCRIPT), *as_arguments(flags | {"--output_dir": killed})]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.time() + 240
-    while not (killed / "checkpoint-20").exists() and time.time() < deadline and process.poll() is None:
+    while not (killed / "checkpoint-10").exists() and time.time() < deadline and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -495,13 +495,12 @@ def test_validation_grid_shows_every_image(train):
         assert grid.size == (3 * 64, 64)
 
 
-@pytest.mark.parametrize("flags", [{}, {"--save_as_full_pipeline": True, "--validation_prompt": "a {}"}])
-def test_all_lines_of_a_run_are_its_own(launch, basics, flags):
+def test_all_lines_of_a_run_are_its_own(launch, basics):
     """No library's alarm stands before, between or after the lines of the script."""
+    flags = {"--max_train_steps": 1, "--num_inference_steps": 1, "--num_validation_images": 1}
+    flags |= {"--save_as_full_pipeline": True, "--validation_prompt": "a {}"}
     done = launch(
-        *as_arguments(
-            basics | {"--max_train_steps": 1, "--num_inference_steps": 1, "--num_validation_images": 1} | flags
-        ),
+        *as_arguments(basics | flags),
         launcher=("--num_processes=1", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"),
     )
     lines = [line for line in done.stderr.splitlines() if line.strip() and "%|" not in line]
