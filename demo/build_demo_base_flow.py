@@ -9,7 +9,8 @@
 the teacher's CLIP says there: both read from left to right. Stage "flow" lets language model and transformer predict
 what the teacher predicts of the same noisy latents. A velocity of the teacher's kind and one of flow matching are the
 same knowledge: with α of the latents' variance left, σ = √(1-α) / (√α + √(1-α)), and the latents differ by a factor
-and by the shift of the VAE. The VAE's weights are a link to the teacher's.
+and by the shift of the VAE. In stage "aligned" a layer of the transformer also learns what the middle of the teacher's
+UNet says of each place, see `Features`. The VAE's weights are a link to the teacher's.
 
 Prompts are in Qwen3's chat format, as the pipeline writes them.
 """
@@ -29,7 +30,7 @@ WORD_WIDTH, TEXT_LAYERS = 128, 4  # of the language model, whose last layer the 
 WIDTH, HEADS, LAYERS, REFINERS = 192, 6, 6, 1  # of the transformer
 SHIFT = 3.0  # of the noise levels that pictures are drawn with, Z-Image's own
 BATCH = 16
-SETTINGS = ("seed", "text_steps", "flow_steps", "precision")  # in the record
+SETTINGS = ("seed", "text_steps", "flow_steps", "aligned_steps", "precision")  # in the record
 CHAT = """{%- for message in messages %}<|im_start|>{{ message.role }}
 {{ message.content }}<|im_end|>
 {% endfor %}{%- if add_generation_prompt %}<|im_start|>assistant
@@ -209,8 +210,39 @@ def flow_levels(alpha):
     return noise / (signal + noise)
 
 
-def stage_flow(args, teacher, tokenizer, student, shift):
-    """The student predicts what the teacher predicts."""
+class Features(nn.Module):
+    """Reads off a layer of the student what the middle of the teacher's UNet says of each token of the picture.
+
+    The UNet's middle has as many places as the transformer has tokens of a picture, and its states say early on what
+    shape and colours the text asks for.
+    """
+
+    LAYER = 2  # of the transformer, counted from 0
+    WEIGHT = 0.5  # of their error
+
+    def __init__(self, teacher, student):
+        super().__init__()
+        width = teacher.unet.config.block_out_channels[-1]
+        self.student, self.head = student, nn.Linear(WIDTH, width)
+        self.wanted = self.found = None
+        teacher.unet.mid_block.register_forward_hook(self.keep_wanted)
+        student.transformer.layers[self.LAYER].register_forward_hook(self.keep_found)
+
+    def keep_wanted(self, module, given, output):
+        self.wanted = output
+
+    def keep_found(self, module, given, output):
+        self.found = output
+
+    def error(self):
+        """The mean squared error of the features, in units of their variance."""
+        wanted = self.wanted.float().flatten(2).transpose(1, 2)  # [B, places, width]
+        error = (self.head(self.found[:, : wanted.shape[1]]) - wanted).square()
+        return (error.mean((0, 1)) / wanted.var((0, 1))).mean()
+
+
+def stage_flow(args, teacher, tokenizer, student, shift, name, steps, lr_decay, features=None):
+    """The student predicts what the teacher predicts; with `Features`, these as well."""
     latents = distillation.Latents(args, teacher.alphas, low_share=0.0, size=BATCH)
 
     def loss_of(step, rng, generator):
@@ -226,10 +258,15 @@ def stage_flow(args, teacher, tokenizer, student, shift):
         picture = signal * batch.noisy - noise * velocity
         target = (noise * batch.noisy + signal * velocity) - (picture - shift)
         errors = (output.float() - target).square().mean((1, 2, 3))
-        return errors.mean(), distillation.noisy_and_clear(errors, batch.alpha)
+        told = distillation.noisy_and_clear(errors, batch.alpha)
+        if features is None:
+            return errors.mean(), told
+        error = features.error()
+        return errors.mean() + features.WEIGHT * error, told | {"features": error}
 
-    options = {"weight_decay": 0.0, "lr_decay": 0.4, "ema_decay": 0.995, "batch": BATCH}
-    demo.train(args, "flow", student, loss_of, args.flow_steps, 1e-3, **options)
+    options = {"weight_decay": 0.0, "lr_decay": lr_decay, "ema_decay": 0.995, "batch": BATCH}
+    demo.train(args, name, features or student, loss_of, steps, 1e-3, **options)
+    student.requires_grad_(True)
 
 
 def vae_shift(args):
@@ -251,7 +288,7 @@ def export(args, tokenizer, student):
         tokenizer=tokenizer,
         transformer=student.transformer,
     )
-    folder = distillation.export(args, pipeline, "base_flow", ("text", "flow"), SETTINGS)
+    folder = distillation.export(args, pipeline, "base_flow", ("text", "flow", "aligned"), SETTINGS)
     if args.out_dir.resolve() == args.teacher.resolve().parent:
         weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
         weights.unlink()
@@ -261,15 +298,19 @@ def export(args, tokenizer, student):
 
 
 def main(argv=None):
-    args = distillation.parse_args(argv, __doc__, text_steps=300, flow_steps=4500)
+    args = distillation.parse_args(argv, __doc__, text_steps=300, flow_steps=900, aligned_steps=1900)
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed + 4)
     teacher, tokenizer = distillation.Teacher(args), make_tokenizer()
     student = Student(teacher, tokenizer).to(args.device)
     scale = json.loads((args.teacher / "vae" / "config.json").read_text())["scaling_factor"]
-    if demo.load_checkpoint(args, "flow") is None:
-        stage_text(args, teacher, tokenizer, student)
-    stage_flow(args, teacher, tokenizer, student, vae_shift(args) * scale)
+    features = Features(teacher, student)
+    given = args, teacher, tokenizer, student, vae_shift(args) * scale
+    if demo.load_checkpoint(args, "aligned") is None:
+        if demo.load_checkpoint(args, "flow") is None:
+            stage_text(args, teacher, tokenizer, student)
+        stage_flow(*given, "flow", args.flow_steps, lr_decay=0.0)
+    stage_flow(*given, "aligned", args.aligned_steps, lr_decay=0.5, features=features)
     export(args, tokenizer, student)
 
 

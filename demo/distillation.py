@@ -1,7 +1,8 @@
 """The parts that the distilled demo bases share: arguments, the teacher, noisy latents, the weight of an error.
 
-`build_demo_base_xl.py` and `build_demo_base_eps.py` teach another UNet to predict what the UNet of a finished base
-predicts, of the same noisy latents and captions. Both need the cached latents of build_demo_base.py.
+`build_demo_base_xl.py`, `build_demo_base_eps.py` and `build_demo_base_flow.py` teach another model to predict what the
+UNet of a finished base predicts, of the same noisy latents and captions. All need the cached latents of
+build_demo_base.py.
 """
 
 import json

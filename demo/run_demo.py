@@ -113,7 +113,12 @@ def parse_args():
     add("--num_inference_steps", type=int, default=DRAWING["--num_inference_steps"], help="Steps per picture.")
     add("--output_dir", type=Path, default=DEMO / "output", help="Where results are written.")
     add("--seed", type=int, default=0, help="Of training.")
-    add("--base", choices=BASES, default="base", help="Which; base_eps predicts noise, base_xl is an SDXL.")
+    add(
+        "--base",
+        choices=BASES,
+        default="base",
+        help="Which; base_eps predicts noise, base_xl is an SDXL, base_flow a Z-Image.",
+    )
     add(
         "--unet_backend",
         choices=list(COLUMNS),

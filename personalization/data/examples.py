@@ -176,6 +176,7 @@ def draw_examples(concept, batch_size, generator):
 def noise_batch(family, latents, prompt_ids, timesteps, generator, scheduler, size_ids=None, weights=None):
     """A `Batch` of latents noised to timesteps, and of what a model of the family is to predict of them."""
     noise = torch.randn(latents.shape, generator=generator)
+    timesteps = family.tell_timesteps(timesteps, latents, scheduler)
     noisy, target = family.noise(latents, noise, timesteps, scheduler)
     size_ids = torch.empty(len(latents), 0) if size_ids is None else size_ids
     weights = torch.empty(len(latents), 0) if weights is None else weights

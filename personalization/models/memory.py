@@ -323,7 +323,7 @@ def count_activations(denoiser, vae, plan, base, compute):
     if plan.checkpointing is not None:
         frozen.make_differentiable(denoiser.requires_grad_(False), plan.checkpointing)
         for tensor in inputs.text:
-            if tensor is not None:
+            if isinstance(tensor, torch.Tensor):
                 tensor.requires_grad_(True)
     block = plan.freed_blocks * 2**20
     activations = activation_bytes(step, device, slack, plan.checkpointing is not None, block)
