@@ -352,6 +352,12 @@ def read_embedding(result):
             f"{result.shown} was learned on another base{home}: its vectors have {numbers[0]} entries and those of"
             f" {result.base.source.name!r} {numbers[1]}."
         )
+    if (keys or ()) != result.base.family.word_keys:
+        wanted = " and ".join(result.base.family.word_keys) or "the word"
+        raise InputError(
+            f"{result.shown} was learned on another kind of base: its vectors are called {quoted(sorted(words))} and"
+            f" those of {result.base.family.label} {wanted}."
+        )
     count = vectors[0].numel() // found[0]
     print(f"{result.label}: the word {token!r}, {count} vector(s), of {result.folder}")
     return result.column("embedding", token, config["settings"], num_vectors=count)

@@ -533,6 +533,9 @@ def test_words_of_other_models_are_refused(train, place, tmp_path):
     sd = train(pretrained_model_name_or_path=tmp_path / "sd", output_dir=tmp_path / "word", initializer_token="star")
     with pytest.raises(InputError, match="was learned on .*sd. and not on .*base"):
         evaluate.read_column(f"mine={sd}", opened(place / "base"))
+    (sd / "zoodip_config.json").unlink()  # of the same width, and nothing says where it is from
+    with pytest.raises(InputError, match="are called .*<my-toy>.* and those of Z-Image qwen3_4b"):
+        evaluate.read_column(f"mine={sd}", opened(place / "base"))
 
 
 def test_text_without_lengths_is_as_before():
