@@ -549,7 +549,7 @@ def draw_missing(output_dir, columns, drawing, pipeline, batch_size):
                 prompts = [drawing.prompts[p].replace("{}", column.subject) for p, _ in cells]
                 prompts = [normalized(pipeline.tokenizer, prompt) for prompt in prompts]  # as words are named there
                 generators = [torch.Generator().manual_seed(seed_of(drawing, *cell)) for cell in cells]
-                for cell, image in zip(cells, draw(prompts, generator=generators, **options).images):
+                for cell, image in zip(cells, draw(prompt=prompts, generator=generators, **options).images):
                     with atomic_path(image_path(output_dir, column, *cell)) as temporary:
                         image.save(temporary)
                 bar.update(len(cells))

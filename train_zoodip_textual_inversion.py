@@ -1030,9 +1030,9 @@ def resolve_settings(args, device):
         raise InputError(f"--quantization {args.quantization} is not installed: pip install {package}.")
     source = base_model.ModelSource(args.pretrained_model_name_or_path, args.revision, args.variant)
     base = base_model.open_base(source, args.tokenizer_name, families.FAMILIES.values())
-    if not (on_torch and not args.torch_compile or base.family.fixed_shapes):
-        flag, label = "--torch_compile" if on_torch else f"--unet_backend {args.unet_backend}", base.family.label
-        raise InputError(f"{flag} compiles for one shape, and prompts of {label} have lengths of their own: drop it.")
+    if not (on_torch and not args.torch_compile or base.family.compiles):
+        flag, family = "--torch_compile" if on_torch else f"--unet_backend {args.unet_backend}", base.family
+        raise InputError(f"{flag} does not take the {family.denoiser_label} of {family.label}: drop it.")
     start = read_start(args, base)
     complete_for_family(args, base.family)
     complete_for_precision(args, precision)
@@ -1148,11 +1148,11 @@ def make_parser():
     """The parser, with every flag."""
     parser = flags.new_parser(
         __file__,
-        "ZOODiP: textual inversion on a quantized Stable Diffusion (1.x, 2.x, XL) or Z-Image by forward passes only.",
+        "ZOODiP: textual inversion on a quantized Stable Diffusion, Z-Image or FLUX.2 klein by forward passes only.",
         "%(prog)s --pretrained_model_name_or_path MODEL --train_data_dir FOLDER --placeholder_token TOKEN"
         " --initializer_token WORD [options]",
     )
-    engine = flags.add_model_arguments(parser, "Stable Diffusion 1.x, 2.x or SDXL, or Z-Image")
+    engine = flags.add_model_arguments(parser, "Stable Diffusion 1.x, 2.x or SDXL, Z-Image or FLUX.2 klein")
     textual_inversion.add_engine_arguments(engine, list(BACKENDS))
     textual_inversion.add_concept_arguments(flags.add_data_arguments(parser))
     add_optimization_arguments(flags.group(parser, "optimization"))
@@ -1209,9 +1209,9 @@ def add_optimization_arguments(add):
         help="Candidates of a step (θ and its perturbations) in one forward pass at most; fewer take less memory, with"
         " the same result. Default: all in one; with gauss_newton 9.",
     )
-    low = "T_L of PUTS, inclusive. Default: 500, for SDXL 700, for Z-Image 300."
+    low = "T_L of PUTS, inclusive. Default: 500, for SDXL 700, for Z-Image and klein 300."
     add("--puts_min_timestep", type=int, limits=flags.Range(0, 10**6), page=True, help=low)
-    high = "T_U of PUTS, exclusive; 0/1000 is uniform. Default: 900, for Z-Image 800."
+    high = "T_U of PUTS, exclusive; 0/1000 is uniform. Default: 900, for Z-Image and klein 800."
     add("--puts_max_timestep", type=int, limits=flags.Range(1, 10**6), page=True, help=high)
 
 

@@ -150,7 +150,7 @@ def test_who_cannot_serve_it_says_so(place, tmp_path, monkeypatch):
         tuneqdm.main(args)
     monkeypatch.delitem(families.FAMILIES, TINY_FLOW.name)
     with pytest.raises(
-        InputError, match="not known here, 'StableDiffusion3Pipeline'; .* 1.x, 2.x, XL and Z-Image: choose"
+        InputError, match="not known here, 'StableDiffusion3Pipeline'; .* XL, Z-Image and FLUX.2 klein: choose"
     ):
         opened(place)
 

@@ -515,8 +515,8 @@ def test_a_tokenizer_without_a_template_is_refused(place, tmp_path):
 @pytest.mark.parametrize(
     "more, sentence",
     [
-        ({"unet_backend": "openvino"}, "--unet_backend openvino compiles for one shape, and prompts of Z-Image"),
-        ({"torch_compile": True}, "--torch_compile compiles for one shape"),
+        ({"unet_backend": "openvino"}, "--unet_backend openvino does not take the transformer of Z-Image: drop it"),
+        ({"torch_compile": True}, "--torch_compile does not take the transformer"),
         ({"save_a1111": True}, "--save_a1111 is for Stable Diffusion"),
         ({"pool_at_eos": True}, "--pool_at_eos is about SDXL"),
         ({"initializer_token": "red ring"}, "is 2 tokens and must be one"),

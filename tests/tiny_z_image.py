@@ -51,14 +51,14 @@ def build_tiny_z_image_base(folder, **scheduler):
     (folder / "model_index.json").write_text(json.dumps(index, indent=2))
 
 
-def tiny_language_model(words):
+def tiny_language_model(words, layers=LAYERS):
     """A `Qwen3Model` with rows for more words than its tokenizer has, as Qwen's own."""
     model = Qwen3Model(
         Qwen3Config(
             vocab_size=words,
             hidden_size=WIDTH,
             intermediate_size=2 * WIDTH,
-            num_hidden_layers=LAYERS,
+            num_hidden_layers=layers,
             num_attention_heads=2,
             num_key_value_heads=1,
             head_dim=8,

@@ -115,7 +115,8 @@ def load_concept(pictures, prompts, base, flip_probability, compute):
     stored = StoredModel(tensor_bytes(vae), 0.0)
     vae.decoder = None  # 60 % of it, and not needed here
     vae.to(compute.device)
-    sides, facts, (ids, rows) = (2 if flip_probability > 0 else 1), (base.family, base.vae_config), prompts
+    sides, (ids, rows) = (2 if flip_probability > 0 else 1), prompts
+    facts = base.family, base.family.vae_facts(vae, base.vae_config)
     of_shape = {}
     for number, picture in enumerate(pictures):
         of_shape.setdefault(picture.pixels.shape, []).append(number)

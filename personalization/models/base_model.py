@@ -556,7 +556,7 @@ def find_weight_files(base, component):
                 reason = f"holds {name!r} a second time"
             elif stored.shape != known[name]:
                 reason = f"holds {name!r} of shape {list(stored.shape)}, the config wants {list(known[name])}"
-            elif not stored.dtype.startswith(("F", "BF")):
+            elif not stored.dtype.startswith(("F", "BF")) and not name.endswith("num_batches_tracked"):
                 reason = f"holds {name!r} as {stored.dtype}, which are no floating-point weights"
             else:
                 missing.discard(name)

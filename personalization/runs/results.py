@@ -121,7 +121,7 @@ def usage(result, folder, publication):
     return (
         f"from diffusers import {', '.join(kinds)}\n"
         f"pipeline = {load}\n"
-        f'pipeline({quoted(hub.example_prompt(result.config))}).images[0].save("image.png")'
+        f'pipeline({hub.prompt_keyword(family)}{quoted(hub.example_prompt(result.config))}).images[0].save("image.png")'
     )
 
 

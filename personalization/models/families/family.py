@@ -94,7 +94,7 @@ class Family:
     tokenizers = ("tokenizer",)
     classes: dict  # component -> class
     scheduler: type  # of training's noise levels
-    fixed_shapes = True  # whether pictures alone decide the shapes of the denoiser's inputs: it can be compiled
+    compiles = True  # whether other engines and compilers take its denoiser: a function of tensors of fixed shapes
 
     # How images are drawn with it, by diffusers; and the file beside the scripts that travels with a concept, if any.
     pipeline: type
@@ -223,6 +223,10 @@ class Family:
         raise NotImplementedError(f"{self.label} has no pooled text")
 
     # ---------------------------------------------------------------------------------------- pictures and predictions
+
+    def vae_facts(self, vae, config):
+        """What `to_latents` must know of a VAE: its config, and whatever else is among its weights."""
+        return config
 
     def to_latents(self, sample, vae_config):
         """A sample of the VAE as the denoiser knows it: shifted, where the VAE says so, and scaled."""

@@ -24,10 +24,11 @@ class LanguageFamily(Family):
     """A family of a flow-matching transformer with a Qwen3 as its only text encoder."""
 
     denoiser = "transformer"
-    fixed_shapes = False  # prompts have lengths of their own
+    compiles = False
     scheduler = FlowMatchEulerDiscreteScheduler
     tokenizer_kind = "Qwen"
     expands_words = False
+    packs = True  # whether prompts have lengths of their own; if not, they are padded to the longest that can be
     thinks = True  # `enable_thinking` of the chat's template
     layers_read: tuple  # numbers among the hidden states, the embeddings' being 0; from the end where negative
 
@@ -49,13 +50,14 @@ class LanguageFamily(Family):
         (tokenizer,) = tokenizers
         how = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": self.thinks}
         chats = [tokenizer.apply_chat_template([{"role": "user", "content": text}], **how) for text in texts]
-        limit = {"padding": True, "truncation": True, "max_length": LONGEST_PROMPT}
+        limit = {"padding": True if self.packs else "max_length", "truncation": True, "max_length": LONGEST_PROMPT}
         return tokenizer(chats, return_tensors="pt", **limit).input_ids
 
     def encode(self, encoders, ids):
         (encoder,) = encoders
         lengths = lengths_of(ids, encoder.config.pad_token_id)
-        longest, mask = max(lengths), {"full_attention": None}  # which is causal, and looks at no values
+        longest = max(lengths) if self.packs else ids.shape[1]
+        mask = {"full_attention": None}  # which is causal, and looks at no values
         if min(lengths) < longest:
             mask = torch.arange(longest, device=ids.device) < torch.tensor(lengths, device=ids.device)[:, None]
         given = {"input_ids": ids[:, :longest], "attention_mask": mask, "use_cache": False}
@@ -150,8 +152,9 @@ class LanguageFamily(Family):
     def example(self, base, count, resolution, device="cpu", dtype=torch.float32):
         made, side = {"device": device, "dtype": dtype}, resolution // base.vae_factor
         noisy = torch.zeros(count, self.latent_channels(base), side, side, **made)
-        states = torch.zeros(count, USUAL_PROMPT, base.word_width * len(self.layers_read), **made)
-        text = Text(states, lengths=(USUAL_PROMPT,) * count)
+        length = USUAL_PROMPT if self.packs else LONGEST_PROMPT
+        states = torch.zeros(count, length, base.word_width * len(self.layers_read), **made)
+        text = Text(states, lengths=(length,) * count)
         return Inputs(noisy, torch.zeros(count, device=device), text, torch.zeros(count, 0, device=device))
 
     def latent_channels(self, base):
