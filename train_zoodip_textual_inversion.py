@@ -1209,9 +1209,9 @@ def add_optimization_arguments(add):
         help="Candidates of a step (θ and its perturbations) in one forward pass at most; fewer take less memory, with"
         " the same result. Default: all in one; with gauss_newton 9.",
     )
-    low = "T_L of PUTS, inclusive. Default: 500, for SDXL 700, for Z-Image and klein 300."
+    low = "T_L of PUTS, inclusive. Default: 500, for SDXL 700, for Z-Image and klein 600."
     add("--puts_min_timestep", type=int, limits=flags.Range(0, 10**6), page=True, help=low)
-    high = "T_U of PUTS, exclusive; 0/1000 is uniform. Default: 900, for Z-Image and klein 800."
+    high = "T_U of PUTS, exclusive; 0/1000 is uniform. Default: 900, for Z-Image and klein 1000."
     add("--puts_max_timestep", type=int, limits=flags.Range(1, 10**6), page=True, help=high)
 
 

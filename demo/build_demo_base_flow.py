@@ -311,7 +311,7 @@ def main(argv=None):
             stage_text(args, teacher, tokenizer, student)
         stage_flow(*given, "flow", args.flow_steps, lr_decay=0.0)
     stage_flow(*given, "aligned", args.aligned_steps, lr_decay=0.5, features=features)
-    export(args, tokenizer, student)
+    export(args, make_tokenizer(), student)  # a fresh one: the other would be saved with its last padding
 
 
 if __name__ == "__main__":

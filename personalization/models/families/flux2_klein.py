@@ -28,7 +28,7 @@ class Flux2Klein(LanguageFamily):
     word_keys = ("qwen3_4b",)  # as ComfyUI calls them
     layers_read = (9, 18, 27)
     thinks = packs = False
-    timestep_window = 300, 800
+    timestep_window = 600, 1000
     settings_of_optimizer = {"zo_adam": {"learning_rate": 5e-3, "max_train_steps": 30_000}}
 
     def recognises(self, index, configs):
