@@ -59,7 +59,7 @@ import tuneqdm_pipeline as tuneqdm
 from personalization import flags
 from personalization.data import images
 from personalization.data.captions import check_unicode
-from personalization.data.prompts import normalized
+from personalization.data.prompts import normalized, placeholder_names
 from personalization.errors import InputError, is_outside, quoted, reason, run_script, shorten
 from personalization.files import atomic_path, check_apart, check_writable, read_json, sha256, write_json
 from personalization.models import base_model, families, weight_cache
@@ -174,12 +174,20 @@ class Column:
     """The plain word, or a result."""
 
     label: str
-    word: str  # what stands for the subject in prompts
+    word: str  # what the subject is called
     folder: Path | None  # of a result
     fingerprint: str  # of what it draws with
     kind: str = "embedding"  # of the result, key of `KINDS`
-    base: base_model.Base | None = None  # for tuned scales, which want the base's UNet for themselves
+    base: base_model.Base | None = None  # of a result
+    num_vectors: int = 1  # of the word
     pool_at_eos: bool = False  # whether it was trained with that flag
+
+    @property
+    def subject(self):
+        """What stands for the subject in prompts of the family's pipeline: all vectors, where it wants them named."""
+        if self.base is None or self.base.family.expands_words:
+            return self.word
+        return " ".join(placeholder_names(self.word, self.num_vectors))
 
     @property
     def config_path(self):
@@ -240,7 +248,7 @@ class Result(NamedTuple):
         """The `Column` that it is."""
         fingerprint = sha256(self.folder / KINDS[kind].result_name)[:16]
         pooled = settings.get("pool_at_eos") is True
-        return Column(self.label, word, self.folder, fingerprint, kind, pool_at_eos=pooled, **words)
+        return Column(self.label, word, self.folder, fingerprint, kind, self.base, pool_at_eos=pooled, **words)
 
     def read_config(self, kind, needed=True):
         """The config of a kind of result, its settings an object; {"settings": {}} where none is needed.
@@ -318,9 +326,11 @@ def read_embedding(result):
     """
     config = result.read_config("embedding", needed=False)
     words, metadata = result.read_tensors("embedding", "embedding")
-    named, keys = config.get("placeholder_token") or metadata.get("placeholder_token"), families.SDXL.word_keys
+    named = config.get("placeholder_token") or metadata.get("placeholder_token")
     named = named if isinstance(named, str) else None
-    if sorted(words) == sorted(keys):
+    in_parts = [family.word_keys for family in families.FAMILIES.values() if family.word_keys]
+    keys = next((keys for keys in in_parts if sorted(words) == sorted(keys)), None)
+    if keys is not None:
         vectors, token = [words[key] for key in keys], named
     else:
         token = named if named in words else next(iter(words), None)
@@ -342,8 +352,15 @@ def read_embedding(result):
             f"{result.shown} was learned on another base{home}: its vectors have {numbers[0]} entries and those of"
             f" {result.base.source.name!r} {numbers[1]}."
         )
-    print(f"{result.label}: the word {token!r}, {vectors[0].numel() // found[0]} vector(s), of {result.folder}")
-    return result.column("embedding", token, config["settings"])
+    if (keys or ()) != result.base.family.word_keys:
+        wanted = " and ".join(result.base.family.word_keys) or "the word"
+        raise InputError(
+            f"{result.shown} was learned on another kind of base: its vectors are called {quoted(sorted(words))} and"
+            f" those of {result.base.family.label} {wanted}."
+        )
+    count = vectors[0].numel() // found[0]
+    print(f"{result.label}: the word {token!r}, {count} vector(s), of {result.folder}")
+    return result.column("embedding", token, config["settings"], num_vectors=count)
 
 
 def read_scales(result):
@@ -357,7 +374,7 @@ def read_scales(result):
         tuneqdm.read_scales(result.folder / tuneqdm.SCALES_FILE)
     except ValueError as error:
         raise InputError(f"{result.shown} holds no scales that can be read ({reason(error)}).") from None
-    return result.column("scales", word, settings, base=result.base)
+    return result.column("scales", word, settings)
 
 
 def read_lora(result):
@@ -529,10 +546,10 @@ def draw_missing(output_dir, columns, drawing, pipeline, batch_size):
         with showing(column, pipeline) as draw:
             for start in range(0, len(missing[column.label]), batch_size):
                 cells = missing[column.label][start : start + batch_size]
-                prompts = [drawing.prompts[p].replace("{}", column.word) for p, _ in cells]
+                prompts = [drawing.prompts[p].replace("{}", column.subject) for p, _ in cells]
                 prompts = [normalized(pipeline.tokenizer, prompt) for prompt in prompts]  # as words are named there
                 generators = [torch.Generator().manual_seed(seed_of(drawing, *cell)) for cell in cells]
-                for cell, image in zip(cells, draw(prompts, generator=generators, **options).images):
+                for cell, image in zip(cells, draw(prompt=prompts, generator=generators, **options).images):
                     with atomic_path(image_path(output_dir, column, *cell)) as temporary:
                         image.save(temporary)
                 bar.update(len(cells))
@@ -600,10 +617,10 @@ def showing(column, pipeline):
         pipeline.unload_lora_weights()
     else:
         with fitting(column):
-            embeddings.load_concept(pipeline, column.folder, column.word, RESULT_FILE)
+            embeddings.load_concept(pipeline, column.folder, column.word, column.base.family, RESULT_FILE)
         with pooled_as_trained(column, pipeline):
             yield pipeline
-        embeddings.unload_concepts(pipeline)
+        column.base.family.unload_words(pipeline)
 
 
 # =====================================================================================================

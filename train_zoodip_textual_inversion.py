@@ -392,7 +392,9 @@ class Int8(Unquantized):
         return isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d))
 
     def new_layer(self, layer, dtype, buffer):
-        return (Int8Linear if isinstance(layer, torch.nn.Linear) else Int8Conv2d)(layer, buffer)
+        new = (Int8Linear if isinstance(layer, torch.nn.Linear) else Int8Conv2d)(layer, buffer)
+        new.compute_dtype = dtype  # what models that look at a weight's dtype ask for where it is no float
+        return new
 
     def replace_layers(self, model, dtype):
         buffer = DequantizationBuffer()
@@ -499,7 +501,7 @@ def load_frozen(base, component, backend, compute, cache_dir=None, device=None):
     """
     device, dtype = device or compute.device, compute.dtype
     files = base_model.find_weight_files(base, component)
-    model = base_model.empty_model(base, component)
+    model = base.family.skip_unread(component, base_model.empty_model(base, component))
     share = quantized_share(model, backend)
     if component in base.family.text_encoders:
         model.set_input_embeddings(torch.nn.Identity())
@@ -1030,6 +1032,9 @@ def resolve_settings(args, device):
         raise InputError(f"--quantization {args.quantization} is not installed: pip install {package}.")
     source = base_model.ModelSource(args.pretrained_model_name_or_path, args.revision, args.variant)
     base = base_model.open_base(source, args.tokenizer_name, families.FAMILIES.values())
+    if not (on_torch and not args.torch_compile or base.family.compiles):
+        flag, family = "--torch_compile" if on_torch else f"--unet_backend {args.unet_backend}", base.family
+        raise InputError(f"{flag} does not take the {family.denoiser_label} of {family.label}: drop it.")
     start = read_start(args, base)
     complete_for_family(args, base.family)
     complete_for_precision(args, precision)
@@ -1148,11 +1153,11 @@ def make_parser():
     """The parser, with every flag."""
     parser = flags.new_parser(
         __file__,
-        "ZOODiP: textual inversion on a quantized Stable Diffusion (1.x, 2.x or SDXL) with forward passes only.",
+        "ZOODiP: textual inversion on a quantized Stable Diffusion, Z-Image or FLUX.2 klein by forward passes only.",
         "%(prog)s --pretrained_model_name_or_path MODEL --train_data_dir FOLDER --placeholder_token TOKEN"
         " --initializer_token WORD [options]",
     )
-    engine = flags.add_model_arguments(parser, "Stable Diffusion 1.x, 2.x or SDXL")
+    engine = flags.add_model_arguments(parser, "Stable Diffusion 1.x, 2.x or SDXL, Z-Image or FLUX.2 klein")
     textual_inversion.add_engine_arguments(engine, list(BACKENDS))
     textual_inversion.add_concept_arguments(flags.add_data_arguments(parser))
     add_optimization_arguments(flags.group(parser, "optimization"))
@@ -1209,9 +1214,9 @@ def add_optimization_arguments(add):
         help="Candidates of a step (θ and its perturbations, or derivatives) in one forward pass at most; fewer take"
         " less memory, with the same result. Default: all in one; with gauss_newton 9.",
     )
-    low = "T_L of PUTS, inclusive. Default: 500, for SDXL 700."
+    low = "T_L of PUTS, inclusive. Default: 500, for SDXL 700, for Z-Image and klein 600."
     add("--puts_min_timestep", type=int, limits=flags.Range(0, 10**6), page=True, help=low)
-    high = "T_U of PUTS, exclusive; 0/1000 is uniform. Default: 900."
+    high = "T_U of PUTS, exclusive; 0/1000 is uniform. Default: 900, for Z-Image and klein 1000."
     add("--puts_max_timestep", type=int, limits=flags.Range(1, 10**6), page=True, help=high)
 
 
@@ -1390,7 +1395,7 @@ def assemble_model(args, base, placeholder, prompt_ids, text_encoder, denoiser, 
 
     Args:
         args: resolved settings.
-        prompt_ids: of the concept's prompts `[P, length]`.
+        prompt_ids: of the concept's prompts, any shape.
 
     Returns:
         `FrozenModel`, and where θ starts, float32: at the initializer `[d]`, of two text encoders the word of each, or
@@ -1466,7 +1471,7 @@ def prepare(
         encode = Compute(torch.device("cpu"), torch.float32, compute.memory_format)
     concept, stored_vae = examples.load_concept(pictures, captions, base, args.flip_probability, encode)
     judged = examples.load_concept(*held_out, base, 0.0, encode)[0] if held_out else None  # as they are
-    prompt_ids = torch.cat([each.prompt_ids for each in (concept, judged) if each])
+    prompt_ids = torch.cat([each.prompt_ids.flatten() for each in (concept, judged) if each])
     with in_turn():
         text_encoder, denoiser, stored = load_networks(args, base, compute, layers_dir)
     model, initial = assemble_model(args, base, placeholder, prompt_ids, text_encoder, denoiser, compute)
@@ -1629,8 +1634,9 @@ def draw_validation_images(run):
 def draw_samples(run):
     """Images of `--validation_prompt` with θ in place."""
     args, model = run.args, run.model
-    rows, prompt = model.text_encoder.get_input_embeddings(), run.placeholder.fill(args.validation_prompt)
-    texts = [run.placeholder.expand(prompt), ""]
+    rows, placeholder = model.text_encoder.get_input_embeddings(), run.placeholder
+    texts = [placeholder.expand(args.validation_prompt), ""]
+    prompt = placeholder.fill(args.validation_prompt) if run.base.family.expands_words else texts[0]
     rows.check(run.base.tokenize(texts))
     rows.write(run.learner.result[None])
     what = prompt, args.num_validation_images, args.seed

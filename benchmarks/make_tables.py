@@ -38,6 +38,8 @@ TABLES = {
     "demo_scores_xl": (demo.demo_scores, "docs/demo_scores_xl.json"),
     "demo_quality": (demo.demo_quality, "demo/quality.json"),
     "demo_quality_xl": (demo.demo_quality, "demo/quality_xl.json"),
+    "demo_quality_flow": (demo.demo_quality, "demo/quality_flow.json"),
+    "demo_scores_flow": (demo.demo_scores, "docs/demo_scores_flow.json"),
     "signal": (signal.signal, f"{RESULTS}/signal.json"),
     "hardening": (hardening.hardening, "docs/hardening.json"),
     "signal_float32": (signal.signal, f"{RESULTS}/signal_float32.json"),

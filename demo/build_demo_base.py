@@ -38,7 +38,7 @@ from torch import nn
 
 
 STAGES = ("data", "clip", "vae", "latents", "scorer", "identity", "unet", "export")
-DISTILLED_STAGES = ("pooled", "unet_xl", "unet_eps")  # build_demo_base_xl.py and build_demo_base_eps.py
+DISTILLED_STAGES = ("pooled", "unet_xl", "unet_eps", "text", "flow", "aligned")  # of build_demo_base_{xl,eps,flow}.py
 ATTRIBUTES = {  # name -> its values, in the order of the columns of `scenes_*.npy`
     "shape": world.SHAPES,
     "colour": world.COLOUR_NAMES,

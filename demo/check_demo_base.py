@@ -5,6 +5,7 @@
     python demo/check_demo_base.py                    # writes demo/quality.json and demo/samples.png
     python demo/check_demo_base.py --base base_eps    # predicts noise: demo/quality_eps.json and demo/samples_eps.png
     python demo/check_demo_base.py --base base_xl     # SDXL's kind: demo/quality_xl.json and demo/samples_xl.png
+    python demo/check_demo_base.py --base base_flow   # Z-Image's kind: demo/quality_flow.json, demo/samples_flow.png
 
 Everything is measured on renders and captions drawn with seeds that training never used, with the committed fp16
 weights loaded as fp32. Exit status 0 also where a target is missed: the file says which (`targets`).
@@ -38,7 +39,7 @@ TARGETS = {  # (section, figure) -> at least
     ("generated", "shape"): 0.97,
     ("generated", "colour"): 0.95,
 }
-BASES = ("base", "base_eps", "base_xl")
+BASES = ("base", "base_eps", "base_xl", "base_flow")
 SEED = 20_000  # far from the (seed, stage or chunk) pairs of training
 
 
@@ -46,13 +47,11 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     here = Path(__file__).resolve().parent
     parser.add_argument("--demo_dir", type=Path, default=here, help="where base/ and scorer/ are")
-    parser.add_argument(
-        "--base", choices=("base", "base_eps", "base_xl"), default="base", help="which of the bases there"
-    )
+    parser.add_argument("--base", choices=BASES, default="base", help="which of the bases there")
     parser.add_argument("--out_dir", type=Path, default=None, help="for quality.json, samples.png; default: demo_dir")
     parser.add_argument("--num_renders", type=int, default=2048, help="fresh renders for the VAE and the scorer")
     parser.add_argument("--num_captions", type=int, default=512, help="fresh captions to generate for")
-    parser.add_argument("--steps", type=int, default=25, help="DPM-Solver steps")
+    parser.add_argument("--steps", type=int, default=25, help="of DPM-Solver, for base_flow of Euler")
     parser.add_argument("--guidance", type=float, default=4.0, help="classifier-free guidance scale")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seed", type=int, default=SEED)
@@ -88,8 +87,9 @@ def generate(pipeline, prompts, seed, steps, guidance, batch=32):
     images = []
     for start in range(0, len(prompts), batch):
         generator = torch.Generator("cpu").manual_seed(seed + start)
-        part = prompts[start : start + batch]
-        images += pipeline(part, num_inference_steps=steps, guidance_scale=guidance, generator=generator).images
+        part, size = prompts[start : start + batch], {"height": world.RESOLUTION, "width": world.RESOLUTION}
+        how = {"num_inference_steps": steps, "guidance_scale": guidance, "generator": generator}
+        images += pipeline(part, **how, **size).images
     return images
 
 

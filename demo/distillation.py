@@ -1,7 +1,8 @@
 """The parts that the distilled demo bases share: arguments, the teacher, noisy latents, the weight of an error.
 
-`build_demo_base_xl.py` and `build_demo_base_eps.py` teach another UNet to predict what the UNet of a finished base
-predicts, of the same noisy latents and captions. Both need the cached latents of build_demo_base.py.
+`build_demo_base_xl.py`, `build_demo_base_eps.py` and `build_demo_base_flow.py` teach another model to predict what the
+UNet of a finished base predicts, of the same noisy latents and captions. All need the cached latents of
+build_demo_base.py.
 """
 
 import json
@@ -72,17 +73,22 @@ class Batch:
 
 
 class Latents:
-    """The cached moments of the rendered scenes, noised by the schedule `alphas` `[T]`."""
+    """The cached moments of the rendered scenes, noised by the schedule `alphas` `[T]`.
 
-    def __init__(self, args, alphas):
+    A share of the batches, `low_share`, is at 32 px and twice as large.
+    """
+
+    def __init__(self, args, alphas, low_share=0.4, size=24):
         self.rows = np.load(args.work_dir / "scenes_world.npy").astype(np.int64)
         self.moments = {side: torch.from_numpy(np.load(args.work_dir / f"latents_{side}.npy")) for side in demo.SIDES}
         self.scaling_factor = json.loads((args.work_dir / "latents.json").read_text())["scaling_factor"]
-        self.alphas, self.device, self.smoke = alphas, args.device, args.smoke
+        self.alphas, self.low_share, self.size, self.device = alphas, low_share, size, args.device
+        self.smoke = args.smoke
 
     def draw(self, rng, generator):
-        """A `Batch` at 64 px or, in two of five, at 32 px, its timesteps one from each of B equal parts."""
-        side, size = (demo.SIDES[1], 48) if rng.random() < 0.4 else (demo.SIDES[0], 24)
+        """A `Batch` at 64 px or at 32 px, its timesteps one from each of B equal parts."""
+        low = rng.random() < self.low_share
+        side, size = (demo.SIDES[1], 2 * self.size) if low else (demo.SIDES[0], self.size)
         size = 4 if self.smoke else size
         index = rng.integers(len(self.rows), size=size)
         empty = rng.random(size) < 0.1

@@ -83,6 +83,14 @@ WAYS = {
         {"--optimizer": "gauss_newton", "--max_candidates_per_forward": 17, "--max_train_steps": 150},
     ),
 }
+# What a base needs beside, by way: a language model's word of one vector says its shape and hardly its looks.
+OF_BASE = {
+    "base_flow": {
+        "zoodip": {"--num_vectors": 8},
+        "gradient": {"--num_vectors": 8, "--learning_rate": 3e-2},
+        "gauss_newton": {"--num_vectors": 8},
+    }
+}
 COLUMNS = {"torch": ["zoodip", "gradient"], "openvino": ["zoodip", "gauss_newton"]}  # by engine: which ways
 SETTINGS = {  # of every way
     "--flip_probability": 0,  # a moon mirrored is another moon: with flips that subject is hardly learned
@@ -113,7 +121,12 @@ def parse_args():
     add("--num_inference_steps", type=int, default=DRAWING["--num_inference_steps"], help="Steps per picture.")
     add("--output_dir", type=Path, default=DEMO / "output", help="Where results are written.")
     add("--seed", type=int, default=0, help="Of training.")
-    add("--base", choices=BASES, default="base", help="Which; base_eps predicts noise, base_xl is an SDXL.")
+    add(
+        "--base",
+        choices=BASES,
+        default="base",
+        help="Which; base_eps predicts noise, base_xl is an SDXL, base_flow a Z-Image.",
+    )
     add(
         "--unet_backend",
         choices=list(COLUMNS),
@@ -134,7 +147,7 @@ def parse_args():
 
 def flags_of(way, args):
     """What a way is run with beside the names of files: flag -> value."""
-    flags = {**SETTINGS, **WAYS[way].flags}
+    flags = {**SETTINGS, **WAYS[way].flags, **OF_BASE.get(args.base, {}).get(way, {})}
     if args.max_train_steps is not None:
         flags["--max_train_steps"] = args.max_train_steps
     return {**flags, "--validation_steps": max(1, flags["--max_train_steps"] // VALIDATIONS)}

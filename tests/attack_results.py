@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 import evaluate_personalization as evaluation
 import tuneqdm_pipeline as tuneqdm
 from personalization.errors import InputError
+from personalization.models.families import SD1
 
 
 BASE = REPO / "demo" / "base"
@@ -142,7 +143,7 @@ def attack_results(world, data):
     except Drawn:
         pass
     world.pipeline.unload_lora_weights()
-    evaluation.embeddings.unload_concepts(world.pipeline)
+    SD1.unload_words(world.pipeline)
     assert len(world.pipeline.tokenizer) == world.tokens, "the pipeline is as it was"
     assert users.read_bytes() == b"of a user"
     assert {path.name for path in world.folder.iterdir()} == {"prompts.txt", "result", "out"}

@@ -386,6 +386,39 @@ def test_smoke_run_of_the_sdxl_recipe(smoke):
     assert pipeline("a photo of a red star", num_inference_steps=2).images[0].size == (64, 64)
 
 
+def test_smoke_run_of_the_flow_recipe(smoke):
+    import torch
+    from diffusers import ZImagePipeline
+
+    command = [sys.executable, str(DEMO / "build_demo_base_flow.py"), "--smoke", "--device", "cpu", "--threads", "1"]
+    command += ["--out_dir", str(smoke / "out"), "--work_dir", str(smoke / "work")]
+    subprocess.run(command, check=True, env=ENVIRONMENT, capture_output=True, text=True)
+    pipeline = ZImagePipeline.from_pretrained(smoke / "out" / "base_flow", dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline.tokenizer.tokenize("a two-tone ring in front of a brick wall")[:4] == [
+        "a",
+        "Ġtwo",
+        "-tone",
+        "Ġring",
+    ]
+    options = {"num_inference_steps": 2, "height": 64, "width": 64}
+    assert pipeline("a photo of a red star", **options).images[0].size == (64, 64)
+
+
+@pytest.mark.skipif(not (DEMO / "base_flow" / "vae").exists(), reason="demo/base_flow is not in this checkout")
+def test_committed_flow_base_is_small_and_generates():
+    import torch
+    from diffusers import ZImagePipeline
+
+    files = [path for path in (DEMO / "base_flow").rglob("*") if path.is_file() and not path.is_symlink()]
+    assert sum(path.stat().st_size for path in files) <= 16e6  # the VAE's weights are a link to those of demo/base
+    pipeline = ZImagePipeline.from_pretrained(DEMO / "base_flow", dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 2, "height": 64, "width": 64, "output_type": "np"}
+    images = pipeline(["a photo of a red star in the snow"], **options).images
+    assert images.shape == (1, 64, 64, 3) and np.isfinite(images).all() and images.std() > 0.02
+
+
 @pytest.mark.skipif(not (DEMO / "base_xl").exists(), reason="demo/base_xl is not in this checkout")
 def test_committed_sdxl_base_is_small_and_generates():
     import torch
@@ -399,7 +432,7 @@ def test_committed_sdxl_base_is_small_and_generates():
     assert images.shape == (1, 64, 64, 3) and np.isfinite(images).all() and images.std() > 0.02
 
 
-@pytest.mark.parametrize("ending", ["", "_eps", "_xl"])
+@pytest.mark.parametrize("ending", ["", "_eps", "_xl", "_flow"])
 def test_stored_quality_is_consistent(ending):
     from check_demo_base import TARGETS
 

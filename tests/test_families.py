@@ -149,7 +149,9 @@ def test_who_cannot_serve_it_says_so(place, tmp_path, monkeypatch):
     with pytest.raises(InputError, match=sentence):
         tuneqdm.main(args)
     monkeypatch.delitem(families.FAMILIES, TINY_FLOW.name)
-    with pytest.raises(InputError, match="has a transformer and no UNet; .* Stable Diffusion 1.x, 2.x and XL: choose"):
+    with pytest.raises(
+        InputError, match="not known here, 'StableDiffusion3Pipeline'; .* XL, Z-Image and FLUX.2 klein: choose"
+    ):
         opened(place)
 
 

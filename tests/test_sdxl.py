@@ -318,7 +318,7 @@ def test_training_our_pipeline_and_plain_diffusers_compute_the_same_conditioning
     model.text_encoder.get_input_embeddings().write(torch.cat([halves["clip_l"], halves["clip_g"]], dim=1)[None])
     ids = base.tokenize([placeholder.expand(prompt)])
     with torch.no_grad():
-        states, pooled = model.text_encoder(ids)
+        states, pooled, _ = model.text_encoder(ids)
     code = {"custom_pipeline": f"{repo}/zoodip_xl_pipeline.py", "trust_remote_code": True}
     plain = plain_pipeline(place / "xl", out)
     if pool_at_eos:  # as the model card says

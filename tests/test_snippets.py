@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from conftest import REPO, as_arguments
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, ZImagePipeline
 from PIL import Image
 
 import train_selective_dreambooth_lora as selective
@@ -31,8 +31,10 @@ NOT_INSTALLED = "torchao", "sdnq"  # named as a user's own choice; their blocks 
 BASES = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "base",
     "stabilityai/stable-diffusion-xl-base-1.0": "base_xl",
+    "Tongyi-MAI/Z-Image": "base_flow",
     "path/to/base": "base",
     "path/to/base_xl": "base_xl",
+    "path/to/base_flow": "base_flow",
 }
 WORD = {"--max_train_steps": 1, "--num_validation_samples": 1, "--report_to": "none"}
 TUNED = {"--max_train_steps": 1, "--report_to": "none"}
@@ -88,12 +90,13 @@ def world(demo_base, tmp_path_factory):
     made = World(tmp_path_factory.mktemp("user"))
     tuned = {"--pretrained_model_name_or_path": made.folder / "demo" / "base", "--subject_name": "star"} | TUNED
     with pytest.MonkeyPatch.context() as patch:
-        for pipeline in (StableDiffusionPipeline, StableDiffusionXLPipeline):
+        for pipeline in (StableDiffusionPipeline, StableDiffusionXLPipeline, ZImagePipeline):
             patch.setattr(pipeline, "__call__", in_one_step(pipeline.__call__))
         made.learn("my-dog-concept", "<my-dog>")
         made.learn("bad-hands", "<bad-hands>")
         made.learn("my-dog-xl", "<my-dog>", base="demo/base_xl")
         made.learn("for-others", "<my-dog>", base="demo/base_xl", pool_at_eos=True)
+        made.learn("my-dog-flow", "<my-dog>", base="demo/base_flow", optimizer="gradient")
         made.learn("fast", "<my-dog>", optimizer="gauss_newton", num_vectors=2)
         made.train(tuneqdm, "star-scales", tuned)
         made.train(selective, "star-lora", tuned | {"--train_batch_size": 1, "--output_kohya_format": True})
@@ -105,7 +108,8 @@ def in_one_step(call):
     @functools.wraps(call)
     def drawn(self, *args, **options):
         self.set_progress_bar_config(disable=True)
-        return call(self, *args, **{**options, "num_inference_steps": 1})
+        options |= {"num_inference_steps": 1, "height": 64, "width": 64}  # where Z-Image would draw 1024 px
+        return call(self, *args, **options)
 
     return drawn
 
@@ -139,14 +143,14 @@ def test_python_of_the_pages_runs(code, world):
     assert all(Image.open(world.folder / picture).size == (64, 64) for picture in pictures)
 
 
-RUNS = "my-dog-concept", "my-dog-xl", "for-others", "fast", "star-scales", "star-lora"
+RUNS = "my-dog-concept", "my-dog-xl", "my-dog-flow", "for-others", "fast", "star-scales", "star-lora"
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_python_of_the_cards_runs(name, world):
     """The card of a run on a local base, and of the same run on one of the Hub."""
     local = (world.folder / name / "README.md").read_text(encoding="utf-8")
-    base = list(BASES)["base_xl" in local]
+    base = next((hub for hub, folder in BASES.items() if "_" in folder and folder in local), next(iter(BASES)))
     pushed = publish(world, name, f"user/{name}-pushed", {"base_model": base, "base_model_is_local": False})
     assert f'"{base}"' in pushed and f'"user/{name}-pushed"' in pushed and "path/to" in local
     for card in (local, pushed):

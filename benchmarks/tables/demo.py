@@ -36,11 +36,12 @@ def demo_scores(result):
     cpu = f", {result['total_cpu_seconds']:.0f} s of CPU" if "total_cpu_seconds" in result else ""
     if cpu and result["total_seconds"] > 1.5 * result["total_cpu_seconds"] / result["hardware"]["jobs"]:
         cpu += " (the machine was busy with other work)"
+    denoiser = "transformer" if result.get("base") == "base_flow" else "UNet"
     note = (
         f"By `{command}` on {result['hardware']['cpus']} CPU cores, {result['hardware']['jobs']} processes of one"
         f" thread at a time: {result['total_seconds']:.0f} s in all{cpu}; torch {result['versions']['torch']}. INT8"
-        " UNet and text encoder. CLIP-I and identity: mean cosine of (reference, generated) pairs; CLIP-T: prompt"
-        f" against image{'; shape: share of pictures in which it is read' * shaped}; all by `demo/scorer`."
+        f" {denoiser} and text encoder. CLIP-I and identity: mean cosine of (reference, generated) pairs; CLIP-T:"
+        f" prompt against image{'; shape: share of pictures in which it is read' * shaped}; all by `demo/scorer`."
         + code_note([result])
     )
     return "\n\n".join([table(["subject", "", *names, "CPU time of training"], rows), "\n".join(costs), note])

@@ -114,8 +114,10 @@ def load_concept(pictures, prompts, base, flip_probability, compute):
     vae = load_vae(base, torch.float32 if base.family.vae_in_float32 else compute.dtype)
     stored = StoredModel(tensor_bytes(vae), 0.0)
     vae.decoder = None  # 60 % of it, and not needed here
+    release_freed_memory()
     vae.to(compute.device)
-    sides, facts, (ids, rows) = (2 if flip_probability > 0 else 1), (base.family, base.vae_config), prompts
+    sides, (ids, rows) = (2 if flip_probability > 0 else 1), prompts
+    facts = base.family, base.family.vae_facts(vae, base.vae_config)
     of_shape = {}
     for number, picture in enumerate(pictures):
         of_shape.setdefault(picture.pixels.shape, []).append(number)
@@ -176,6 +178,7 @@ def draw_examples(concept, batch_size, generator):
 def noise_batch(family, latents, prompt_ids, timesteps, generator, scheduler, size_ids=None, weights=None):
     """A `Batch` of latents noised to timesteps, and of what a model of the family is to predict of them."""
     noise = torch.randn(latents.shape, generator=generator)
+    timesteps = family.tell_timesteps(timesteps, latents, scheduler)
     noisy, target = family.noise(latents, noise, timesteps, scheduler)
     size_ids = torch.empty(len(latents), 0) if size_ids is None else size_ids
     weights = torch.empty(len(latents), 0) if weights is None else weights

@@ -4,6 +4,7 @@ import re
 from typing import NamedTuple
 
 import torch
+from tokenizers import AddedToken
 
 from ..errors import InputError, plain, quoted
 from ..logs import get_logger
@@ -132,14 +133,15 @@ def add_placeholder(tokenizer, token, num_vectors, initializer_token, partners=(
         )
     initializer_id = None if initializer_token is None else id_of_word(tokenizer, initializer_token)
     for each in (tokenizer, *partners):
-        each.add_tokens(placeholder_names(token, num_vectors))
+        # With the space before them, which tokenizers other than CLIP's would keep as a token of its own.
+        each.add_tokens([AddedToken(name, lstrip=True) for name in placeholder_names(token, num_vectors)])
     return Placeholder(token, num_vectors, tokenizer.convert_tokens_to_ids(token), initializer_id, initializer_token)
 
 
 def id_of_word(tokenizer, initializer_token):
     """The id of `--initializer_token`; raises an `InputError` unless it is one known token."""
     check_unicode(initializer_token, "--initializer_token")
-    initializer = tokenizer.encode(initializer_token, add_special_tokens=False)
+    initializer = tokenizer.encode(f" {initializer_token}", add_special_tokens=False)  # as it stands in a sentence
     if len(initializer) != 1:
         raise InputError(
             f"--initializer_token {initializer_token!r} is {len(initializer)} tokens and must be one: choose a"

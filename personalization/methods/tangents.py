@@ -13,7 +13,7 @@ import contextlib
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..models.stacked import Stacked, lifted
+from ..models.stacked import NoRule, Stacked, lifted
 
 
 class Word(torch.nn.Module):
@@ -77,6 +77,8 @@ def stacked(model, theta, directions, batch):
     Raises:
         NoRule: the model has an operation that `models.stacked` does not know.
     """
+    if not model.family.stacks:
+        raise NoRule(f"{model.family.label} has operations without a rule for derivatives")
     # Derivatives along directions as long as θ are about as large as what they are derivatives of, which the range
     # of float16 is made for. A power of two changes no digit.
     length = torch.exp2(theta.norm().clamp(min=1e-6).log2().round())

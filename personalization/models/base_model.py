@@ -100,7 +100,11 @@ class Base:
     @property
     def resolution(self):
         """Side of the pictures that the model was trained on; None where its config does not say."""
-        sizes = self.denoiser_config["sample_size"]
+        sizes = self.denoiser_config.get("sample_size")
+        if (
+            sizes is None and "sample_size" not in self.denoiser_config
+        ):  # transformers take any, their VAE has seen one
+            return self.vae_config["sample_size"]
         sizes = set(sizes) if isinstance(sizes, (list, tuple)) else {sizes}
         size = sizes.pop() if len(sizes) == 1 else None
         return size * self.vae_factor if type(size) is int and size > 0 else None
@@ -385,7 +389,9 @@ def config_of(base, component):
 
 def empty_text_encoder(base):
     """The `TextEncoders`, frozen, on the meta device."""
-    return families.TextEncoders(base.family, [empty_model(base, name) for name in base.family.text_encoders])
+    family = base.family
+    parts = [family.skip_unread(name, empty_model(base, name)) for name in family.text_encoders]
+    return families.TextEncoders(family, parts)
 
 
 def check_tokenizers(base, labels):
@@ -452,10 +458,11 @@ def compute_empty(base):
 def check_resolution(base, resolution):
     """Raises an `InputError` unless the model can draw pictures of `resolution`, its own where that is None."""
     multiple, own = base.resolution_multiple, base.resolution
+    size = base.denoiser_config.get("sample_size")
     if resolution is None and own is None:
         raise InputError(
             f"{base.source.label} does not say how large its pictures are (sample_size in"
-            f" {base.family.denoiser}/config.json is {base.denoiser_config['sample_size']!r}): give --resolution, a"
+            f" {base.family.denoiser}/config.json is {size!r}): give --resolution, a"
             f" multiple of {multiple}."
         )
     flag = (
@@ -550,7 +557,7 @@ def find_weight_files(base, component):
                 reason = f"holds {name!r} a second time"
             elif stored.shape != known[name]:
                 reason = f"holds {name!r} of shape {list(stored.shape)}, the config wants {list(known[name])}"
-            elif not stored.dtype.startswith(("F", "BF")):
+            elif not stored.dtype.startswith(("F", "BF")) and not name.endswith("num_batches_tracked"):
                 reason = f"holds {name!r} as {stored.dtype}, which are no floating-point weights"
             else:
                 missing.discard(name)
@@ -592,8 +599,8 @@ def part_of_file(base, component):
     return single_file.component_tensors(base.single, base.family, *how)
 
 
-# Tensors that files may hold beside the weights: of the CLIP model that a text encoder was cut out of.
-NO_WEIGHTS = ("text_projection.", "visual_projection.", "vision_model.", "logit_scale")
+# Tensors that files may hold beside the weights: of the CLIP or language model that a text encoder was cut out of.
+NO_WEIGHTS = ("text_projection.", "visual_projection.", "vision_model.", "logit_scale", "lm_head.")
 
 
 def download_weights(base, component, stem):
@@ -626,6 +633,8 @@ def current_name(name, kind=None):
     """A tensor's name in a file as today's models, here one of a class, spell it."""
     if kind is not CLIPTextModelWithProjection:
         name = name.removeprefix("text_model.")  # a prefix that transformers dropped for the others in its version 5
+    if getattr(kind, "base_model_prefix", None) == "model":  # of a language model saved with its head
+        name = name.removeprefix("model.")
     old = re.fullmatch(r"(.*\bmid_block\.attentions\.\d+)\.(query|key|value|proj_attn)\.(weight|bias)", name)
     if old:  # VAEs of 2022
         new = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}[old[2]]

@@ -6,6 +6,7 @@ import functools
 import torch
 from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention
+from diffusers.models.transformers import transformer_z_image
 from torch.utils.checkpoint import checkpoint
 
 
@@ -121,7 +122,7 @@ def make_differentiable(model, checkpointing="none"):
         for layer in model.modules():
             if isinstance(layer, Attention):
                 layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
-            elif isinstance(layer, FeedForward):
+            elif isinstance(layer, (FeedForward, transformer_z_image.FeedForward)):
                 layer.forward = functools.partial(_in_parts, layer.forward)
     return model
 

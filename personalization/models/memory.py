@@ -339,17 +339,19 @@ def count_activations(denoiser, vae, plan, base, compute):
     if plan.checkpointing is not None:
         frozen.make_differentiable(denoiser.requires_grad_(False), plan.checkpointing)
         for tensor in inputs.text:
-            if tensor is not None:
+            if isinstance(tensor, torch.Tensor):
                 tensor.requires_grad_(True)
         if plan.look_around is not None:
             surroundings = plan.look_around(denoiser)
     block = plan.freed_blocks * 2**20
     activations = None
     if plan.derivatives:
-        rows = (x if x is None else Stacked(x.expand(1 + plan.derivatives, *x.shape)) for x in inputs.text)
-        stacked = inputs._replace(text=type(inputs.text)(*rows))
+        rows = {name: x for name, x in inputs.text._asdict().items() if isinstance(x, torch.Tensor)}
+        rows = {name: Stacked(x.expand(1 + plan.derivatives, *x.shape)) for name, x in rows.items()}
+        stacked = inputs._replace(text=inputs.text._replace(**rows))
         with contextlib.suppress(NoRule):  # PyTorch's forward mode is counted as so many candidates
-            activations = activation_bytes(lambda: step(stacked), device, slack, heap_block=block)
+            if family.stacks:
+                activations = activation_bytes(lambda: step(stacked), device, slack, heap_block=block)
         inputs = family.example(base, (1 + plan.derivatives) * plan.examples, plan.resolution, "meta", compute.dtype)
     if activations is None:
         activations = activation_bytes(lambda: step(inputs), device, slack, plan.checkpointing is not None, block)

@@ -8,7 +8,8 @@ from safetensors.torch import load_file, save
 from ..data.prompts import normalized
 from ..errors import RunError, is_outside, reason
 from ..files import atomic_folder, atomic_path, save_tensors, tolerated
-from ..models.families import SD1, SDXL
+from ..models.embedding_files import ONE
+from ..models.families import SD1
 from .run_folder import PIPELINE
 
 
@@ -43,28 +44,16 @@ def save_halves(results, placeholder_token, theta, parts=None):
             save_embeds(path, placeholder_token, half)
 
 
-def load_concept(pipeline, folder, placeholder_token, name="learned_embeds.safetensors"):
-    """Teaches a pipeline of plain diffusers the word in a run's folder, and others that are in the same file.
+def load_concept(pipeline, folder, placeholder_token, family=SD1, name="learned_embeds.safetensors"):
+    """Teaches a family's pipeline of plain diffusers the word in a run's folder, and others that are in the same file.
 
     Under the names that the tokenizer has for them: in prompts, too, it is these that stand for all vectors of a word.
     """
-    halves = load_file(Path(folder) / name)
-    if getattr(pipeline, "text_encoder_2", None) is None:
-        for token, vectors in halves.items():
-            pipeline.load_textual_inversion({normalized(pipeline.tokenizer, token): vectors})
-        return
-    parts = (pipeline.text_encoder, pipeline.tokenizer), (pipeline.text_encoder_2, pipeline.tokenizer_2)
-    for key, (text_encoder, tokenizer) in zip(SDXL.word_keys, parts):
-        word = {normalized(tokenizer, placeholder_token): halves[key]}
-        pipeline.load_textual_inversion(word, text_encoder=text_encoder, tokenizer=tokenizer)
-
-
-def unload_concepts(pipeline):
-    """Takes all learned words away from a pipeline again."""
-    pipeline.unload_textual_inversion()
-    if getattr(pipeline, "text_encoder_2", None) is not None:
-        parts = {"text_encoder": pipeline.text_encoder_2, "tokenizer": pipeline.tokenizer_2}
-        pipeline.unload_textual_inversion(**parts)
+    content = load_file(Path(folder) / name)
+    words = {placeholder_token: content} if family.word_keys else {token: {ONE: content[token]} for token in content}
+    for token, found in words.items():
+        parts = {key: found[key] for key in family.word_keys or (ONE,)}
+        family.load_word(pipeline, normalized(pipeline.tokenizer, token), parts)
 
 
 def try_to_save_embeds(results, name, placeholder_token, theta, parts=None):
@@ -135,7 +124,7 @@ def save_full_pipeline(results, embeds, source, dtype, placeholder_token=None, f
         pipeline = family.pipeline.from_pretrained(source.name, **options)
     except Exception as error:  # diffusers says that a part is missing in many ways
         raise OSError(f"no full pipeline can be made of {source.name} ({reason(error)})") from error
-    load_concept(pipeline, results.folder, placeholder_token, embeds)
+    load_concept(pipeline, results.folder, placeholder_token, family, embeds)
     with atomic_folder(results.folder / PIPELINE) as temporary:
         pipeline.save_pretrained(temporary)
         written = [path.relative_to(temporary).as_posix() for path in temporary.rglob("*") if path.is_file()]

@@ -2,6 +2,7 @@
 
 import contextlib
 import glob
+import inspect
 import json
 import logging
 import os
@@ -226,6 +227,12 @@ def example_prompt(config):
     return prompt.replace("{}", config["placeholder_token"])
 
 
+def prompt_keyword(family):
+    """What must be written before a prompt where a family's pipeline is called: "" where it comes first."""
+    first = list(inspect.signature(family.pipeline.__call__).parameters)[1]
+    return "" if first == "prompt" else "prompt="
+
+
 def write_config(results, config, publication, repo_id=None):
     """Writes a run's config and model card, from what it has recorded as its own.
 
@@ -315,6 +322,7 @@ def write_model_card(output_dir, config, publication, repo_id=None):
         "placeholder_token": token,
         "scales": one_line(config.get("scales")),
         "paired": len(family.text_encoders) > 1,
+        "loads_words": publication.load is not None and hasattr(family.pipeline, publication.load),
         "pipeline_class": family.pipeline.__name__,
         "denoiser": family.denoiser,
         "denoiser_label": family.denoiser_label,
@@ -326,7 +334,7 @@ def write_model_card(output_dir, config, publication, repo_id=None):
         "base_link": f"[{base}](https://huggingface.co/{base})" if linked else f"the local model {as_cell(base)}",
         "base_is_local": local,
         "opens_base": opener(base),
-        "prompt": as_python(prompt),
+        "prompt": prompt_keyword(family) + as_python(prompt),
         "samples": samples,
         "reference_images": list(map(quote, references)),
         "word_file": next((name for name in own if name == f"{file_stem(token)}.safetensors"), None),

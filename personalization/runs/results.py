@@ -106,11 +106,12 @@ def usage(result, folder, publication):
         publication: `hub.Publication`.
     """
     quoted = functools.partial(json.dumps, ensure_ascii=False)
+    family = FAMILIES.get(result.config.get("family"), SD1)
     opener, kind, base = hub.opener(result.base), "DiffusionPipeline", quoted(result.base)
     if opener == "from_single_file":  # which the class of all has not
-        kind = FAMILIES.get(result.config.get("family"), SD1).pipeline.__name__
+        kind = family.pipeline.__name__
     load, kinds = f"{kind}.{opener}({base}", [kind]
-    if publication.load and len(result.parts) < 2:  # in one call, and without code of ours
+    if publication.load and len(result.parts) < 2 and hasattr(family.pipeline, publication.load):  # without our code
         load += f"); pipeline.{publication.load}({quoted(str(folder))})"
     else:
         if opener == "from_single_file":
@@ -120,7 +121,7 @@ def usage(result, folder, publication):
     return (
         f"from diffusers import {', '.join(kinds)}\n"
         f"pipeline = {load}\n"
-        f'pipeline({quoted(hub.example_prompt(result.config))}).images[0].save("image.png")'
+        f'pipeline({hub.prompt_keyword(family)}{quoted(hub.example_prompt(result.config))}).images[0].save("image.png")'
     )
 
 

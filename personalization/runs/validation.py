@@ -34,7 +34,7 @@ def open_pipeline(base, text_encoder, denoiser, compute):
 
 def draw_image(pipeline, prompt, seed, **options):
     """A PIL image of a prompt from the noise of a seed; `options` are of the pipeline's call."""
-    return pipeline(prompt, generator=torch.Generator().manual_seed(seed), **options).images[0]
+    return pipeline(prompt=prompt, generator=torch.Generator().manual_seed(seed), **options).images[0]
 
 
 def draw_images(base, text_encoder, denoiser, compute, prompt, count, seed, **options):

@@ -121,7 +121,10 @@ def vocabulary(base, workspace):
             try:
                 content = json.loads(path.read_text(encoding="utf-8"))
                 tokens = content["model"]["vocab"] if name.endswith("tokenizer.json") else content
-                return {token.removesuffix("</w>") for token in tokens if token.endswith("</w>")} or None
+                words = {token.removesuffix("</w>") for token in tokens if token.endswith("</w>")}  # as CLIP ends them
+                return (
+                    words or {token[1:].lower() for token in tokens if token.startswith("Ġ")} or None
+                )  # as Qwen begins
             except (OSError, ValueError, KeyError, TypeError, AttributeError):
                 return None  # the script will say what is wrong with it
     return None

@@ -528,8 +528,10 @@ def model_resolution(base, unknown=512):
     try:
         single = single_file.open_file(base, "The model") if is_single_file(Path(base)) else None
         folder = Path(base) if single is None else single.root
-        unet = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
         vae = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
+        if (folder / "transformer").is_dir():  # which takes any size
+            return int(vae["sample_size"])
+        unet = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
         unet |= single.overrides.get("unet", {}) if single else {}
         return int(unet["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
     except (InputError, OSError, ValueError, KeyError, TypeError):

@@ -2,14 +2,16 @@
 
 from ...errors import InputError
 from .family import Call, Family, Inputs, Replay, SideBySide, Text, TextEncoders
+from .flux2_klein import Flux2Klein
 from .sdxl import StableDiffusionXL
 from .stable_diffusion import StableDiffusion, StableDiffusion2
+from .z_image import ZImage
 
 
 __all__ = ["Call", "Family", "Inputs", "Replay", "SideBySide", "Text", "TextEncoders"]
 
 SD1, SD2, SDXL = StableDiffusion(), StableDiffusion2(), StableDiffusionXL()
-FAMILIES = {family.name: family for family in (SD1, SD2, SDXL)}
+FAMILIES = {family.name: family for family in (SD1, SD2, SDXL, ZImage(), Flux2Klein())}
 
 
 def recognise(index, configs, accepted, label):

@@ -21,13 +21,14 @@ class Text(NamedTuple):
 
     states: torch.Tensor  # [b, L, d]
     pooled: torch.Tensor | None = None  # [b, p]; None where the denoiser is not given it
+    lengths: tuple | None = None  # b: of each prompt, the states that are text; None: all of them
 
 
 class Inputs(NamedTuple):
     """The arguments of `Family.predict` that follow the denoiser."""
 
     noisy: torch.Tensor  # [b, C, h, w]
-    timesteps: torch.Tensor  # [b]
+    timesteps: torch.Tensor  # [b], see `Family.tell_timesteps`
     text: Text
     sizes: torch.Tensor  # [b, 6], see `examples.describe_sizes`; [b, 0] where the denoiser is not told
 
@@ -93,11 +94,13 @@ class Family:
     tokenizers = ("tokenizer",)
     classes: dict  # component -> class
     scheduler: type  # of training's noise levels
+    compiles = True  # whether other engines and compilers take its denoiser: a function of tensors of fixed shapes
 
     # How images are drawn with it, by diffusers; and the file beside the scripts that travels with a concept, if any.
     pipeline: type
     pipeline_options: dict = {}
     pipeline_file: str | None = None
+    expands_words = True  # whether the pipeline itself writes all vectors of a word where a prompt names it
 
     # How a word is saved: under the placeholder, or in as many parts as there are text encoders, under these keys.
     word_keys: tuple = ()
@@ -106,6 +109,7 @@ class Family:
     # Peculiarities of the data.
     vae_in_float32 = False  # while it encodes
     crops = False  # pictures are cropped, never squeezed, and the denoiser is told where
+    stacks = False  # its code computes exact derivatives beside a value, see `models.stacked`
     pools = False  # the denoiser is given pooled text, which can be pooled at the end of the prompt
 
     # Settings where the user gives none, see `defaults`.
@@ -197,23 +201,55 @@ class Family:
         """`Text` of prompt ids `[b, n·L]`, by the text encoders."""
         raise NotImplementedError
 
+    def skip_unread(self, component, model):
+        """Takes out of an empty component, in place, what `encode` does not read; returns it."""
+        return model
+
+    def load_word(self, pipeline, token, parts):
+        """Teaches the family's pipeline of plain diffusers a word.
+
+        Args:
+            token: its name.
+            parts: key -> vectors `[k, d]`, one for each text encoder in their order.
+        """
+        (vectors,) = parts.values()
+        pipeline.load_textual_inversion({token: vectors})
+
+    def unload_words(self, pipeline):
+        """Takes all learned words away from a pipeline again."""
+        pipeline.unload_textual_inversion()
+
     def pool_at_end(self, encoders, tokenizers):
         """Pools text at the end of the prompt from here on, as programs other than diffusers do."""
         raise NotImplementedError(f"{self.label} has no pooled text")
 
     # ---------------------------------------------------------------------------------------- pictures and predictions
 
+    def vae_facts(self, vae, config):
+        """What `to_latents` must know of a VAE: its config, and whatever else is among its weights."""
+        return config
+
     def to_latents(self, sample, vae_config):
         """A sample of the VAE as the denoiser knows it: shifted, where the VAE says so, and scaled."""
         shift = vae_config.get("shift_factor")
         return (sample if shift is None else sample - shift) * vae_config["scaling_factor"]
+
+    def tell_timesteps(self, timesteps, latents, scheduler):
+        """Timesteps as the denoiser is told them `[b]`: those drawn, whole numbers `[b]`, unless a family says else.
+
+        Args:
+            timesteps: below the scheduler's num_train_timesteps; 0 is nearly clean.
+            latents: `[b, C, h, w]`, which are to be noised.
+            scheduler: what `open_scheduler` returned.
+        """
+        return timesteps
 
     def noise(self, latents, noise, timesteps, scheduler):
         """Latents noised to timesteps, and what the denoiser is to predict of them.
 
         Args:
             latents, noise: `[b, C, h, w]`.
-            timesteps: `[b]`, whole numbers below the scheduler's num_train_timesteps; 0 is nearly clean.
+            timesteps: `[b]`, what `tell_timesteps` returned.
             scheduler: what `open_scheduler` returned.
 
         Returns:

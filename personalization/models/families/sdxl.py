@@ -53,6 +53,15 @@ class StableDiffusionXL(StableDiffusion):
         first, second = (encoder(part, output_hidden_states=True) for encoder, part in parts)
         return Text(torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1), second.text_embeds)
 
+    def load_word(self, pipeline, token, parts):
+        """Each text encoder has a call of its own."""
+        for vectors, (text_encoder, tokenizer) in zip(parts.values(), halves(pipeline)):
+            pipeline.load_textual_inversion({token: vectors}, text_encoder=text_encoder, tokenizer=tokenizer)
+
+    def unload_words(self, pipeline):
+        for text_encoder, tokenizer in halves(pipeline):
+            pipeline.unload_textual_inversion(text_encoder=text_encoder, tokenizer=tokenizer)
+
     def pool_at_end(self, encoders, tokenizers):
         encoders[1].text_model.eos_token_id = tokenizers[1].eos_token_id
 
@@ -64,3 +73,8 @@ class StableDiffusionXL(StableDiffusion):
         inputs = super().example(base, count, resolution, device, dtype)
         pooled = torch.zeros(count, base.text_configs[1].projection_dim, device=device, dtype=dtype)
         return inputs._replace(text=inputs.text._replace(pooled=pooled))
+
+
+def halves(pipeline):
+    """The text encoders of a pipeline, each with its tokenizer."""
+    return (pipeline.text_encoder, pipeline.tokenizer), (pipeline.text_encoder_2, pipeline.tokenizer_2)

@@ -34,7 +34,7 @@ class StableDiffusion(ClipFamily):
     pipeline = StableDiffusionPipeline
     pipeline_options = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     pipeline_file = "zoodip_pipeline.py"
-    a1111 = True
+    a1111 = stacks = True
     # The settings of ZOODiP's paper.
     timestep_window = 500, 900
     settings_of_optimizer = {"zo_adam": {"learning_rate": 5e-3, "max_train_steps": 30_000}}
