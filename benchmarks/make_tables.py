@@ -67,7 +67,12 @@ TABLES = {
         field.field,
         *(path.relative_to(ROOT).as_posix() for path in sorted(ROOT.glob(f"{RESULTS}/field/*.json"))),
     ),
-    "frontier": (frontier.frontier, f"{RESULTS}/frontier_cpu.json", f"{RESULTS}/methods.json"),
+    "frontier": (
+        frontier.frontier,
+        f"{RESULTS}/frontier_cpu.json",
+        f"{RESULTS}/methods.json",
+        f"{RESULTS}/methods_eps.json",
+    ),
     "loading": (memory.loading, f"{RESULTS}/memory_cpu.json"),
     "method_targets": (
         targets.method_targets,

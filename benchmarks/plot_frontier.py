@@ -18,14 +18,15 @@ from personalization.files import atomic_path
 
 plt.switch_backend("Agg")
 
-MARKERS = "osD^vP*XhH<>"
+MARKERS = "osD^vP*XhH<>pd"
 
 
 def main():
-    result, methods = (json.loads((RESULTS / name).read_text()) for name in ("frontier_cpu.json", "methods.json"))
+    names = "frontier_cpu.json", "methods.json", "methods_eps.json"
+    result, on_v, on_eps = (json.loads((RESULTS / name).read_text()) for name in names)
     figure, axis = plt.subplots(figsize=(10, 5), constrained_layout=True)
     sizes, names = [], list(ROWS)
-    for entry, loop, seconds, steps in points(result, methods):
+    for entry, loop, seconds, steps in points(result, {"v": on_v, "eps": on_eps}):
         size = f"{SIZES[entry['architecture']]}, {entry['resolution']} px"
         if size not in sizes:
             sizes.append(size)

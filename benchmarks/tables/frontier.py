@@ -19,21 +19,22 @@ ROWS = {  # row -> its name, and when to take it
     "gradient-everything-kept": ("exact gradient, INT8, everything kept", "memory to spare"),
     "ti-fp32": ("Textual Inversion as diffusers has it, float32", "never: the exact gradient above is the same"),
 }
-# Steps to where the paper ends: its own length, or the forwards that the demo model took (`methods.json`) over those
-# of a step. The exact gradient is that of its float32 row; through INT8 weights it was not run to there.
+# Steps to where the paper ends: its own length, or the forwards that a demo model took over those of a step. The exact
+# gradient's are from the base that predicts ε, as Stable Diffusion 1.5 does, the others from the one that predicts v.
 PAPERS_STEPS = 30_000
-LIKE = {"paper": None, "gauss-newton-bf16": ("fast", 34), "gauss-newton-openvino-bf16": ("fast", 34)}
-LIKE |= {"gauss-newton": ("fast_float32", 34), "gradient": ("gradient_ti", 3), "ti-fp32": ("gradient_ti", 3)}
+LIKE = {"paper": None, "gauss-newton-bf16": ("v", "fast", 34), "gauss-newton-openvino-bf16": ("v", "fast", 34)}
+LIKE |= {"gauss-newton": ("v", "fast_float32", 34), "ti-fp32": ("v", "gradient_ti", 3)}
+LIKE |= {"gradient": ("eps", "gradient_1500", 4), "gradient-window": ("eps", "gradient_window", 2)}
 SIZES = {"sd15": "SD 1.5", "sdxl": "SDXL", "demo": "demo"}
 
 
 def steps_to_the_papers_loss(row, methods):
-    """Of a row, by `methods.json`."""
+    """Of a row, by `methods.json` ("v") and `methods_eps.json` ("eps")."""
     like = max((name for name in LIKE if row.startswith(name)), key=len)
     if LIKE[like] is None:
         return PAPERS_STEPS
-    method, forwards = LIKE[like]
-    return round(methods["summary"][method]["reaches"]["loss"] / forwards)
+    base, method, forwards = LIKE[like]
+    return round(methods[base]["summary"][method]["reaches"]["loss"] / forwards)
 
 
 def points(result, methods):
@@ -46,10 +47,10 @@ def points(result, methods):
         yield entry, loop, sum(seconds) / len(seconds), steps_to_the_papers_loss(entry["row"], methods)
 
 
-def frontier(result, methods):
-    """benchmarks/results/frontier_cpu.json, as `benchmarks/bench_frontier.py` writes it, and methods.json."""
+def frontier(result, methods, methods_eps):
+    """benchmarks/results/frontier_cpu.json, as `benchmarks/bench_frontier.py` writes it, and the two of methods."""
     rows = []
-    for entry, loop, seconds, steps in points(result, methods):
+    for entry, loop, seconds, steps in points(result, {"v": methods, "eps": methods_eps}):
         measured, (name, when) = entry["measured"], ROWS[entry["row"]]
         size = f"{SIZES[entry['architecture']]}, {entry['resolution']} px"
         memory = [measured["peak_anonymous_above_imports_mb"], loop, measured["peak_rss_mb"]]
@@ -63,8 +64,9 @@ def frontier(result, methods):
         " memory above imports is the most of any phase: where the loop has less, it is the VAE's, which encodes the"
         " pictures first. Peak: with mapped pages of the weight file, which the system can"
         f" drop; a process that only imports the libraries has {first['imports_peak_rss_mb']:.0f} MB. MB = 2^20."
-        " Steps: the paper's own 30,000, and what the others took on the demo model to where its loss ends"
-        " ([methods](methods.md), float32 weights): a projection, nobody has trained so long here. By"
+        " Steps: the paper's own 30,000, and what the others took on a demo model to where its loss ends"
+        " ([methods](methods.md); the exact gradient on the one that predicts ε, three subjects, the others on the one"
+        " that predicts v): a projection, nobody has trained so long here. By"
         " `benchmarks/bench_frontier.py`." + code_note(result["entries"])
     )
     header = [
