@@ -178,7 +178,7 @@ class Judge:
             column = evaluation.Column(evaluation.PLAIN, self.word, None, "")
             if theta is not None:
                 embeddings.save_embeds(Path(folder) / evaluation.RESULT_FILE, PLACEHOLDER, theta)
-                column = evaluation.Column("learned", PLACEHOLDER, Path(folder), "")
+                column = evaluation.Column("learned", PLACEHOLDER, Path(folder), "", base=self.task.base)
             evaluation.draw_missing(folder, [column], self.drawing, self.pipeline, PASS // 2)
 
             def open_image(p, i):
