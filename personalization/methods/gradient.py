@@ -170,7 +170,7 @@ class GradientOptimizer(Optimizer):
                 raise InputError(f"--bp_view window looks through UNets and {base.source.label} has none: drop it.")
             multiple = base.resolution_multiple
             args.low_resolution = base_model.check_low_resolution(args.low_resolution, args.resolution, multiple)
-            windows.check_layers(base_model.empty_model(base, "unet"))
+            windows.check_layers(base_model.empty_model(base, "unet"), "whole")
 
     def check_pictures(self, args, pictures):
         if args.bp_view == "window":

@@ -82,7 +82,7 @@ def check_pictures(side, pictures):
         )
 
 
-def check_layers(unet):
+def check_layers(unet, instead="scaled"):
     """Raises an `InputError` unless it is known of all layers of a UNet what they need of a window's surroundings."""
     for name, module in unet.named_modules():
         if isinstance(module, torch.nn.Conv2d):
@@ -93,7 +93,7 @@ def check_layers(unet):
         if not known:
             raise InputError(
                 f"--bp_view window cannot be used with this model, whose UNet has a layer of another kind"
-                f" ({name!r}, {type(module).__name__}): give another --bp_view."
+                f" ({name!r}, {type(module).__name__}): give --bp_view {instead}."
             )
 
 
