@@ -19,10 +19,8 @@ os.environ["PYTHONPATH"] = os.path.dirname(os.path.dirname(os.path.abspath(__fil
 # share a core spend their time waiting for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import signal
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -30,7 +28,6 @@ import torch
 from tiny_base import build_pictures, build_tiny_base
 
 import train_zoodip_textual_inversion as zoodip
-from personalization import errors
 from personalization.models import base_model, memory
 
 
@@ -89,21 +86,6 @@ def remembered():
         patch.setattr(base_model, "compute_empty", compute_empty)
         patch.setattr(zoodip, "estimate_memory", estimate_memory)
         yield
-
-
-@pytest.fixture(autouse=True)
-def no_signal_is_ignored():
-    """A signal is a KeyboardInterrupt, as in a script; what a shell starts in the background ignores some."""
-    before = {number: signal.signal(number, signal.default_int_handler) for number in errors.SIGNALS}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-def pytest_collection_modifyitems(items):
-    """Files of few tests, which are the long ones, come first: so that the workers end together."""
-    counts = Counter(item.path for item in items)
-    items.sort(key=lambda item: counts[item.path])
 
 
 def pytest_runtest_setup(item):

@@ -82,6 +82,15 @@ def train(words, tmp_path):
     return run
 
 
+@pytest.fixture(autouse=True)
+def no_signal_is_ignored():
+    """As it would be in what a shell has started in the background."""
+    before = {number: signal.signal(number, signal.default_int_handler) for number in errors.SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def refusal(function, *args, **options):
     with pytest.raises((InputError, SystemExit)) as caught:
         function(*args, **options)
