@@ -12,6 +12,7 @@ which its own noise is as strong. The noise that its answer implies is the targe
 student's timestep.
 """
 
+import os
 import shutil
 
 import build_demo_base as demo
@@ -100,9 +101,12 @@ def export(args, teacher, student):
         requires_safety_checker=False,
     )
     folder = distillation.export(args, pipeline, "base_eps", ("unet_eps",), SETTINGS)
-    for part in ("text_encoder", "tokenizer", "vae"):  # byte for byte: saved anew, a tokenizer keeps its last padding
+    for part in ("text_encoder", "tokenizer"):  # byte for byte: saved anew, a tokenizer keeps its last padding
         shutil.rmtree(folder / part)
         shutil.copytree(args.teacher / part, folder / part)
+    if args.out_dir.resolve() == args.teacher.resolve().parent:
+        shutil.rmtree(folder / "vae")
+        os.symlink(f"../{args.teacher.name}/vae", folder / "vae")
     demo.replace_folder(folder, args.out_dir / "base_eps")
     print(f"export: {args.out_dir / 'base_eps'}", flush=True)
 

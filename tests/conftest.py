@@ -171,6 +171,20 @@ def train(basics):
     return run
 
 
+def short_run(base, pictures, cache, output_dir, word):
+    """The shortest command line of a run on a small base, as a dict of flags."""
+    return {
+        "--pretrained_model_name_or_path": base,
+        "--train_data_dir": pictures,
+        "--placeholder_token": "<my-toy>",
+        "--initializer_token": word,
+        "--output_dir": output_dir,
+        "--quantized_cache_dir": cache,
+        "--max_train_steps": 3,
+        "--report_to": "none",
+    }
+
+
 def as_arguments(flags):
     """{"--flag": value} as a command line; True is a bare flag, None drops it."""
     words = []

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import as_arguments
+from conftest import as_arguments, short_run
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from safetensors.torch import load_file
 from tiny_base import build_pictures, build_tiny_base
@@ -39,17 +39,8 @@ def registered(monkeypatch):
 @pytest.fixture
 def train(place, tmp_path):
     def run(**more):
-        basics = {
-            "pretrained_model_name_or_path": place / "base",
-            "train_data_dir": place / "pictures",
-            "placeholder_token": TOKEN,
-            "initializer_token": "star",
-            "output_dir": tmp_path / "out",
-            "quantized_cache_dir": place / "cache",
-            "max_train_steps": 3,
-            "report_to": "none",
-        }
-        zoodip.main(zoodip.parse_args(as_arguments({f"--{k}": v for k, v in {**basics, **more}.items()})))
+        basics = short_run(place / "base", place / "pictures", place / "cache", tmp_path / "out", "star")
+        zoodip.main(zoodip.parse_args(as_arguments(basics | {f"--{name}": value for name, value in more.items()})))
         return tmp_path / "out"
 
     return run

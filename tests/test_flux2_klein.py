@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import as_arguments
+from conftest import as_arguments, short_run
 from diffusers import (
     AutoencoderKLFlux2,
     DiffusionPipeline,
@@ -85,17 +85,9 @@ def place(tmp_path_factory):
 @pytest.fixture
 def train(place, tmp_path):
     def run(**more):
-        basics = {
-            "pretrained_model_name_or_path": place / "base",
-            "train_data_dir": place / "pictures",
-            "placeholder_token": TOKEN,
-            "initializer_token": "ring",
-            "output_dir": tmp_path / "out",
-            "quantized_cache_dir": place / "cache",
-            "max_train_steps": 2,
-            "report_to": "none",
-        }
-        zoodip.main(zoodip.parse_args(as_arguments({f"--{k}": v for k, v in {**basics, **more}.items()})))
+        basics = short_run(place / "base", place / "pictures", place / "cache", tmp_path / "out", "ring")
+        basics["--max_train_steps"] = 2
+        zoodip.main(zoodip.parse_args(as_arguments(basics | {f"--{name}": value for name, value in more.items()})))
         return tmp_path / "out"
 
     return run

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import as_arguments
+from conftest import as_arguments, short_run
 from diffusers import DiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors import safe_open
@@ -42,17 +42,8 @@ def flags(place, tmp_path):
     """The shortest command line of a run on the base, as a dict; of another with flags(name=value)."""
 
     def make(**more):
-        basics = {
-            "pretrained_model_name_or_path": place / "xl",
-            "train_data_dir": place / "pictures",
-            "placeholder_token": TOKEN,
-            "initializer_token": "star",
-            "output_dir": tmp_path / "out",
-            "quantized_cache_dir": place / "cache",
-            "max_train_steps": 3,
-            "report_to": "none",
-        }
-        return {f"--{name}": value for name, value in {**basics, **more}.items()}
+        basics = short_run(place / "xl", place / "pictures", place / "cache", tmp_path / "out", "star")
+        return basics | {f"--{name}": value for name, value in more.items()}
 
     return make
 

@@ -4,6 +4,7 @@ import copy
 import os
 import sys
 import threading
+import weakref
 from argparse import Namespace
 from pathlib import Path
 
@@ -296,5 +297,8 @@ def test_a_lean_vae_needs_three_tensors_of_the_picture():
         plain = memory.activation_bytes(lambda: vae.encode(pixels), CPU, heap_slack=0.0)
         lean_vae.spare_memory(vae)
         lean = memory.activation_bytes(lambda: vae.encode(pixels), CPU, heap_slack=0.0)
+    decoder = weakref.ref(vae.decoder)
+    vae.decoder = None
+    assert decoder() is None, "it would stay until the next garbage collection"
     whole = 4 * 128 * 512**2
     assert lean < 3.6 * whole and plain > 4.9 * whole

@@ -114,7 +114,6 @@ def load_concept(pictures, prompts, base, flip_probability, compute):
     vae = load_vae(base, torch.float32 if base.family.vae_in_float32 else compute.dtype)
     stored = StoredModel(tensor_bytes(vae), 0.0)
     vae.decoder = None  # 60 % of it, and not needed here
-    release_freed_memory()
     vae.to(compute.device)
     sides, (ids, rows) = (2 if flip_probability > 0 else 1), prompts
     facts = base.family, base.family.vae_facts(vae, base.vae_config)

@@ -100,11 +100,9 @@ class Base:
     @property
     def resolution(self):
         """Side of the pictures that the model was trained on; None where its config does not say."""
-        sizes = self.denoiser_config.get("sample_size")
-        if (
-            sizes is None and "sample_size" not in self.denoiser_config
-        ):  # transformers take any, their VAE has seen one
+        if "sample_size" not in self.denoiser_config:  # transformers take any, their VAE has seen one
             return self.vae_config["sample_size"]
+        sizes = self.denoiser_config["sample_size"]
         sizes = set(sizes) if isinstance(sizes, (list, tuple)) else {sizes}
         size = sizes.pop() if len(sizes) == 1 else None
         return size * self.vae_factor if type(size) is int and size > 0 else None

@@ -121,10 +121,9 @@ def vocabulary(base, workspace):
             try:
                 content = json.loads(path.read_text(encoding="utf-8"))
                 tokens = content["model"]["vocab"] if name.endswith("tokenizer.json") else content
-                words = {token.removesuffix("</w>") for token in tokens if token.endswith("</w>")}  # as CLIP ends them
-                return (
-                    words or {token[1:].lower() for token in tokens if token.startswith("Ġ")} or None
-                )  # as Qwen begins
+                of_clip = {token.removesuffix("</w>") for token in tokens if token.endswith("</w>")}
+                of_qwen = {token[1:].lower() for token in tokens if token.startswith("Ġ")}
+                return of_clip or of_qwen or None
             except (OSError, ValueError, KeyError, TypeError, AttributeError):
                 return None  # the script will say what is wrong with it
     return None
