@@ -1002,8 +1002,8 @@ def complete_for_family(args, family):
         raise InputError("--pool_at_eos is about SDXL's second text encoder, and this model has one: drop the flag.")
     if args.save_a1111 and not family.a1111:
         raise InputError(
-            "--save_a1111 is for Stable Diffusion 1.x and 2.x: drop it, of SDXL Automatic1111 reads"
-            " learned_embeds.safetensors itself."
+            f"--save_a1111 is for Stable Diffusion 1.x and 2.x, and this model is of the kind {family.label}: drop it,"
+            " other programs read learned_embeds.safetensors itself."
         )
 
 
