@@ -734,7 +734,8 @@ def connect_pictures(do, pictures, model, started):
     concept, word, form, out = pictures["concept"], model["class_word"], model["form"], pictures["out"]
     base, method, others = form[0], form[1], form[5]
     look = [base, method, others]
-    concept.input(answering(do.choose_concept), concept, [*form, *out], show_progress="hidden")
+    last = {"trigger_mode": "always_last", "show_progress": "hidden"}
+    concept.input(answering(do.choose_concept), concept, [*form, *out], **last)
     pictures["upload"].upload(
         answering(do.upload), [pictures["upload"], concept, *look], [pictures["upload"], concept, *out]
     )
@@ -759,7 +760,11 @@ def connect_pictures(do, pictures, model, started):
         [concept, *out, *form],
         js=confirmed("Delete this concept with its pictures and captions?"),
     )
-    gr.on([base.change, others.change], answering(do.pictures), [concept, *look], out, show_progress="hidden")
+    # Only what a visitor changes: whoever else sets the form shows its pictures himself, and an answer to the change
+    # that came later would show those of the concept before.
+    crop = {"fn": answering(do.pictures), "inputs": [concept, *look], "outputs": out, **last}
+    model["defaults"].then(**crop)
+    others.input(**crop)
     return pictures["tiles"].select(answering(do.teach), None, [*started, concept, *out, *form])
 
 
@@ -827,17 +832,19 @@ def model_step(do):
         start = gr.Button("Start training", variant="primary", elem_id="start")
     prediction = gr.HTML(elem_id="prediction")
     ordered = [fields[name] for name in FIELDS]
-    gr.on(
+    defaults = gr.on(
         [base.input, method.input],
         answering(default_values),
         [method, base],
         [others, *ordered],
+        trigger_mode="always_last",
         show_progress="hidden",
     )
     return {
         "base": base,
         "class_word": class_word,
         "form": [base, method, class_word, subject, prompt, others, *ordered],
+        "defaults": defaults,
         "token": token,
         "predict": predict,
         "start": start,

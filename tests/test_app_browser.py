@@ -113,11 +113,16 @@ def choose(page, selector, text):
     page.keyboard.press("Enter")
 
 
+def close_toasts(page):
+    """Closes what is said in the corner; by script, since each may leave by itself just then."""
+    page.evaluate("for (const close of document.querySelectorAll('.toast-close')) close.click()")
+    page.wait_for_selector(".toast-body", state="detached")
+
+
 def toast(page, text):
     """Waits for a sentence in the corner, and closes it."""
-    page.wait_for_selector(f".toast-body :text({text!r})")
-    shown = page.locator(".toast-body").first.inner_html()
-    page.locator(".toast-close").first.click()
+    shown = page.wait_for_selector(f".toast-body:has-text({text!r})").inner_html()
+    close_toasts(page)
     return shown
 
 
@@ -139,9 +144,7 @@ def serious_faults(page):
 
 def look(page, name, shots):
     """What is to be seen of each step: no serious fault, nothing beside a phone's screen; and its pictures."""
-    for close in page.locator(".toast-close").all():  # Gradio's own, and over what is looked at
-        close.click()
-    page.wait_for_selector(".toast-body", state="detached")
+    close_toasts(page)  # Gradio's own, and over what is looked at
     faults = serious_faults(page)
     assert not faults, f"{name}: {faults}"
     page.set_viewport_size(PHONE)
