@@ -107,7 +107,12 @@ def measure(name, base, resolution, imports):
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--architecture", choices=["sd15", "sdxl", "demo"], default="sd15", help="Model, with random weights.")
+    add(
+        "--architecture",
+        choices=[*random_base.ARCHITECTURES, "demo"],
+        default="sd15",
+        help="Model, with random weights.",
+    )
     add("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), help="Rows to measure. Default: all.")
     add("--resolutions", nargs="+", type=int, default=[256, 512], help="Sides of the pictures.")
     add("--output", type=Path, default=RESULTS / "frontier_cpu.json", help="File of the results.")

@@ -260,7 +260,7 @@ def parse_args():
     add = parser.add_argument
     add(
         "--architecture",
-        choices=["sd15", "sd21", "sdxl", "demo"],
+        choices=[*random_base.ARCHITECTURES, "demo"],
         default="sd15",
         help="demo: the repository's small base.",
     )

@@ -8,8 +8,10 @@ import sys
 import pytest
 from conftest import REPO
 
-from benchmarks import common
+from benchmarks import common, random_base
 from benchmarks.tables.markdown import code_note
+from personalization.models import base_model
+from personalization.models.base_model import ModelSource, open_base
 
 
 RESULTS = sorted(path for folder in ("benchmarks/results", "demo", "docs") for path in (REPO / folder).glob("*.json"))
@@ -112,3 +114,32 @@ def test_threads_that_wait_sleep():
     code = "import os; import personalization.quiet; print(os.environ['OMP_WAIT_POLICY'])"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
     assert done.stdout.strip() == "PASSIVE"
+
+
+@pytest.mark.parametrize("architecture", ["sd15", "sdxl", "z_image"])
+def test_a_random_base_is_one_of_its_kind(architecture, repo, tmp_path, monkeypatch):
+    """The configs of each architecture, with few and narrow layers, make a base that opens as what it is."""
+    shrink = {
+        "unet": {"block_out_channels": [32, 32], "layers_per_block": 1, "norm_num_groups": 8},
+        "transformer": {"dim": 64, "n_heads": 1, "n_kv_heads": 1, "n_layers": 1, "axes_dims": [16, 24, 24]},
+        "vae": {"block_out_channels": [32, 32], "norm_num_groups": 8},
+        "text_encoder": {"num_hidden_layers": 1, "vocab_size": 50_000},
+        "text_encoder_2": {"num_hidden_layers": 1},
+    }
+    shrink["vae"] |= {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    blocks = {"down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"]}
+    shrink["unet"] |= blocks | {"up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"]}
+    if architecture == "sdxl":
+        shrink["unet"] |= {"attention_head_dim": [1, 1], "transformer_layers_per_block": [1, 1]}
+    (tmp_path / "demo").symlink_to(repo / "demo")
+    target = tmp_path / "benchmarks" / "configs" / architecture
+    target.mkdir(parents=True)
+    for path in (repo / "benchmarks" / "configs" / architecture).glob("*.json"):
+        (target / path.name).write_text(json.dumps(json.loads(path.read_text()) | shrink.get(path.stem, {})))
+    monkeypatch.setattr(random_base, "HERE", tmp_path / "benchmarks")
+    folder = random_base.build(architecture, tmp_path / "made")
+    base = open_base(ModelSource(str(folder)))
+    assert base.family.name == {"sd15": "sd1", "sdxl": "sdxl"}.get(architecture, architecture)
+    assert base.word_width == json.loads((target / "text_encoder.json").read_text())["hidden_size"]
+    base_model.compute_empty(base)
+    assert random_base.build(architecture, folder) == folder, "a complete one stays"

@@ -182,7 +182,7 @@ def test_a_compiled_model_meets_passes_of_one_size(demo_loss):
 
 
 def test_mean_estimate_points_along_autograds_gradient(demo_loss):
-    """4,000 directions on the demo base: cosine above 0.95 with backpropagation through text encoder and UNet."""
+    """2,400 directions on the demo base: cosine above 0.95 with backpropagation through text encoder and UNet."""
     loss_of, start, (text_encoder, unet, batch, first) = demo_loss
     theta = start.clone().requires_grad_(True)
     table = text_encoder.get_input_embeddings().weight
@@ -196,7 +196,7 @@ def test_mean_estimate_points_along_autograds_gradient(demo_loss):
     g, total = torch.Generator().manual_seed(2), torch.zeros_like(start)
     with torch.inference_mode():
         assert loss_of(start).item() == pytest.approx(loss.item(), rel=1e-4)
-        for _ in range(10):
+        for _ in range(6):
             total += zoodip.estimate_gradient(lambda c: loss_of(c, max_candidates=101), start, 400, 1e-2, g)[0]
     cosine = torch.cosine_similarity(total.flatten(), gradient.flatten(), dim=0)
     assert cosine > 0.95, float(cosine)
@@ -262,12 +262,12 @@ def test_a_stopped_run_has_a_checkpoint_and_resumes_bit_identical(train, tmp_pat
 
 
 def test_killed_run_resumes_bit_identical(run_script, basics, tmp_path):
-    flags = basics | RESUME | {"--max_train_steps": 60, "--checkpointing_steps": 5, "--validation_steps": 25}
+    flags = basics | RESUME | {"--max_train_steps": 24, "--checkpointing_steps": 5, "--validation_steps": 12}
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     command = [sys.executable, str(SCRIPT), *as_arguments(flags | {"--output_dir": killed})]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.time() + 240
-    while not (killed / "checkpoint-10").exists() and time.time() < deadline and process.poll() is None:
+    while not (killed / "checkpoint-5").exists() and time.time() < deadline and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
