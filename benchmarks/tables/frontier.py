@@ -13,7 +13,7 @@ ROWS = {  # row -> its name, and when to take it
     "gauss-newton-openvino-bf16": ("Gauss-Newton, OpenVINO, bfloat16", "the same, with bfloat16 units"),
     "gradient": ("**exact gradient, INT8, checkpointed**", "whenever PyTorch computes"),
     "gradient-layer": ("the same, `--gradient_checkpointing layer`", "the least memory, pictures of 512 px and more"),
-    "gradient-window": ("the same, `--bp_view window`", "less memory still where nothing else fits"),
+    "gradient-window": ("the same, `--bp_view window`", "the shortest step at 512 px and more"),
     "gradient-low-vram": ("the same, `--low_vram`", "a GPU that cannot hold the INT8 weights"),
     "gradient-bf16": ("the same, bfloat16 activations", "less memory; slower on this CPU"),
     "gradient-everything-kept": ("exact gradient, INT8, everything kept", "memory to spare"),

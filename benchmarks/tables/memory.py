@@ -78,10 +78,12 @@ def loading(result):
     return table(header, rows)
 
 
-FAMILIES = {"sdxl": "SDXL", "sd21": "SD 2.1"}
-
-
-FAMILY_ROWS = {"int8": "**ours, INT8, later runs (mapped file)**", "official": "official loop, quanto-INT8"}
+FAMILIES = {"sdxl": "SDXL", "sd21": "SD 2.1", "z_image": "Z-Image"}
+FAMILY_ROWS = {
+    "int8": "**ours, INT8, later runs (mapped file)**",
+    "int8-gradient": "**the same, exact gradient**",
+    "official": "official loop, quanto-INT8",
+}
 
 
 def families_memory(result):
