@@ -287,8 +287,9 @@ def predict_memory(text_encoder, denoiser, vae, backend, plan, base, compute):
 
     mapped, kept = text_bytes if is_mapped else 0, denoiser_bytes
     if plan.openvino:
-        # Beside the stored weights it has all of them in float32, and those of products a second time, repacked.
-        kept += 4 * (all_weights + linear_weights) + OPENVINO_BYTES
+        # Beside the stored weights it has all of them in float32, and those of products a second time, repacked; a
+        # third time where derivatives go through them in a batch of their own.
+        kept += 4 * (all_weights + (2 if plan.derivatives else 1) * linear_weights) + OPENVINO_BYTES
     elif is_mapped:
         mapped += kept
     if plan.streamed:  # one layer and the next one; pages of the mapped file stay until they are dropped
