@@ -1040,7 +1040,8 @@ def resolve_settings(args, device):
     complete_for_precision(args, precision)
     complete_for_base(args, base)
     if not on_torch:
-        openvino_unet.check_openvino(args.openvino_device, candidates_per_pass(args) * args.train_batch_size, in_int8)
+        together = 1 if optimizer.stacks(args) else candidates_per_pass(args) * args.train_batch_size
+        openvino_unet.check_openvino(args.openvino_device, together, in_int8)
     args.placeholder_token = prompts.as_tokenized(base.tokenizer, args.placeholder_token)
     word = args.placeholder_token, args.num_vectors, args.initializer_token
     placeholder = prompts.add_placeholder(base.tokenizer, *word, base.tokenizers[1:])
@@ -1073,13 +1074,14 @@ def estimate_memory(args, base, compute):
     networks = base_model.empty_text_encoder(base), *(base_model.empty_model(base, name) for name in parts)
     optimizer, entries = OPTIMIZERS[args.optimizer], args.num_vectors * base.word_width
     rows = candidates_per_pass(args)
+    stacks, on_torch = optimizer.stacks(args), args.unet_backend == "torch"
     plan = memory.MemoryPlan(
-        examples=args.train_batch_size * (1 if optimizer.stacks(args) else rows),
-        derivatives=max(1, rows - 1) if optimizer.stacks(args) else 0,
+        examples=(1 if stacks else rows) * (args.train_batch_size if on_torch or not stacks else 1),
+        derivatives=max(1, rows - 1) if stacks else 0,
         resolution=args.resolution,
         cached=args.quantized_cache_dir is not None,
         streamed=args.low_vram,
-        openvino=args.unet_backend == "openvino",
+        openvino=not on_torch,
         images=bool(args.validation_prompt),
         coordinates=candidates_per_step(args) * entries + optimizer.kept_coordinates(args, entries),
         checkpointing=args.gradient_checkpointing if optimizer.differentiates else None,
@@ -1201,7 +1203,7 @@ def add_optimization_arguments(add):
         limits=flags.Range(0.0, 1.0, above=True),  # the precision of activations says what it is at least
         page=True,
         help="μ: finite-difference step. Default: by optimizer and precision of the activations"
-        " (docs/results/README.md); gauss_newton in PyTorch: none, its derivatives are exact unless this gives h.",
+        " (docs/results/README.md); gauss_newton: none where derivatives are exact, unless this gives h.",
     )
     noisy = "Train even where rounding drowns the loss differences."
     add("--allow_noisy_estimates", action="store_true", decides=flags.NOTHING, page=True, help=noisy)
@@ -1376,7 +1378,9 @@ def load_denoiser(args, base, compute, layers_dir=None, calibration=None):
         on_host = Compute(torch.device("cpu"), torch.float32, torch.contiguous_format)
         load = functools.partial(load_frozen, base, name, backend, on_host, args.quantized_cache_dir)
         where = args.openvino_device, compute, args.quantized_cache_dir
-        denoiser, size = openvino_unet.open_denoiser(base, args.resolution, backend.name, load, *where, calibration)
+        differentiated = OPTIMIZERS[args.optimizer].stacks(args)
+        how = args.resolution, backend.name, load, *where, calibration, differentiated
+        denoiser, size = openvino_unet.open_denoiser(base, *how)
         share = quantized_share(base_model.empty_model(base, name), backend)
         return denoiser, base_model.StoredModel(size, share)
     staging = torch.device("cpu") if args.low_vram else None

@@ -1,7 +1,7 @@
 """Forward-only Gauss-Newton (ours): a forward pass returns a whole predicted noise, of which ZOODiP keeps one number.
 
-n + 1 passes on one batch give n directional derivatives of the *prediction*: exact ones in PyTorch (`tangents`),
-finite differences on other engines. They make a Gauss-Newton matrix, and a recursive least-squares filter of a few
+n + 1 passes on one batch give n directional derivatives of the *prediction*: exact ones (`tangents`), or finite
+differences where the engine has none. They make a Gauss-Newton matrix, and a recursive least-squares filter of a few
 numbers takes steps from it: no learning rate, no Adam. Prior art: multi-tangent forward gradients (arXiv 2410.17764)
 and FoMoH (arXiv 2408.10419) take such derivatives in forward mode; BSZO (arXiv 2601.01452) filters finite differences
 of losses by Kalman's formulas. docs/methods/gauss_newton.md has what was measured.
@@ -20,6 +20,7 @@ from ..errors import InputError
 from ..flags import COUNT, RUN, SHARE, Range
 from ..logs import get_logger
 from ..models import base_model
+from ..models.openvino_unet import OpenVINOUNet, without_rule
 from ..models.stacked import NoRule
 from . import tangents
 from .rule import Optimizer
@@ -131,6 +132,7 @@ class GaussNewton:
 # One update of θ
 # =====================================================================================================
 
+EXACT_IN_OPENVINO = ("float32",)  # activations in which its derivatives are precise enough
 SHARE_STEPS, LEAST_SHARE = 16, 0.5  # after so many steps a subspace that holds less of the gradient is left
 
 
@@ -200,6 +202,8 @@ class GaussNewtonUpdate:
         try:
             return self.differentiate(model, theta, directions, batch)
         except NoRule as reason:
+            if isinstance(model.denoiser, OpenVINOUNet):  # of which PyTorch knows nothing
+                raise without_rule(reason) from None
             logger.info(f"Derivatives by PyTorch's forward mode, about half as fast: {reason}")
             self.differentiate = tangents.by_autograd
             return self.differentiate(model, theta, directions, batch)
@@ -358,8 +362,10 @@ class GaussNewtonOptimizer(Optimizer):
             )
 
     def stacks(self, args):
-        """Where PyTorch computes, unless a step of differences is given; what it compiles are passes of tensors."""
-        return args.perturbation_scale is None and args.unet_backend == "torch" and not args.torch_compile
+        """Unless a step of differences is given. What PyTorch compiles are passes of tensors alone."""
+        if args.perturbation_scale is not None or args.torch_compile:
+            return False
+        return args.unet_backend == "torch" or args.activations in EXACT_IN_OPENVINO
 
     def num_candidates(self, args):
         """θ, the subspace's directions for each vector, and one more."""

@@ -22,7 +22,8 @@ from ..errors import InputError
 from ..logs import get_logger
 from . import frozen
 from .lean_vae import spare_memory
-from .stacked import NoRule, Stacked
+from .paired import Paired
+from .stacked import Dual, NoRule, Stacked
 
 
 logger = get_logger(__name__)
@@ -155,7 +156,7 @@ def activation_bytes(run, device, heap_slack=HEAP_SLACK, differentiates=False, h
     """
 
     def fused(query, key, value, *args, **kwargs):
-        if any(isinstance(x, Stacked) for x in (query, key, value)):  # which makes tensors that are counted
+        if any(isinstance(x, Dual) for x in (query, key, value)):  # which makes tensors that are counted
             return attention(query, key, value, *args, **kwargs)
         return FusedAttention.apply(query, key, value)
 
@@ -286,8 +287,9 @@ def predict_memory(text_encoder, denoiser, vae, backend, plan, base, compute):
 
     mapped, kept = text_bytes if is_mapped else 0, denoiser_bytes
     if plan.openvino:
-        # Beside the stored weights it has all of them in float32, and those of products a second time, repacked.
-        kept += 4 * (all_weights + linear_weights) + OPENVINO_BYTES
+        # Beside the stored weights it has all of them in float32, and those of products a second time, repacked; a
+        # third time where derivatives go through them in a batch of their own.
+        kept += 4 * (all_weights + (2 if plan.derivatives else 1) * linear_weights) + OPENVINO_BYTES
     elif is_mapped:
         mapped += kept
     if plan.streamed:  # one layer and the next one; pages of the mapped file stay until they are dropped
@@ -347,7 +349,13 @@ def count_activations(denoiser, vae, plan, base, compute):
     activations = None
     if plan.derivatives:
         rows = {name: x for name, x in inputs.text._asdict().items() if isinstance(x, torch.Tensor)}
-        rows = {name: Stacked(x.expand(1 + plan.derivatives, *x.shape)) for name, x in rows.items()}
+
+        def with_derivatives(x):
+            if plan.openvino:
+                return Paired(x, x.expand(plan.derivatives, *x.shape[1:]))
+            return Stacked(x.expand(1 + plan.derivatives, *x.shape))
+
+        rows = {name: with_derivatives(x) for name, x in rows.items()}
         stacked = inputs._replace(text=inputs.text._replace(**rows))
         with contextlib.suppress(NoRule):  # PyTorch's forward mode is counted as so many candidates
             if family.stacks:

@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import torch
 
+from ..stacked import Dual
+
 
 class Text(NamedTuple):
     """Encoded prompts, as a denoiser takes them."""
@@ -54,7 +56,7 @@ class Call(NamedTuple):
         for name, value in self.arguments().items():
             parts = value if isinstance(value, dict) else {None: value}
             parts = {name if key is None else f"{name}.{key}": part for key, part in parts.items()}
-            found |= {each: part for each, part in parts.items() if isinstance(part, torch.Tensor)}
+            found |= {each: part for each, part in parts.items() if isinstance(part, (torch.Tensor, Dual))}
         return found
 
 
