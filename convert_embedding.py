@@ -106,7 +106,7 @@ def describe(word, tables):
             words = (f"{tokenizer.decode([int(i)])!r} {score:.2f}" for score, i in zip(best.values, best.indices))
             lines.append(f"    vector {number} is nearest to {', '.join(words)}")
     for encoder, vectors in word.outputs.items():
-        kept = "is left out of other forms: it replaces an encoder's output, which other programs do not do"
+        kept = "replaces an encoder's output, for which other forms have no place"
         lines.append(f"  {encoder or 'text encoder'}_out {list(vectors.shape)} {kept}")
     return lines
 

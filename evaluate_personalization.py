@@ -42,7 +42,7 @@ import re
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,7 +62,7 @@ from personalization.data.captions import check_unicode
 from personalization.data.prompts import normalized, placeholder_names
 from personalization.errors import InputError, is_outside, quoted, reason, run_script, shorten
 from personalization.files import atomic_path, check_apart, check_writable, read_json, sha256, write_json
-from personalization.models import base_model, families, weight_cache
+from personalization.models import base_model, embedding_files, families, weight_cache
 from personalization.runs import embeddings, provenance
 from personalization.runs.run_folder import occupied
 
@@ -326,9 +326,11 @@ def read_embedding(result):
     """
     config = result.read_config("embedding", needed=False)
     words, metadata = result.read_tensors("embedding", "embedding")
-    named = config.get("placeholder_token") or metadata.get("placeholder_token")
+    named = config.get("placeholder_token") or embedding_files.name_in(metadata)
     named = named if isinstance(named, str) else None
-    in_parts = [family.word_keys for family in families.FAMILIES.values() if family.word_keys]
+    of_output = embedding_files.is_of_output(words) and result.base.family.learns_output
+    base = replace(result.base, of_output=of_output)
+    in_parts = [family.word_keys for family in families.FAMILIES.values() if family.word_keys] + [(*base.word_parts,)]
     keys = next((keys for keys in in_parts if sorted(words) == sorted(keys)), None)
     if keys is not None:
         vectors, token = [words[key] for key in keys], named
@@ -345,15 +347,16 @@ def read_embedding(result):
     if not isinstance(token, str) or not token.isprintable() or not token or " " in token:
         raise InputError(f"{result.shown} calls its word {quoted(token)}, which is not one word.")
     found = tuple(each.shape[-1] for each in vectors)
-    if found != result.base.word_widths:
-        numbers = [" and ".join(map(str, each)) for each in (found, result.base.word_widths)]
+    fitting = tuple(base.word_parts.values()) or base.word_widths
+    if found != fitting:
+        numbers = [" and ".join(map(str, each)) for each in (found, fitting)]
         home = f" ({quoted(config['base_model'])})" if config.get("base_model") else ""
         raise InputError(
             f"{result.shown} was learned on another base{home}: its vectors have {numbers[0]} entries and those of"
             f" {result.base.source.name!r} {numbers[1]}."
         )
-    if (keys or ()) != result.base.family.word_keys:
-        wanted = " and ".join(result.base.family.word_keys) or "the word"
+    if (keys or ()) != tuple(base.word_parts):
+        wanted = " and ".join(base.word_parts) or "the word"
         raise InputError(
             f"{result.shown} was learned on another kind of base: its vectors are called {quoted(sorted(words))} and"
             f" those of {result.base.family.label} {wanted}."

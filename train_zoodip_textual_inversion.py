@@ -60,7 +60,7 @@ from personalization.files import temporary_folder
 from personalization.logs import get_logger
 from personalization.methods import gauss_newton, gradient, textual_inversion
 from personalization.methods.rule import Optimizer, Rule
-from personalization.models import base_model, embedding_files, families, memory, openvino_unet, weight_cache
+from personalization.models import base_model, embedding_files, encoded, families, memory, openvino_unet, weight_cache
 from personalization.models.base_model import Base
 from personalization.models.compute import DTYPES, Compute, choose_compute
 from personalization.runs import checkpoints, embeddings, hub, launch, loop, provenance, run_folder, validation
@@ -991,6 +991,7 @@ def complete_for_family(args, family):
     for name, value in defaults.items():
         if getattr(args, name) is None and name != "max_train_steps":
             setattr(args, name, value)
+    args.learn = None if args.learn == "input" else args.learn  # as checkpoints of before have it
     args.center_crop |= family.crops
     if args.puts_min_timestep >= args.puts_max_timestep:
         raise InputError(
@@ -1032,6 +1033,7 @@ def resolve_settings(args, device):
         raise InputError(f"--quantization {args.quantization} is not installed: pip install {package}.")
     source = base_model.ModelSource(args.pretrained_model_name_or_path, args.revision, args.variant)
     base = base_model.open_base(source, args.tokenizer_name, families.FAMILIES.values())
+    base = base_model.of_output(base) if args.learn == "output" else base
     if not (on_torch and not args.torch_compile or base.family.compiles):
         flag, family = "--torch_compile" if on_torch else f"--unet_backend {args.unet_backend}", base.family
         raise InputError(f"{flag} does not take the {family.denoiser_label} of {family.label}: drop it.")
@@ -1040,7 +1042,8 @@ def resolve_settings(args, device):
     complete_for_precision(args, precision)
     complete_for_base(args, base)
     if not on_torch:
-        openvino_unet.check_openvino(args.openvino_device, candidates_per_pass(args) * args.train_batch_size, in_int8)
+        together = 1 if optimizer.stacks(args) else candidates_per_pass(args) * args.train_batch_size
+        openvino_unet.check_openvino(args.openvino_device, together, in_int8)
     args.placeholder_token = prompts.as_tokenized(base.tokenizer, args.placeholder_token)
     word = args.placeholder_token, args.num_vectors, args.initializer_token
     placeholder = prompts.add_placeholder(base.tokenizer, *word, base.tokenizers[1:])
@@ -1073,18 +1076,20 @@ def estimate_memory(args, base, compute):
     networks = base_model.empty_text_encoder(base), *(base_model.empty_model(base, name) for name in parts)
     optimizer, entries = OPTIMIZERS[args.optimizer], args.num_vectors * base.word_width
     rows = candidates_per_pass(args)
+    stacks, on_torch = optimizer.stacks(args), args.unet_backend == "torch"
     plan = memory.MemoryPlan(
-        examples=args.train_batch_size * (1 if optimizer.stacks(args) else rows),
-        derivatives=max(1, rows - 1) if optimizer.stacks(args) else 0,
+        examples=(1 if stacks else rows) * (args.train_batch_size if on_torch or not stacks else 1),
+        derivatives=max(1, rows - 1) if stacks else 0,
         resolution=args.resolution,
         cached=args.quantized_cache_dir is not None,
         streamed=args.low_vram,
-        openvino=args.unet_backend == "openvino",
+        openvino=not on_torch,
         images=bool(args.validation_prompt),
         coordinates=candidates_per_step(args) * entries + optimizer.kept_coordinates(args, entries),
         checkpointing=args.gradient_checkpointing if optimizer.differentiates else None,
         freed_blocks=optimizer.freed_blocks(args),
         look_around=optimizer.look_around(args, base),
+        encoded=len(prompts.OBJECT_TEMPLATES) if base.of_output else 0,
     )
     return memory.predict_memory(*networks, BACKENDS[args.quantization], plan, base, compute)
 
@@ -1201,7 +1206,7 @@ def add_optimization_arguments(add):
         limits=flags.Range(0.0, 1.0, above=True),  # the precision of activations says what it is at least
         page=True,
         help="μ: finite-difference step. Default: by optimizer and precision of the activations"
-        " (docs/results/README.md); gauss_newton in PyTorch: none, its derivatives are exact unless this gives h.",
+        " (docs/results/README.md); gauss_newton: none where derivatives are exact, unless this gives h.",
     )
     noisy = "Train even where rounding drowns the loss differences."
     add("--allow_noisy_estimates", action="store_true", decides=flags.NOTHING, page=True, help=noisy)
@@ -1251,6 +1256,9 @@ def check_arguments(parser, args):
         parser.error("--early_stopping_patience judges the validation loss: give --num_validation_samples above 0.")
     if args.validation_data_dir and not args.num_validation_samples:
         parser.error("--validation_data_dir is for the validation loss: give --num_validation_samples above 0.")
+    if args.learn == "output" and (args.save_a1111 or args.save_as_full_pipeline):
+        other = "--save_a1111" if args.save_a1111 else "--save_as_full_pipeline"
+        parser.error(f"{other} is for words that stand in prompts, and --learn output learns none: drop one of them.")
     flags.check_optimizer(parser, args)
 
 
@@ -1287,6 +1295,7 @@ class Run(loop.Run):
     sampling: Sampling
     held_out: list  # (`Batch` on the host, how many of its examples count)
     best: torch.Tensor | None = None  # θ with the least validation loss
+    standing: torch.Tensor | None = None  # `encoded.EncodedPrompts.standing`
 
     @property
     def is_over(self):
@@ -1295,7 +1304,11 @@ class Run(loop.Run):
 
     def save(self, name, theta, save=embeddings.save_result):
         """Saves an embedding `[k, d]` in the run's folder."""
-        save(self.results, name, self.args.placeholder_token, theta, self.base.word_parts)
+        save(self.results, name, self.args.placeholder_token, self.word(theta), self.base.word_parts)
+
+    def word(self, theta):
+        """θ as files have it: of an output beside what stands in prompts, `Base.word_parts`."""
+        return theta if self.standing is None or theta is None else torch.cat([self.standing, theta], dim=1)
 
     def state_dict(self):
         return super().state_dict() | {"best": self.best}
@@ -1342,10 +1355,11 @@ def load_networks(args, base, compute, layers_dir=None):
     """`TextEncoders` and the denoiser, frozen and quantized, and name -> `StoredModel`. Arguments: `load_denoiser`.
 
     With `--openvino_precision int8` there is no denoiser yet, but None: it is calibrated with the rest of the model.
+    Nor with `--learn output`: it comes when the text encoders have left.
     """
     where = compute, args.quantized_cache_dir, args.pool_at_eos
     text_encoder, stored = load_text_encoder(base, BACKENDS[args.quantization], *where)
-    if args.openvino_precision == "int8":
+    if args.openvino_precision == "int8" or base.of_output:
         return text_encoder, None, {"text_encoder": stored}
     denoiser, stored_denoiser = load_denoiser(args, base, compute, layers_dir)
     return text_encoder, denoiser, {"text_encoder": stored, base.family.denoiser: stored_denoiser}
@@ -1376,7 +1390,9 @@ def load_denoiser(args, base, compute, layers_dir=None, calibration=None):
         on_host = Compute(torch.device("cpu"), torch.float32, torch.contiguous_format)
         load = functools.partial(load_frozen, base, name, backend, on_host, args.quantized_cache_dir)
         where = args.openvino_device, compute, args.quantized_cache_dir
-        denoiser, size = openvino_unet.open_denoiser(base, args.resolution, backend.name, load, *where, calibration)
+        differentiated = OPTIMIZERS[args.optimizer].stacks(args)
+        how = args.resolution, backend.name, load, *where, calibration, differentiated
+        denoiser, size = openvino_unet.open_denoiser(base, *how)
         share = quantized_share(base_model.empty_model(base, name), backend)
         return denoiser, base_model.StoredModel(size, share)
     staging = torch.device("cpu") if args.low_vram else None
@@ -1395,26 +1411,32 @@ def assemble_model(args, base, placeholder, prompt_ids, text_encoder, denoiser, 
 
     Args:
         args: resolved settings.
-        prompt_ids: of the concept's prompts, any shape.
+        prompt_ids: of the concept's prompts, any shape; or a list of such tensors, those that are trained on first.
 
     Returns:
         `FrozenModel`, and where θ starts, float32: at the initializer `[d]`, of two text encoders the word of each, or
-        at `--initializer_embedding` `[k, d]`.
+        at `--initializer_embedding` `[k, d]`. With `--learn output` the text encoders are needed no more, and θ
+        `[k, D]` starts where they say.
     """
     tables = base_model.load_token_tables(base)
-    texts = [placeholder.expand(args.validation_prompt or ""), ""]
-    in_use = torch.cat([prompt_ids.flatten(), base.tokenize(texts).flatten()])
+    prompt_ids = prompt_ids if isinstance(prompt_ids, list) else [prompt_ids]
+    prompt_ids = [*prompt_ids, base.tokenize([placeholder.expand(args.validation_prompt or ""), ""])]
+    in_use = torch.cat([ids.flatten() for ids in prompt_ids])
     num_rows = candidates_per_pass(args) * placeholder.num_vectors
     for encoder, table in zip(text_encoder.encoders, tables):
         rows = PromptRows(table, in_use, placeholder.first_id, num_rows, compute.device, compute.dtype)
         encoder.set_input_embeddings(rows)
-    limit = args.max_candidates_per_forward
-    parts = base.family, text_encoder, denoiser, base.scheduler
-    model = FrozenModel(*parts, placeholder.first_id, limit, compute, args.torch_compile)
     initial = placeholder.start
     if initial is None:
         initial = torch.cat([table[placeholder.initializer_id].float() for table in tables])
-    return model, initial.to(compute.device)
+    initial = initial.to(compute.device)
+    if base.of_output:
+        words = initial, prompt_ids, placeholder, num_rows, base.tokenizer.pad_token_id
+        text_encoder, initial = encoded.encode_prompts(text_encoder, *words)
+    limit = args.max_candidates_per_forward
+    parts = base.family, text_encoder, denoiser, base.scheduler
+    model = FrozenModel(*parts, placeholder.first_id, limit, compute, args.torch_compile)
+    return model, initial
 
 
 CALIBRATION_PASSES, CALIBRATION_CANDIDATES = 24, 9
@@ -1471,13 +1493,19 @@ def prepare(
         encode = Compute(torch.device("cpu"), torch.float32, compute.memory_format)
     concept, stored_vae = examples.load_concept(pictures, captions, base, args.flip_probability, encode)
     judged = examples.load_concept(*held_out, base, 0.0, encode)[0] if held_out else None  # as they are
-    prompt_ids = torch.cat([each.prompt_ids.flatten() for each in (concept, judged) if each])
+    prompt_ids = [each.prompt_ids for each in (concept, judged) if each]
     with in_turn():
         text_encoder, denoiser, stored = load_networks(args, base, compute, layers_dir)
     model, initial = assemble_model(args, base, placeholder, prompt_ids, text_encoder, denoiser, compute)
-    OPTIMIZERS[args.optimizer].make_ready(args, model, base)
     task = Task(args, base, placeholder, concept, model, initial, sampling, {"vae": stored_vae, **stored}, judged)
-    if denoiser is None:
+    del text_encoder
+    if base.of_output:
+        memory.release_freed_memory()
+        with in_turn():
+            model.denoiser, stored = load_denoiser(args, base, compute, layers_dir)
+        task.components[base.family.denoiser] = stored
+    OPTIMIZERS[args.optimizer].make_ready(args, model, base)
+    if model.denoiser is None:
         rule = OPTIMIZERS[args.optimizer].start(
             args, initial.expand(args.num_vectors, -1).clone(), found, num_processes=1
         )
@@ -1637,14 +1665,18 @@ def draw_samples(run):
     rows, placeholder = model.text_encoder.get_input_embeddings(), run.placeholder
     texts = [placeholder.expand(args.validation_prompt), ""]
     prompt = placeholder.fill(args.validation_prompt) if run.base.family.expands_words else texts[0]
-    rows.check(run.base.tokenize(texts))
+    ids, text_encoder = run.base.tokenize(texts), model.text_encoder
+    rows.check(ids)
     rows.write(run.learner.result[None])
-    what = prompt, args.num_validation_images, args.seed
     options = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
     options |= {"height": args.resolution, "width": args.resolution}
+    if run.base.of_output:
+        options |= run.base.family.encoded_prompts(text_encoder(ids.to(model.compute.device)))
+        prompt = text_encoder = None
+    what = prompt, args.num_validation_images, args.seed
     eager = torch.compiler.set_stance("force_eager") if args.torch_compile else contextlib.nullcontext()
     with eager:  # another shape than training's would be compiled for minutes
-        samples = validation.draw_images(run.base, model.text_encoder, model.denoiser, model.compute, *what, **options)
+        samples = validation.draw_images(run.base, text_encoder, model.denoiser, model.compute, *what, **options)
     if model.compute.device.type == "cuda":
         memory.release_freed_memory()  # decoding takes more than training does, and would stay reserved
     return samples
@@ -1673,7 +1705,7 @@ def finish(run, pictures, components, repo_id):
     family, parts = run.base.family, run.base.word_parts
     config |= {"family": family.name, "tags": [OPTIMIZERS[args.optimizer].tag]}
     name, base = args.placeholder_token, args.pretrained_model_name_or_path
-    result = Result(name, theta, run.best, run.history, samples, pictures, config, base, parts)
+    result = Result(name, run.word(theta), run.word(run.best), run.history, samples, pictures, config, base, parts)
     what = run.base.source, compute.dtype, args.placeholder_token, family
     full_pipeline = what if args.save_as_full_pipeline else None
     write_result(result, run.results, PUBLICATION, repo_id, args.save_a1111, full_pipeline)
@@ -1734,6 +1766,7 @@ def learn_concept(args, accelerator, base, placeholder, compute):
     loop.log_components(task.components)
 
     # 3. What is learned: θ, from its start or from a checkpoint.
+    found = optimizer.look_at(task.model, found, args, base, placeholder, captions[0])
     learner = start_learner(args, task.initial, found, accelerator.num_processes, accelerator.process_index)
     run = Run(
         args=args,
@@ -1746,6 +1779,7 @@ def learn_concept(args, accelerator, base, placeholder, compute):
         sampling=task.sampling,
         held_out=draw_held_out(task),
         settings=settings,
+        standing=task.model.text_encoder.standing,
     )
     task.model = None  # the run's is the only one, so that it can leave
     run.begin(PUBLICATION.of_concept(args.placeholder_token), checkpoint)

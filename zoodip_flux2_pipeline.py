@@ -18,12 +18,14 @@
 
 diffusers' class has no `load_textual_inversion`. What this class adds: the vectors of a word become rows of the
 language model's token table, its name stands for all of them in prompts, and a concept that does not fit the base
-model is refused in plain words. A name takes the space before it along, so that vectors follow each other and the text
-before them as in ComfyUI. A file (diffusers looks for one pipeline class in it) serves one family of models:
+model is refused in plain words. A file with `qwen3_4b_out` as well (`--learn output`) has vectors that replace what
+the language model says of these rows. A name takes the space before it along, so that vectors follow each other and
+the text before them as in ComfyUI. A file (diffusers looks for one pipeline class in it) serves one family of models:
 `zoodip_pipeline.py` is for Stable Diffusion 1.x and 2.x, `zoodip_xl_pipeline.py` for SDXL, `zoodip_flow_pipeline.py`
 for Z-Image.
 """
 
+import contextlib
 import copy
 import json
 import re
@@ -41,7 +43,10 @@ from transformers import AutoTokenizer, PreTrainedModel
 logger = logging.get_logger(__name__)
 
 KEY = "qwen3_4b"  # the language model that a word is for, as ComfyUI calls it
+OUTPUT = f"{KEY}_out"  # what it says of such a word
+LAYERS = (9, 18, 27)  # of the language model that are read, side by side
 FILE = "learned_embeds.safetensors"
+NAMES = "placeholder_token", "placeholder_token_of_output"  # entries of a file's metadata with the word's name
 
 
 class ZOODiPFlux2Pipeline(Flux2KleinPipeline):
@@ -76,6 +81,7 @@ class ZOODiPFlux2Pipeline(Flux2KleinPipeline):
         )
         self.concepts = {}
         self._vectors, self._plain_tokenizer = {}, tokenizer  # token -> [k, d]; what there is without concepts
+        self._outputs = {}  # token -> [k, D], of those that have it
         if learned_embeds is not None:
             self.load_learned_embeds(learned_embeds)
 
@@ -99,8 +105,12 @@ class ZOODiPFlux2Pipeline(Flux2KleinPipeline):
             path, content, said = _read_file(source)
             config = _read_config(source)
             token = said or config.get("placeholder_token") or path.stem
-            vectors = _vectors(source, content)
+            vectors = _vectors(source, content, KEY)
             self._check_fit(source, token, vectors, config)
+            if OUTPUT in content:
+                said = _vectors(source, content, OUTPUT)
+                self._check_output(source, vectors, said)
+                self._outputs[token] = said
             self._vectors[token], self.concepts[token] = vectors, config
             self._write_concepts()
             logger.warning(f"Loaded {token!r}, {len(vectors)} vector(s), from {str(source)!r}.")
@@ -117,11 +127,46 @@ class ZOODiPFlux2Pipeline(Flux2KleinPipeline):
             raise ValueError(f"nothing to unload for {unknown}: the concepts loaded here are {list(self.concepts)}.")
         for token in wanted:
             del self._vectors[token], self.concepts[token]
+            self._outputs.pop(token, None)
         self._write_concepts()
 
     def encode_prompt(self, prompt, *given, **named):
         """As inherited, with all vectors of its words in the place of their names."""
-        return super().encode_prompt(self._spelled(prompt), *given, **named)
+        with self._outputs_in_place():
+            return super().encode_prompt(self._spelled(prompt), *given, **named)
+
+    @contextlib.contextmanager
+    def _outputs_in_place(self):
+        """In here the language model says of words what their `qwen3_4b_out` has, whatever the prompt."""
+
+        def hook(module, given, named, output):
+            ids, states = named["input_ids"], list(output.hidden_states)
+            for token, said in self._outputs.items():
+                first = self.tokenizer.convert_tokens_to_ids(token)
+                is_word = (ids >= first) & (ids < first + len(said))
+                numbers = (ids - first).clamp(0, len(said) - 1)
+                for layer, part in zip(LAYERS, said.chunk(len(LAYERS), dim=-1)):
+                    states[layer] = torch.where(is_word[..., None], part.to(states[layer])[numbers], states[layer])
+            output.hidden_states = tuple(states)
+
+        handle = self.text_encoder.register_forward_hook(hook, with_kwargs=True) if self._outputs else None
+        try:
+            yield
+        finally:
+            if handle is not None:
+                handle.remove()
+
+    def save_pretrained(self, *given, **named):
+        """As inherited.
+
+        Raises:
+            ValueError: a concept has vectors for the language model's output, which no plain pipeline can hold.
+        """
+        if self._outputs:
+            raise ValueError(
+                f"a saved pipeline cannot hold {list(self._outputs)}, learned with --learn output: unload them first."
+            )
+        super().save_pretrained(*given, **named)
 
     def to_json_string(self):
         # A saved pipeline holds its concepts in tokenizer and text encoder, so it is an ordinary klein. Under this
@@ -153,6 +198,14 @@ class ZOODiPFlux2Pipeline(Flux2KleinPipeline):
         table = self.text_encoder.get_input_embeddings().weight
         with torch.no_grad():
             table[ids] = torch.cat(list(self._vectors.values())).to(table)
+
+    def _check_output(self, source, vectors, said):
+        width = len(LAYERS) * self.text_encoder.get_input_embeddings().embedding_dim
+        if said.shape != (len(vectors), width) or not said.isfinite().all():
+            raise ValueError(
+                f"learned_embeds {str(source)!r} has {list(said.shape)} under {OUTPUT!r} where finite"
+                f" {[len(vectors), width]} should be: load the base that it was learned on, or get it again."
+            )
 
     def _check_fit(self, source, token, vectors, config):
         name = f"learned_embeds {str(source)!r}"
@@ -202,7 +255,7 @@ def _read_file(source):
         path = path / FILE if path.is_dir() else path
         with safe_open(path, framework="pt") as file:
             content, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
-            return path, content, metadata.get("placeholder_token")
+            return path, content, next((metadata[name] for name in NAMES if name in metadata), None)
     except Exception as error:  # Hub, safetensors and OS errors alike
         raise OSError(
             f"learned_embeds {str(source)!r} is neither an embedding file, nor a folder or a repository on the Hub"
@@ -210,21 +263,21 @@ def _read_file(source):
         ) from error
 
 
-def _vectors(source, content):
-    """The vectors `[k, d]` in the content of an embedding file.
+def _vectors(source, content, key):
+    """The vectors `[k, d]` under a key in the content of an embedding file.
 
     Raises:
         ValueError: it holds something else.
     """
     name = f"learned_embeds {str(source)!r}"
-    if KEY not in content:
+    if key not in content:
         raise ValueError(
             f"{name} holds {sorted(content)[:10]} and not {KEY}: it is not of FLUX.2 klein; a word of Stable Diffusion"
             " goes with zoodip_pipeline.py, one of SDXL with zoodip_xl_pipeline.py, and the base it was learned on."
         )
-    vectors = content[KEY]
+    vectors = content[key]
     if vectors.dim() not in (1, 2) or 0 in vectors.shape:
-        raise ValueError(f"{name} holds no vectors [vectors, dimension] under {KEY!r}: save it again.")
+        raise ValueError(f"{name} holds no vectors [vectors, dimension] under {key!r}: save it again.")
     if not vectors.is_floating_point():
         raise ValueError(f"{name} holds {vectors.dtype} and not floating-point vectors: save it again.")
     return vectors.detach().reshape(-1, vectors.shape[-1])

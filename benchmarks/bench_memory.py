@@ -68,6 +68,7 @@ OPENVINO = {"quantization": "int8", "unet_backend": "openvino"}
 GAUSS_NEWTON = {"quantization": "int8", "optimizer": "gauss_newton"}
 DIFFERENCES = {**GAUSS_NEWTON, "perturbation_scale": 3e-4}
 IN_BFLOAT16, ONE_PASS = {"mixed_precision": "bf16", "perturbation_scale": 5e-2}, {"gn_subspace_dimension": 7}
+IN_FLOAT32 = {"mixed_precision": "no", **ONE_PASS}
 VALIDATION = {"validation_prompt": "a photo of {}", "num_validation_images": 1, "num_inference_steps": 1}
 ROWS = {
     "int8-first": Row("script", {"quantization": "int8"}, "fresh"),
@@ -94,6 +95,8 @@ ROWS = {
     "none-low-vram": Row("script", {"quantization": "none", "low_vram": True}),
     "openvino-first": Row("script", OPENVINO, "fresh", cpu_only=True),
     "openvino": Row("script", OPENVINO, cpu_only=True),
+    "openvino-gauss-newton-differences": Row("script", {**OPENVINO, **DIFFERENCES, **IN_FLOAT32}, cpu_only=True),
+    "openvino-gauss-newton-exact": Row("script", {**OPENVINO, **GAUSS_NEWTON, **IN_FLOAT32}, cpu_only=True),
     "official": Row("official", {}),
     "ti-fp32": Row("ti", {"dtype": "float32"}),
     "ti-fp32-checkpointing": Row("ti", {"dtype": "float32", "gradient_checkpointing": True}),

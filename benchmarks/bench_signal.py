@@ -11,8 +11,8 @@ timestep; a row of `benchmarks/results/signal.json` has the median and the worst
 
 Gauss-Newton's evidence is judged alike: K and y in the vocabulary's subspace, from differences over h, against
 forward-mode autograd. A difference over a large h also has curvature in it, which the random signs of training take
-out of the mean: so y is judged as the mean over both signs, too. Where PyTorch computes, K and y from exact
-derivatives (`tangents.stacked`) are judged as well; for those alone:
+out of the mean: so y is judged as the mean over both signs, too. K and y from exact derivatives (`tangents.stacked`)
+are judged as well; for those alone:
 
     python benchmarks/bench_signal.py --mu --evidence_steps --output benchmarks/results/signal_tangents.json
 """
@@ -59,6 +59,7 @@ class Row(NamedTuple):
     load: Callable
     weights: str | None = None  # the quantization whose float32 autograd has the same weights; None: there is none
     tf32: bool = False
+    differentiated: Callable | None = None  # loads one with exact derivatives, where that is another one
 
 
 class Cell(NamedTuple):
@@ -85,12 +86,14 @@ def list_rows(cuda):
     ]
     for activations, dtype in {"float32": f32, "bfloat16": bf16}.items():
         load = functools.partial(build, "int8", dtype, f32, engine="openvino")
-        rows.append(Row("openvino int8", activations, load, "int8"))
+        exact = functools.partial(load, more=EXACT)
+        rows.append(Row("openvino int8", activations, load, "int8", differentiated=exact))
     rows.append(Row("openvino int8", "int8", build_int8, "int8"))
     return rows
 
 
 CANDIDATES = "--num_perturbations 32 --max_candidates_per_forward 33"
+EXACT = "--optimizer gauss_newton --max_candidates_per_forward 33 --mixed_precision no"
 
 
 def script_args(base, subject, quantization="none", engine="torch", more=CANDIDATES):
@@ -101,9 +104,11 @@ def script_args(base, subject, quantization="none", engine="torch", more=CANDIDA
     return zoodip.parse_args([*map(str, words), *more.split()])
 
 
-def build(quantization, dtype, text_dtype, folder, device, engine="torch"):
+def build(quantization, dtype, text_dtype, folder, device, engine="torch", more=CANDIDATES):
     """A `FrozenModel` as the training script makes it, but for the dtypes, and with all words in its table."""
-    args = script_args(folder, "striped_star", quantization, engine)  # any subject: only the model's settings are read
+    args = script_args(
+        folder, "striped_star", quantization, engine, more
+    )  # any subject: only the model's settings are read
     base, placeholder, compute = zoodip.resolve_settings(args, device)
     text_encoder, unet, *_ = zoodip.load_networks(args, base, compute._replace(dtype=dtype))
     compute = compute._replace(dtype=text_dtype)
@@ -406,7 +411,10 @@ def main():
                     found = measure_evidence(cells, subspace, step, model, exact_matrices)
                 evidence_of_row.append({**label, "step": step, **found})
                 print(evidence_of_row[-1], flush=True)
-            if not row.backend.startswith("openvino"):  # which has no graph of derivatives
+            if row.differentiated is not None:
+                model = None
+                model = row.differentiated(args.base, device)
+            if row.activations != "int8":  # which has no graph of derivatives
                 with tf32(row.tf32), torch.inference_mode():
                     found = measure_tangents(cells, subspace, model, exact_matrices)
                 tangents_of_row.append({**label, **found})

@@ -231,6 +231,12 @@ ROWS = {
         for suffix, precision, scale in (("", "no", "3e-4"), ("-bf16", "bf16", "5e-2"))
         for way, step in (("", ""), ("-differences", f" --perturbation_scale {scale}"))
     },
+    **{
+        f"gauss-newton-openvino{way}": Row(
+            (), f"--optimizer gauss_newton --unet_backend openvino --mixed_precision no{step}", size=5.3
+        )
+        for way, step in (("", ""), ("-differences", " --perturbation_scale 3e-4"))
+    },
     "official": Row(BOTH, kind="official", precision="fp32", size=1.6),
     "official-compiled": Row((), kind="official", precision="fp32", compiled=True, size=1.6),
     "official-fp16": Row(("cuda",), kind="official", precision="fp16", size=1.6),

@@ -64,7 +64,8 @@ class FlagshipLearner:
 
     def __init__(self, task):
         words = task.args, task.base, task.placeholder, task.concept.prompt_ids
-        found = zoodip.OPTIMIZERS[task.args.optimizer].look_ahead(*words)
+        optimizer = zoodip.OPTIMIZERS[task.args.optimizer]
+        found = optimizer.look_at(task.model, optimizer.look_ahead(*words), *words)
         self.task, self.learner = task, zoodip.start_learner(task.args, task.initial, found)
 
     @staticmethod

@@ -6,17 +6,11 @@ import shutil
 import pytest
 import torch
 from conftest import as_arguments, short_run
-from diffusers import (
-    AutoencoderKLFlux2,
-    DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
-    Flux2KleinPipeline,
-    Flux2Transformer2DModel,
-)
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
 from safetensors.torch import load_file
 from tiny_base import SIZE, build_pictures
-from tiny_z_image import TOKENIZER, WIDTH, tiny_language_model
-from transformers import AutoTokenizer
+from tiny_flux2 import build_tiny_flux2_base
+from tiny_z_image import WIDTH
 
 import evaluate_personalization as evaluate
 import train_zoodip_textual_inversion as zoodip
@@ -25,59 +19,14 @@ from personalization.models import base_model, families, memory
 from personalization.models.base_model import ModelSource, open_base
 
 
-TOKEN, CPU, FAMILY, LAYERS = "<my-toy>", torch.device("cpu"), families.FAMILIES["flux2_klein"], 28
+TOKEN, CPU, FAMILY = "<my-toy>", torch.device("cpu"), families.FAMILIES["flux2_klein"]
 DRAW = {"num_inference_steps": 1, "height": SIZE, "width": SIZE}
-
-
-def build(folder):
-    """A tiny base of klein's kind: as many layers of text as are read, and one more."""
-    shutil.copytree(TOKENIZER, folder / "tokenizer")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        encoder = tiny_language_model(len(AutoTokenizer.from_pretrained(TOKENIZER)) + 16, layers=LAYERS)
-        encoder.save_pretrained(folder / "text_encoder")
-        Flux2Transformer2DModel(
-            in_channels=16,
-            num_layers=1,
-            num_single_layers=1,
-            attention_head_dim=16,
-            num_attention_heads=2,
-            joint_attention_dim=3 * WIDTH,
-            timestep_guidance_channels=16,
-            axes_dims_rope=(4, 4, 4, 4),
-            guidance_embeds=False,
-        ).save_pretrained(folder / "transformer")
-        vae = AutoencoderKLFlux2(
-            block_out_channels=(8, 8),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            layers_per_block=1,
-            latent_channels=4,
-            norm_num_groups=4,
-            sample_size=SIZE,
-            mid_block_add_attention=False,
-        )
-        vae.bn.running_mean.normal_()
-        vae.bn.running_var.uniform_(0.5, 2.0)
-        vae.save_pretrained(folder / "vae")
-    FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True).save_pretrained(folder / "scheduler")
-    index = {
-        "_class_name": "Flux2KleinPipeline",
-        "is_distilled": False,
-        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-        "text_encoder": ["transformers", "Qwen3Model"],
-        "tokenizer": ["transformers", "Qwen2Tokenizer"],
-        "transformer": ["diffusers", "Flux2Transformer2DModel"],
-        "vae": ["diffusers", "AutoencoderKLFlux2"],
-    }
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2))
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("klein")
-    (folder / "base").mkdir()
-    build(folder / "base")
+    build_tiny_flux2_base(folder / "base")
     build_pictures(folder / "pictures")
     return folder
 

@@ -14,8 +14,10 @@ import train_zoodip_textual_inversion as zoodip
 from benchmarks.methods import ForwardCount
 from personalization.data import prompts
 from personalization.data.examples import Batch
+from personalization.errors import InputError
 from personalization.methods import gauss_newton, tangents
-from personalization.models import stacked
+from personalization.models import openvino_unet, paired, stacked
+from personalization.models.paired import Paired
 from personalization.models.stacked import NoRule, Stacked
 
 
@@ -98,6 +100,52 @@ def test_a_rule_is_the_derivative(name, layout, monkeypatch):
 def test_what_has_no_rule_is_refused(function):
     with pytest.raises(NoRule):
         function(Stacked(draw(2, 3, 4)))
+
+
+OF_ONE_EXAMPLE = {
+    **{name: RULES[name] for name in ("linear", "conv2d", "interpolate", "silu", "gelu", "quick gelu")},
+    **{name: RULES[name] for name in ("layer norm", "group norm", "group norm of words", "self-attention")},
+    "constants": (WORDS, lambda x: (1 + 2 * x - OTHER[:1]) / 3 + OTHER[:1] * x[:, :, None].squeeze(2)),
+    "products": (WORDS, lambda x: x * x[:, :1] + (2 - x) * x),
+    "shapes": (WORDS, lambda x: x.view(1, 7, D, 1).transpose(1, 2).permute(0, 3, 2, 1).reshape(1, -1).unsqueeze(1)),
+    "parts": (WORDS, lambda x: torch.cat([x.chunk(2, 1)[1] * 2, OTHER[:1], x[:, :, None].flatten(1, 2)], 1)[:, 3:]),
+    "cross-attention": ((B, 3, 7, D), lambda x: F.scaled_dot_product_attention(draw(1, 3, 9, D), x, 3 * x)),
+    "query alone": ((B, 3, 7, D), lambda x: F.scaled_dot_product_attention(x, *draw(2, 1, 3, 7, D), scale=0.3)),
+}
+
+
+@pytest.mark.parametrize("name", OF_ONE_EXAMPLE)
+def test_a_rule_for_graphs_is_the_derivative(name, monkeypatch):
+    monkeypatch.setattr(paired, "SCORES", 100)  # several parts of the queries
+    shape, function = OF_ONE_EXAMPLE[name]
+    value, directions = draw(1, *shape[1:]), draw(3, *shape[1:], seed=1)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        expected = [torch.func.jvp(function, (value,), (direction[None],)) for direction in directions]
+    found = function(Paired(value, directions))
+    torch.testing.assert_close(found.value, expected[0][0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.derivatives, torch.cat([d for _, d in expected]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        torch.sin,
+        lambda x: x / x,
+        lambda x: x @ x.mT,
+        lambda x: x.transpose(0, 1),
+        lambda x: x.unsqueeze(0),
+        lambda x: x.chunk(2),
+        lambda x: x + OTHER,
+        lambda x: x[..., 0],
+        lambda x: F.pad(x, (1, 1), value=1.0),
+        lambda x: F.gelu(x, approximate="tanh"),
+        lambda x: F.scaled_dot_product_attention(x, x, x, is_causal=True),
+    ],
+    ids="sine quotient product transpose unsqueeze chunk batch index padding gelu causal".split(),
+)
+def test_what_has_no_rule_for_graphs_is_refused(function):
+    with pytest.raises(NoRule):
+        function(Paired(draw(1, 7, D), draw(2, 7, D)))
 
 
 # -------------------------------------------------------------------------------------------------------------- models
@@ -188,6 +236,33 @@ def test_layers_of_other_libraries(place, quantization):
     found = tangents.stacked(task.model, theta, directions, batch)
     near = gauss_newton.differences(lambda points: task.model.errors(points, batch), theta, directions, 1e-3)
     assert (found[1] - near[1]).norm() < 2e-2 * near[1].norm() > 0
+
+
+IN_OPENVINO = {"unet_backend": "openvino", "mixed_precision": "no"}
+
+
+@pytest.mark.parametrize(
+    "base, flags",
+    [("sd", {"quantization": "none"}), ("velocity", {"num_vectors": 2}), ("xl", {"pool_at_eos": True})],
+    ids=str,
+)
+@torch.no_grad()
+def test_derivatives_in_openvino_equal_those_of_autograd(place, base, flags):
+    """K and y, and the plain predictions that the same graph makes."""
+    pytest.importorskip("openvino")
+    task = prepare(place / base, place / "pictures", **IN_OPENVINO, **flags)
+    known = prepare(place / base, place / "pictures", **flags)
+    theta, directions = point_and_directions(task, 5)
+    batch = task.draw_batch(torch.Generator().manual_seed(0))
+    exact = tangents.by_autograd(known.model, theta, directions, batch)
+    for limit in (9, 3):  # one graph serves every number of derivatives
+        task.model.max_candidates = limit
+        found = tangents.stacked(task.model, theta, directions, batch)
+        assert max(deviations(found, exact)) < 1e-4
+        torch.testing.assert_close(found[0], exact[0], rtol=1e-4, atol=1e-5)
+    points = torch.cat([theta[None], theta + directions])
+    expected = known.model.losses(points, batch)
+    torch.testing.assert_close(task.model.losses(points, batch), expected, rtol=1e-5, atol=1e-6)
 
 
 DEMO_FLAGS = {"quantization": "none", "train_batch_size": 1, "max_candidates_per_forward": 9}
@@ -354,3 +429,26 @@ def test_a_model_with_an_unknown_operation_learns_by_autograd(learn, monkeypatch
         _, unknown = learn()
     assert "Derivatives by PyTorch's forward mode" in caplog.text and "group_norm" in caplog.text
     torch.testing.assert_close(unknown, known, rtol=1e-3, atol=1e-5)
+
+
+def test_openvino_learns_by_derivatives_and_resumes_to_the_last_bit(learn, place, tmp_path, monkeypatch):
+    pytest.importorskip("openvino")
+    config, whole = learn(**IN_OPENVINO)
+    assert config["settings"]["perturbation_scale"] is None and 0 < config["figures"]["share"] < 1
+    _, known = learn()
+    torch.testing.assert_close(whole, known, rtol=1e-3, atol=1e-5)
+    learn(**IN_OPENVINO, perturbation_scale=1e-3)  # whose graph is another one
+    assert len(list((place / "cache").glob("unet-openvino-*/unet.bin"))) == 2
+    monkeypatch.setattr(openvino_unet, "export_openvino", lambda *_: pytest.fail("exported again"))
+    parts = {**IN_OPENVINO, "output_dir": tmp_path / "parts", "checkpointing_steps": 1}
+    learn(**parts, max_train_steps=2)
+    learn(**parts, resume_from_checkpoint="latest")
+    resumed = torch.load(tmp_path / "parts" / "checkpoint-3" / "state.pt", weights_only=True)["theta"]
+    assert torch.equal(resumed, whole)
+
+
+def test_a_model_whose_derivatives_openvino_does_not_know(learn, monkeypatch):
+    pytest.importorskip("openvino")
+    monkeypatch.delitem(paired.RULES, "group_norm")
+    with pytest.raises(InputError, match="no exact derivatives of this model .group_norm .* --perturbation_scale"):
+        learn(**IN_OPENVINO, quantized_cache_dir="none")

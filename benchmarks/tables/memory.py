@@ -19,6 +19,7 @@ MEMORY_NAMES = {
     "quanto-int8": "ours, quanto-INT8",
     "none": "ours, unquantized",
     "openvino": "ours, OpenVINO, later runs",
+    "openvino-gauss-newton-exact": "ours, OpenVINO, Gauss-Newton in float32, exact derivatives, 9 rows a pass",
     "openvino-first": "ours, OpenVINO, first run (exports)",
     "official": "official loop, quanto-INT8",
     "ti-fp32": "gradient Textual Inversion, fp32",

@@ -57,6 +57,8 @@ GAUSS_NEWTON_NAMES = {
     "gauss-newton-differences": ("float32", "finite differences"),
     "gauss-newton-bf16": ("bfloat16", "exact derivatives"),
     "gauss-newton-bf16-differences": ("bfloat16", "finite differences"),
+    "gauss-newton-openvino": ("float32, OpenVINO", "exact derivatives"),
+    "gauss-newton-openvino-differences": ("float32, OpenVINO", "finite differences"),
 }
 
 

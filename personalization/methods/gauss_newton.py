@@ -1,7 +1,7 @@
 """Forward-only Gauss-Newton (ours): a forward pass returns a whole predicted noise, of which ZOODiP keeps one number.
 
-n + 1 passes on one batch give n directional derivatives of the *prediction*: exact ones in PyTorch (`tangents`),
-finite differences on other engines. They make a Gauss-Newton matrix, and a recursive least-squares filter of a few
+n + 1 passes on one batch give n directional derivatives of the *prediction*: exact ones (`tangents`), or finite
+differences where the engine has none. They make a Gauss-Newton matrix, and a recursive least-squares filter of a few
 numbers takes steps from it: no learning rate, no Adam. Prior art: multi-tangent forward gradients (arXiv 2410.17764)
 and FoMoH (arXiv 2408.10419) take such derivatives in forward mode; BSZO (arXiv 2601.01452) filters finite differences
 of losses by Kalman's formulas. docs/methods/gauss_newton.md has what was measured.
@@ -20,6 +20,7 @@ from ..errors import InputError
 from ..flags import COUNT, RUN, SHARE, Range
 from ..logs import get_logger
 from ..models import base_model
+from ..models.openvino_unet import OpenVINOUNet, without_rule
 from ..models.stacked import NoRule
 from . import tangents
 from .rule import Optimizer
@@ -131,6 +132,7 @@ class GaussNewton:
 # One update of θ
 # =====================================================================================================
 
+EXACT_IN_OPENVINO = ("float32",)  # activations in which its derivatives are precise enough
 SHARE_STEPS, LEAST_SHARE = 16, 0.5  # after so many steps a subspace that holds less of the gradient is left
 
 
@@ -200,6 +202,8 @@ class GaussNewtonUpdate:
         try:
             return self.differentiate(model, theta, directions, batch)
         except NoRule as reason:
+            if isinstance(model.denoiser, OpenVINOUNet):  # of which PyTorch knows nothing
+                raise without_rule(reason) from None
             logger.info(f"Derivatives by PyTorch's forward mode, about half as fast: {reason}")
             self.differentiate = tangents.by_autograd
             return self.differentiate(model, theta, directions, batch)
@@ -246,6 +250,8 @@ FORWARDS = 17_000  # of a run that is not told how long: 500 steps of 34
 def choose_directions(args, base, placeholder, prompt_ids):
     """All directions of a vector, `[d, d]`, orthonormal: those of `--gn_subspace` first.
 
+    With `--learn output` those of the prompts' words are known when they are encoded (None here).
+
     Args:
         args: resolved settings.
         base, placeholder: `Base`, `Placeholder`.
@@ -254,21 +260,26 @@ def choose_directions(args, base, placeholder, prompt_ids):
     Raises:
         InputError: the prompts have too few words to tell directions.
     """
-    tables, dimension = base_model.load_token_tables(base), base.word_width
-    table = tables[0] if len(tables) == 1 else torch.cat(tables, dim=1)  # of two, a word is a row of both
+    dimension = base.word_width
     if args.gn_subspace == "none":
         return torch.eye(dimension)
+    tables = base_model.load_token_tables(base)
+    table = tables[0] if len(tables) == 1 else torch.cat(tables, dim=1)  # of two, a word is a row of both
     if args.gn_subspace == "vocabulary":
         return vocabulary_directions(table, dimension, args.gn_subspace_words)
-    ids = prompt_ids.unique()
-    special = torch.tensor([i for tokenizer in base.tokenizers for i in tokenizer.all_special_ids])
-    ids = ids[(ids < placeholder.first_id) & ~torch.isin(ids, special)]
+    ids = prompt_ids[are_words(prompt_ids, base, placeholder)].unique()
     if len(ids) < 2:
         raise InputError(
             f"--gn_subspace prompt_words needs two different words beside {placeholder.token} in the captions: write"
             " longer ones, or give --gn_subspace vocabulary."
         )
-    return vocabulary_directions(table[ids], dimension, len(ids))
+    return None if base.of_output else vocabulary_directions(table[ids], dimension, len(ids))
+
+
+def are_words(ids, base, placeholder):
+    """Which ids are of words: neither the placeholder's nor special, like ids."""
+    special = torch.tensor([i for tokenizer in base.tokenizers for i in tokenizer.all_special_ids])
+    return (ids < placeholder.first_id) & ~torch.isin(ids, special)
 
 
 class GaussNewtonOptimizer(Optimizer):
@@ -297,7 +308,8 @@ class GaussNewtonOptimizer(Optimizer):
             default="vocabulary",
             page=True,
             help="Subspace that Gauss-Newton looks along first: the main differences between the model's words (those"
-            " with the longest embeddings), between the words of the prompts, or none: everywhere.",
+            " with the longest embeddings), between the words of the prompts, or none: everywhere. With --learn output"
+            " prompt_words, as the encoder puts them out.",
         )
         add(
             "--gn_subspace_dimension",
@@ -344,6 +356,13 @@ class GaussNewtonOptimizer(Optimizer):
         )
 
     def check(self, args):
+        if args.learn == "output" and "gn_subspace" not in args.given:
+            args.gn_subspace = "prompt_words"
+        if args.learn == "output" and args.gn_subspace == "vocabulary":
+            raise InputError(
+                "--gn_subspace vocabulary is of the words of a prompt, and --learn output learns none: choose"
+                " prompt_words or none."
+            )
         for name, without in (("gn_subspace_steps", ("none",)), ("gn_subspace_words", ("none", "prompt_words"))):
             if name in args.given and args.gn_subspace in without:
                 raise InputError(f"--{name} does nothing with --gn_subspace {args.gn_subspace}: drop one.")
@@ -358,8 +377,10 @@ class GaussNewtonOptimizer(Optimizer):
             )
 
     def stacks(self, args):
-        """Where PyTorch computes, unless a step of differences is given; what it compiles are passes of tensors."""
-        return args.perturbation_scale is None and args.unet_backend == "torch" and not args.torch_compile
+        """Unless a step of differences is given. What PyTorch compiles are passes of tensors alone."""
+        if args.perturbation_scale is not None or args.torch_compile:
+            return False
+        return args.unet_backend == "torch" or args.activations in EXACT_IN_OPENVINO
 
     def num_candidates(self, args):
         """θ, the subspace's directions for each vector, and one more."""
@@ -383,6 +404,14 @@ class GaussNewtonOptimizer(Optimizer):
     def look_ahead(self, args, base, placeholder, prompt_ids):
         """`choose_directions`."""
         return choose_directions(args, base, placeholder, prompt_ids)
+
+    def look_at(self, model, found, args, base, placeholder, prompt_ids):
+        """`choose_directions`; of an output the main differences between what the prompts' words became."""
+        if found is not None:
+            return found
+        rows = model.text_encoder.rows
+        said = rows.said(prompt_ids.to(rows.ids.device)).cpu()[are_words(prompt_ids, base, placeholder)].unique(dim=0)
+        return vocabulary_directions(said, base.word_width, len(said))
 
     def start(self, args, theta, found, num_processes):
         """A `GaussNewtonUpdate`; the directions `found` `[d, d]` serve each of θ's vectors `[k, d]`."""

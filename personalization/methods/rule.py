@@ -92,6 +92,10 @@ class Optimizer:
     def look_ahead(self, args, base, placeholder, prompt_ids):
         """Whatever `start` needs of the base's small files; an `InputError` comes before anything slow."""
 
+    def look_at(self, model, found, args, base, placeholder, prompt_ids):
+        """What `look_ahead` found, or what `start` needs of a `FrozenModel` instead."""
+        return found
+
     def check_pictures(self, args, pictures):
         """Raises an `InputError` where its flags do not fit the `Picture`s."""
 

@@ -17,10 +17,10 @@ from ..models.stacked import NoRule, Stacked, lifted
 
 
 class Word(torch.nn.Module):
-    """Token rows of a text encoder with the placeholder's in their place.
+    """Rows of a text encoder, of its tokens or its output, with the placeholder's in their place.
 
     Args:
-        table: `PromptRows`.
+        table: `PromptRows` or `EncodedRows`.
         first_id: id of the placeholder's first vector.
         vectors: its vectors `[k, d]`, a tensor that autograd may follow, or `Stacked`.
     """
@@ -42,15 +42,13 @@ class Word(torch.nn.Module):
 @contextlib.contextmanager
 def word_in_place(text_encoder, first_id, vectors):
     """`TextEncoders` whose placeholder has these vectors `[k, d]`; of several encoders the parts lie side by side."""
-    tables = [encoder.get_input_embeddings() for encoder in text_encoder.encoders]
+    tables = text_encoder.get_tables()
     parts = vectors.split([table.weight.shape[1] for table in tables], dim=-1)
     try:
-        for encoder, table, part in zip(text_encoder.encoders, tables, parts):
-            encoder.set_input_embeddings(Word(table, first_id, part))
+        text_encoder.set_tables([Word(table, first_id, part) for table, part in zip(tables, parts)])
         yield
     finally:
-        for encoder, table in zip(text_encoder.encoders, tables):
-            encoder.set_input_embeddings(table)
+        text_encoder.set_tables(tables)
 
 
 def predict(model, vectors, batch):

@@ -78,6 +78,14 @@ def add_concept_arguments(add):
         help=vectors,
     )
     add(
+        "--learn",
+        choices=["input", "output"],
+        decides=flags.RUN,
+        help="Place of the word's vectors. input (the default): among the words of a prompt; output (Z-Image, FLUX.2"
+        " klein): in what the text encoder puts out, so that it leaves before training; only this repository's"
+        " pipelines read such a file.",
+    )
+    add(
         "--learnable_property",
         choices=["object", "style"],
         default="object",

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +24,7 @@ from transformers import CLIPTextModelWithProjection, PreTrainedModel
 
 from ..errors import InputError
 from . import families, single_file, weight_files
+from .embedding_files import OUT
 from .lean_vae import spare_memory
 
 
@@ -53,6 +54,7 @@ class Base:
         denoiser_config, vae_config: of diffusers, defaults filled in.
         text_configs: of transformers, one for each text encoder.
         single: the `SingleFile` that it is, or None.
+        of_output: whether a word of it stands in what the text encoder puts out, and not in prompts.
         checked_files: component -> its weight files, once they have been checked.
     """
 
@@ -65,6 +67,7 @@ class Base:
     vae_config: dict
     text_configs: tuple
     single: single_file.SingleFile | None = None
+    of_output: bool = False
     checked_files: dict = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -79,7 +82,9 @@ class Base:
 
     @property
     def word_widths(self):
-        """Entries of a word, for each text encoder."""
+        """Entries of a word, those that are learned, for each text encoder."""
+        if self.of_output:
+            return (self.family.output_width(self),)
         return tuple(config.hidden_size for config in self.text_configs)
 
     @property
@@ -89,8 +94,13 @@ class Base:
 
     @property
     def word_parts(self):
-        """How a word is saved in parts: key -> entries, in the order in which they lie side by side; {} if whole."""
-        return dict(zip(self.family.word_keys, self.word_widths))
+        """How a word is saved in parts: key -> entries, in the order in which they lie side by side; {} if whole.
+
+        One of the output has two: what stands in prompts, which text encoders need, and what is learned.
+        """
+        parts = dict(zip(self.family.word_keys, (config.hidden_size for config in self.text_configs)))
+        outputs = {f"{key}{OUT}": width for key, width in zip(parts, self.word_widths)}
+        return parts | outputs if self.of_output else parts
 
     @property
     def vae_factor(self):
@@ -181,6 +191,21 @@ def open_base(source, tokenizer_name=None, accepted=(families.SD1, families.SD2)
     check_tokenizers(base, labels)
     compute_empty(base)
     return base
+
+
+def of_output(base):
+    """The same base for words that stand in the text encoder's output.
+
+    Raises:
+        InputError: its family has no such words.
+    """
+    if base.family.learns_output:
+        return replace(base, of_output=True)
+    able = families.names_of([family for family in families.FAMILIES.values() if family.learns_output])
+    raise InputError(
+        f"--learn output is for models whose text encoder is a language model ({able}), and {base.source.label} is of"
+        f" the kind {base.family.label}: drop it."
+    )
 
 
 def find_root(source):

@@ -27,6 +27,7 @@ LONE = {"emb_params": "kohya", "emp_params": "onetrainer"}  # keys of the only e
 ENCODERS = {"clip_l": "clip_l", "clip_g": "clip_g", "clip_h": "clip_h", "t5": "t5xxl", "t5xxl": "t5xxl"}
 ENCODERS |= {name: name for name in ("qwen3_4b", "qwen3_8b", "qwen3_06b", "gemma2_2b")}
 OUT = "_out"  # ends the key of vectors for an encoder's output
+NAMES = "placeholder_token", "placeholder_token_of_output"  # entries of metadata with the word's name: without, with
 ONE = ""  # the only encoder, of a file that does not name it
 PICKLES = ".pt", ".bin", ".ckpt", ".pth"
 RESULT = "learned_embeds.safetensors"  # of a run, in its folder
@@ -86,11 +87,21 @@ def read_words(path, what):
     if not path.is_file():
         raise InputError(f"{what}: there is no file {quoted(path, 300)}: give an embedding file.")
     content, metadata = (read_pickle if path.suffix.lower() in PICKLES else read_safetensors)(path, what)
-    words = words_of(content, metadata.get("placeholder_token"), path.stem, what)
+    words = words_of(content, name_in(metadata), path.stem, what)
     for word in words:
         for key, vectors in {**word.parts, **word.outputs}.items():
             check_vectors(vectors, f"{what}: {key or word.name}")
     return [word._replace(parts=as_rows(word.parts), outputs=as_rows(word.outputs)) for word in words]
+
+
+def name_in(metadata):
+    """The word's name by a file's metadata, or None."""
+    return next((metadata[entry] for entry in NAMES if entry in metadata), None)
+
+
+def is_of_output(keys):
+    """Whether a file with these keys has vectors for an encoder's output."""
+    return any(key.endswith(OUT) for key in keys)
 
 
 def as_rows(parts):
@@ -181,7 +192,11 @@ def read_start(path, widths, token, flag):
         names = shorten(", ".join(word.name for word in words), 200)
         raise InputError(f"{what} holds {len(words)} words ({names}): split it with convert_embedding.py --split.")
     word = words[0]
-    parts = word.parts
+    parts, wants_output = word.parts, is_of_output(widths)
+    if wants_output != bool(word.outputs):
+        fix = "give one that was learned with it, or drop --learn output" if wants_output else "add --learn output"
+        raise InputError(f"{what} has {'no ' * wants_output}vectors for a text encoder's output: {fix}.")
+    parts = parts | {f"{key}{OUT}": vectors for key, vectors in word.outputs.items()}
     if len(widths) == 1 == len(parts):  # whatever the file calls the only encoder
         parts = dict(zip(widths, parts.values()))
     found = {key or "vectors": vectors.shape[1] for key, vectors in parts.items()}
@@ -227,6 +242,11 @@ def files_of(words, form, stem):
         InputError: the form has no place for them.
     """
     encoders = list(words[0].parts)
+    if any(word.outputs for word in words):
+        raise InputError(
+            f"a file of the form {form} has no place for vectors that replace an encoder's output: draw with the"
+            " pipeline that came with the word."
+        )
     if any(list(word.parts) != encoders for word in words):
         raise InputError("the words are of different kinds of models: convert them one by one.")
     if form == "diffusers":

@@ -22,7 +22,8 @@ from ..errors import InputError
 from ..logs import get_logger
 from . import frozen
 from .lean_vae import spare_memory
-from .stacked import NoRule, Stacked
+from .paired import Paired
+from .stacked import Dual, NoRule, Stacked
 
 
 logger = get_logger(__name__)
@@ -155,7 +156,7 @@ def activation_bytes(run, device, heap_slack=HEAP_SLACK, differentiates=False, h
     """
 
     def fused(query, key, value, *args, **kwargs):
-        if any(isinstance(x, Stacked) for x in (query, key, value)):  # which makes tensors that are counted
+        if any(isinstance(x, Dual) for x in (query, key, value)):  # which makes tensors that are counted
             return attention(query, key, value, *args, **kwargs)
         return FusedAttention.apply(query, key, value)
 
@@ -189,6 +190,7 @@ class MemoryPlan(NamedTuple):
     checkpointing: str | None = None  # of a backward pass, see `frozen.CHECKPOINTING`; None: there is none
     freed_blocks: int = 32  # MB, see `keep_freed_blocks`
     look_around: Callable | None = None  # denoiser -> its `windows.Surroundings`; None: whole pictures
+    encoded: int = 0  # prompts at most that the text encoders encode before they leave; 0: they stay
 
 
 @dataclass(frozen=True)
@@ -256,6 +258,7 @@ def predict_memory(text_encoder, denoiser, vae, backend, plan, base, compute):
     """
     device, dtype = compute.device, compute.dtype
     on_cpu, is_mapped = device.type == "cpu", device.type == "cpu" and backend.cached and plan.cached
+    prompts, saying = count_prompts(text_encoder, plan, base, compute) if plan.encoded else (0, 0)
     text_encoder.set_input_embeddings(torch.nn.Identity())  # only the rows in use come
     layers = [layer for layer in denoiser.modules() if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d))]
     largest = max(layers, key=lambda layer: layer.weight.numel())
@@ -284,10 +287,12 @@ def predict_memory(text_encoder, denoiser, vae, backend, plan, base, compute):
         activations += 2 * largest_weights * dtype.itemsize
     vae.decoder = None  # as while encoding
 
-    mapped, kept = text_bytes if is_mapped else 0, denoiser_bytes
+    staying = prompts if plan.encoded else text_bytes
+    mapped, kept = text_bytes if is_mapped and not plan.encoded else 0, denoiser_bytes
     if plan.openvino:
-        # Beside the stored weights it has all of them in float32, and those of products a second time, repacked.
-        kept += 4 * (all_weights + linear_weights) + OPENVINO_BYTES
+        # Beside the stored weights it has all of them in float32, and those of products a second time, repacked; a
+        # third time where derivatives go through them in a batch of their own.
+        kept += 4 * (all_weights + (2 if plan.derivatives else 1) * linear_weights) + OPENVINO_BYTES
     elif is_mapped:
         mapped += kept
     if plan.streamed:  # one layer and the next one; pages of the mapped file stay until they are dropped
@@ -297,11 +302,14 @@ def predict_memory(text_encoder, denoiser, vae, backend, plan, base, compute):
     phases = {
         # which the host does where a GPU is to be spared
         "encoding the images": max(vae_bytes, tensor_bytes(vae) + encoding) if on_cpu else encoding_on_gpu,
-        "quantizing": text_bytes + unquantized_bytes if on_cpu and backend.whole_model else 0,
-        "writing the layers to disk": text_bytes + denoiser_bytes if on_cpu and plan.streamed else 0,
-        "training": text_bytes + kept + activations + points,
-        "validation images": text_bytes + kept + vae_bytes + decoding if plan.images else 0,
+        "encoding the prompts": text_bytes + prompts + saying if plan.encoded else 0,
+        "quantizing": staying + unquantized_bytes if on_cpu and backend.whole_model else 0,
+        "writing the layers to disk": staying + denoiser_bytes if on_cpu and plan.streamed else 0,
+        "training": staying + kept + activations + points,
+        "validation images": staying + kept + vae_bytes + decoding if plan.images else 0,
     }
+    if is_mapped and phases["encoding the prompts"] == max(phases.values()):  # the other model is not yet there
+        mapped = text_bytes
     return MemoryPrediction(
         libraries=process_memory().rss + CPU_KERNEL_BYTES if on_cpu else 0,
         vae=vae_bytes,
@@ -313,6 +321,17 @@ def predict_memory(text_encoder, denoiser, vae, backend, plan, base, compute):
         phases=phases,
         denoiser_label=base.family.denoiser_label,
     )
+
+
+def count_prompts(text_encoder, plan, base, compute):
+    """Bytes of `plan.encoded` prompts, as they are kept, and of the activations of encoding one."""
+    one = base.family.example(base, 1, plan.resolution, "meta", compute.dtype).text.states
+    ids = torch.zeros(one.shape[:2], dtype=torch.long, device="meta")
+    text_encoder.to("meta")  # its buffers, too
+    for parameter in text_encoder.parameters():
+        parameter.data = parameter.data.to(compute.dtype)
+    saying = activation_bytes(lambda: text_encoder(ids), compute.device)
+    return plan.encoded * one.numel() * one.element_size(), saying
 
 
 def count_activations(denoiser, vae, plan, base, compute):
@@ -347,7 +366,13 @@ def count_activations(denoiser, vae, plan, base, compute):
     activations = None
     if plan.derivatives:
         rows = {name: x for name, x in inputs.text._asdict().items() if isinstance(x, torch.Tensor)}
-        rows = {name: Stacked(x.expand(1 + plan.derivatives, *x.shape)) for name, x in rows.items()}
+
+        def with_derivatives(x):
+            if plan.openvino:
+                return Paired(x, x.expand(plan.derivatives, *x.shape[1:]))
+            return Stacked(x.expand(1 + plan.derivatives, *x.shape))
+
+        rows = {name: with_derivatives(x) for name, x in rows.items()}
         stacked = inputs._replace(text=inputs.text._replace(**rows))
         with contextlib.suppress(NoRule):  # PyTorch's forward mode is counted as so many candidates
             if family.stacks:

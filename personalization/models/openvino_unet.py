@@ -18,6 +18,8 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from ..errors import InputError
 from . import base_model, weight_cache
 from .families import Call, Replay
+from .paired import Paired
+from .stacked import Dual, NoRule, Stacked, lifted, value_of
 
 
 # torch.export finds that diffusers' upsampling branches at 64 examples; one graph serves every batch below.
@@ -26,7 +28,28 @@ OPENVINO_MAX_BATCH = 63
 NNCF_MODEL_TYPE = "transformer"
 
 
-def export_openvino(denoiser, call):
+class Differentiated(torch.nn.Module):
+    """A denoiser and its derivatives as a function of tensors: those of a `Call`, then derivatives of some of them.
+
+    Args:
+        denoiser: torch module.
+        call: `Call` of it with one example.
+        followed: names of the tensors that have derivatives.
+    """
+
+    def __init__(self, denoiser, call, followed):
+        super().__init__()
+        self.replay, self.names, self.followed = Replay(denoiser, call), list(call.tensors()), followed
+
+    def forward(self, *tensors):
+        inputs = dict(zip(self.names, tensors))
+        for name, derivatives in zip(self.followed, tensors[len(inputs) :]):
+            inputs[name] = Paired(inputs[name], derivatives)
+        prediction = self.replay(*inputs.values())
+        return prediction.value, prediction.derivatives
+
+
+def export_openvino(denoiser, call, followed=()):
     """A denoiser as an OpenVINO model with a free batch size, its INT8 weights as they are.
 
     `torch.export` runs on fake tensors: beside the weights this takes some 100 MB, where tracing takes gigabytes.
@@ -34,19 +57,33 @@ def export_openvino(denoiser, call):
     Args:
         denoiser: torch module.
         call: `Call` of it with two examples; the graph's inputs are its tensors, in their order.
+        followed: names of tensors whose derivatives are further inputs, as many as one likes. The call is then of one
+            example, and the results are the prediction and its derivatives.
+
+    Raises:
+        InputError: it has an operation whose derivative is not known.
     """
     import openvino
 
-    example = tuple(call.tensors().values())
-    batch = torch.export.Dim("batch", min=1, max=OPENVINO_MAX_BATCH)
+    tensors = call.tensors()
+    batch = torch.export.Dim("batch", min=1, max=None if followed else OPENVINO_MAX_BATCH)
+    more = [tensors[name].expand(2, *tensors[name].shape[1:]).clone() for name in followed]
+    example, module = (*tensors.values(), *more), Replay(denoiser, call)
+    if followed:
+        module = Differentiated(denoiser, call, followed)
+    free = [bool(more) == (number >= len(tensors)) for number in range(len(example))]
     with torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # torch's, about itself
-        shapes = (({0: batch},) * len(example),)  # `Replay` takes them as one argument
-        program = torch.export.export(Replay(denoiser, call).eval(), example, dynamic_shapes=shapes)
+        shapes = (tuple({0: batch} if each else {} for each in free),)  # the modules take them as one argument
+        try:
+            program = torch.export.export(module.eval(), example, dynamic_shapes=shapes)
+        except NoRule as reason:
+            raise without_rule(reason) from None
         model = openvino.convert_model(program)
     # The graph keeps only the batch open, its inputs should say so.
-    for node, tensor in zip(model.inputs, example):
-        node.get_node().set_partial_shape(openvino.PartialShape([-1, *tensor.shape[1:]]))
+    for node, tensor, is_free in zip(model.inputs, example, free):
+        shape = [-1 if is_free else len(tensor), *tensor.shape[1:]]
+        node.get_node().set_partial_shape(openvino.PartialShape(shape))
     model.validate_nodes_and_infer_types()
     return model
 
@@ -61,14 +98,15 @@ class OpenVINOUNet(torch.nn.Module):
         engine: OpenVINO's device: CPU, GPU, NPU.
         dtype: torch.float32, or torch.bfloat16 to let OpenVINO compute in it.
         device: torch device of what is returned.
+        followed: see `export_openvino`; it then takes `Stacked` tensors, too.
     """
 
-    def __init__(self, model, config, call, engine, dtype, device):
+    def __init__(self, model, config, call, engine, dtype, device, followed=()):
         super().__init__()
         import openvino
 
         self.config, self.dtype, self.device = config, dtype, device
-        self.kind, self.names = call.kind, list(call.tensors())
+        self.kind, self.names, self.followed = call.kind, list(call.tensors()), followed
         if config.get("addition_embed_type") == "text_time":  # `StableDiffusionXLPipeline` reads this layer's width
             layer = SimpleNamespace(in_features=config.projection_class_embeddings_input_dim)
             self.add_embedding = SimpleNamespace(linear_1=layer)
@@ -80,6 +118,10 @@ class OpenVINOUNet(torch.nn.Module):
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
             "ENABLE_CPU_PINNING": False,  # it ties every process to the same first cores, however many others idle
         }
+        if followed and engine == "CPU":
+            settings["SNIPPETS_MODE"] = (
+                "DISABLE"  # fusing this graph's elementwise operations, OpenVINO 2026.4 crashes
+            )
         supported = core.get_property(engine, "SUPPORTED_PROPERTIES")
         settings |= {name: value for name, value in optional.items() if name in supported}
         self.compiled = core.compile_model(model, engine, settings)
@@ -89,8 +131,23 @@ class OpenVINOUNet(torch.nn.Module):
         inputs = [tensors[name] for name in self.names]
         latents = next(x for x in inputs if x.dim() == 4)
         inputs = [x if x.dim() else x.expand(len(latents)) for x in inputs]  # pipelines give one timestep for all
-        prediction = torch.from_numpy(self.compiled([x.float().cpu().numpy() for x in inputs])[0]).to(latents)
+        prediction = self.one_by_one(inputs) if self.followed else self.compute(inputs)[0].to(latents)
         return UNet2DConditionOutput(sample=prediction) if return_dict else (prediction,)
+
+    def compute(self, inputs):
+        """The results of the graph, float32 on the host."""
+        return list(map(torch.from_numpy, self.compiled([x.float().cpu().numpy() for x in inputs]).values()))
+
+    def one_by_one(self, inputs):
+        """The prediction of a batch by a graph of one example and its derivatives; `Stacked` where an input is."""
+        rows = max(len(x.rows) if isinstance(x, Dual) else 1 for x in inputs)
+        stacked = [lifted(x, rows).rows for name, x in zip(self.names, inputs) if name in self.followed]
+        found = []
+        for example in range(len(inputs[0])):
+            values = [value_of(x)[example, None] for x in inputs]
+            found.append(torch.cat(self.compute([*values, *(x[1:, example] for x in stacked)])))
+        prediction = torch.stack(found, dim=1).to(inputs[0].device)
+        return Stacked(prediction) if rows > 1 else prediction[0].to(inputs[0])
 
 
 class Calibration(NamedTuple):
@@ -150,7 +207,7 @@ def kept_graph(path, what, make):
     return graph, sum(node.data.nbytes for node in graph.get_ops() if node.get_type_name() == "Constant")
 
 
-def compile_openvino_unet(path, load_denoiser, config, call, engine, dtype, device, calibration=None):
+def compile_openvino_unet(path, load_denoiser, config, call, engine, dtype, device, calibration=None, followed=()):
     """Compiles a denoiser for an OpenVINO device; its graph is kept in the cache, and verified there.
 
     Args:
@@ -160,6 +217,7 @@ def compile_openvino_unet(path, load_denoiser, config, call, engine, dtype, devi
         call: `Call` of it with two examples of the right shapes.
         engine, dtype, device: see `OpenVINOUNet`.
         calibration: `Calibration`, to compute in INT8; None computes in `dtype`.
+        followed: see `export_openvino`.
 
     Returns:
         The `OpenVINOUNet`, and the bytes of its weights as stored.
@@ -167,7 +225,7 @@ def compile_openvino_unet(path, load_denoiser, config, call, engine, dtype, devi
 
     def exported():
         what = "Exporting the UNet to OpenVINO"
-        return kept_graph(path, what, lambda: export_openvino(load_denoiser(), call))
+        return kept_graph(path, what, lambda: export_openvino(load_denoiser(), call, followed))
 
     def quantized():
         import openvino
@@ -181,10 +239,12 @@ def compile_openvino_unet(path, load_denoiser, config, call, engine, dtype, devi
     else:
         kept = path and calibrated_path(path, calibration)
         graph, size = kept_graph(kept, "Quantizing the UNet's activations", quantized)
-    return OpenVINOUNet(graph, config, call, engine, dtype, device), size
+    return OpenVINOUNet(graph, config, call, engine, dtype, device, followed), size
 
 
-def open_denoiser(base, resolution, quantization, load, engine, compute, cache_dir, calibration=None):
+def open_denoiser(
+    base, resolution, quantization, load, engine, compute, cache_dir, calibration=None, differentiated=False
+):
     """The denoiser of a base in OpenVINO, its graph kept in the cache under a name of what it is made of.
 
     Args:
@@ -196,18 +256,34 @@ def open_denoiser(base, resolution, quantization, load, engine, compute, cache_d
         compute: `Compute`.
         cache_dir: folder; None keeps nothing.
         calibration: `Calibration`, to compute in INT8.
+        differentiated: whether derivatives along the text are computed beside a prediction.
 
     Returns:
         The `OpenVINOUNet`, and the bytes of its weights as stored.
+
+    Raises:
+        InputError: the denoiser has an operation whose derivative is not known.
     """
     family, path = base.family, None
+    inputs = family.example(base, 1 if differentiated else 2, resolution)
+    call, followed = family.call(inputs), ()
+    if differentiated:
+        followed = [name for name, x in call.tensors().items() if any(x is part for part in inputs.text)]
     config = base_model.empty_model(base, family.denoiser).config
     if cache_dir is not None:
         files, latent_size = base_model.find_weight_files(base, family.denoiser), resolution // base.vae_factor
-        path = export_path(cache_dir, files, config, quantization, latent_size, base.prompt_length)
-    call = family.call(family.example(base, 2, resolution))
+        shape = latent_size, base.prompt_length, *followed
+        path = export_path(cache_dir, files, config, quantization, *shape)
     where = engine, compute.dtype, compute.device
-    return compile_openvino_unet(path, lambda: load()[0], config, call, *where, calibration)
+    return compile_openvino_unet(path, lambda: load()[0], config, call, *where, calibration, followed)
+
+
+def without_rule(reason):
+    """The `InputError` for a model whose derivatives OpenVINO cannot compute."""
+    return InputError(
+        f"--unet_backend openvino has no exact derivatives of this model ({reason}): give --perturbation_scale,"
+        " such as 3e-4, for finite differences."
+    )
 
 
 def recorder(family, calls):

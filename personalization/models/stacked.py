@@ -23,23 +23,32 @@ class NoRule(NotImplementedError):
     """An operation whose derivative is not known here."""
 
 
-class Stacked:
+class Dual:
     """A value and its derivatives, for the code of a model a tensor with the value's shape.
 
-    Args:
-        rows: `[1 + n, *shape]`, the value first.
+    Attributes:
+        rules: name of an operation, as torch calls it -> what computes it.
+        value: what it is a derivative of.
+        rows: a tensor of the same dtype, on the same device.
     """
 
     __iter__ = None  # it has `__getitem__`, and Python would take it for a sequence
+    rules: dict
+    value: torch.Tensor
+    rows: torch.Tensor
+    shape: torch.Size
 
-    def __init__(self, rows):
-        self.rows = rows
-
-    shape = property(lambda self: self.rows.shape[1:])
-    ndim = property(lambda self: self.rows.ndim - 1)
+    ndim = property(lambda self: len(self.shape))
     dtype = property(lambda self: self.rows.dtype)
     device = property(lambda self: self.rows.device)
     requires_grad = False
+
+    @classmethod
+    def rule(cls, name):
+        """What computes an operation, by the name that torch calls it."""
+        if name not in cls.rules:
+            raise NoRule(f"{name} has no rule for derivatives here")
+        return cls.rules[name]
 
     def size(self, dim=None):
         return self.shape if dim is None else self.shape[dim]
@@ -48,46 +57,37 @@ class Stacked:
         return self.ndim
 
     def __len__(self):
-        return len(self.rows[0])
-
-    def numel(self):
-        return self.rows.numel()
+        return self.shape[0]
 
     def is_floating_point(self):
         return self.rows.is_floating_point()
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
-        return rule(function.__name__)(*args, **(kwargs or {}))
+        return cls.rule(function.__name__)(*args, **(kwargs or {}))
 
     def __getattr__(self, name):  # methods of tensors
         if name.startswith("_") or not hasattr(torch.Tensor, name):
             raise AttributeError(f"a stacked tensor has no {name}")
-        return functools.partial(rule(name), self)
-
-    def __getitem__(self, index):
-        index = index if isinstance(index, tuple) else (index,)
-        if any(part is Ellipsis for part in index):
-            raise NoRule("indexing with an ellipsis")
-        return Stacked(self.rows[(slice(None), *index)])
+        return functools.partial(self.rule(name), self)
 
     def __add__(self, other):
-        return add(self, other)
+        return self.rule("add")(self, other)
 
     def __mul__(self, other):
-        return multiply(self, other)
+        return self.rule("mul")(self, other)
 
     def __sub__(self, other):
-        return add(self, -other)
+        return self + -other
 
     def __rsub__(self, other):
-        return add(-self, other)
+        return -self + other
 
     def __neg__(self):
-        return Stacked(-self.rows)
+        return self * -1
 
     def __truediv__(self, other):
-        return divide(self, other)
+        return self.rule("div")(self, other)
 
     __radd__, __rmul__ = __add__, __mul__
 
@@ -101,26 +101,43 @@ class Stacked:
 RULES = {}
 
 
-def rule(name):
-    """The rule of an operation, by the name that torch calls it."""
-    if name not in RULES:
-        raise NoRule(f"{name} has no rule for derivatives here")
-    return RULES[name]
+class Stacked(Dual):
+    """Both in one tensor, whose linear layers are one product.
+
+    Args:
+        rows: `[1 + n, *shape]`, the value first.
+    """
+
+    rules = RULES
+    shape = property(lambda self: self.rows.shape[1:])
+    value = property(lambda self: self.rows[0])
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def numel(self):
+        return self.rows.numel()
+
+    def __getitem__(self, index):
+        index = index if isinstance(index, tuple) else (index,)
+        if any(part is Ellipsis for part in index):
+            raise NoRule("indexing with an ellipsis")
+        return Stacked(self.rows[(slice(None), *index)])
 
 
-def rule_of(*names):
-    """Enters a function into `RULES`."""
+def rule_of(*names, rules=RULES):
+    """Enters a function into `RULES`, or into those of another class."""
 
     def enter(function):
-        RULES.update(dict.fromkeys(names, function))
+        rules.update(dict.fromkeys(names, function))
         return function
 
     return enter
 
 
 def value_of(x):
-    """The value of a `Stacked`, or a constant itself."""
-    return x.rows[0] if isinstance(x, Stacked) else x
+    """The value of a `Dual`, or a constant itself."""
+    return x.value if isinstance(x, Dual) else x
 
 
 def tangents_of(x):

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save
 from ..data.prompts import normalized
 from ..errors import RunError, is_outside, reason
 from ..files import atomic_folder, atomic_path, save_tensors, tolerated
-from ..models.embedding_files import ONE
+from ..models.embedding_files import NAMES, ONE, OUT, is_of_output
 from ..models.families import SD1
 from .run_folder import PIPELINE
 
@@ -20,7 +20,8 @@ def save_embeds(path, placeholder_token, theta, parts=None):
     """`{placeholder: [k, d]}`, float32: what `load_textual_inversion` of any diffusers reads.
 
     Where a word is saved in parts (key -> width, see `Base.word_parts`) each has its key: of SDXL it is
-    `{"clip_l": [k, d1], "clip_g": [k, d2]}`, what the programs around it read.
+    `{"clip_l": [k, d1], "clip_g": [k, d2]}`, what the programs around it read. One of the output has what stands in
+    prompts beside what was learned, `{"qwen3_4b": [k, d], "qwen3_4b_out": [k, D]}`.
     """
     with atomic_path(path) as temporary:
         temporary.write_bytes(as_bytes(placeholder_token, theta, parts))
@@ -33,12 +34,13 @@ def as_bytes(placeholder_token, theta, parts=None):
         return save({placeholder_token: theta.clone()}, metadata={"format": "pt"})
     halves = {key: half.contiguous() for key, half in zip(parts, theta.split(list(parts.values()), dim=-1))}
     # One entry only: safetensors writes several in an order that changes from process to process.
-    return save(halves, metadata={"placeholder_token": placeholder_token})
+    return save(halves, metadata={NAMES[is_of_output(parts)]: placeholder_token})
 
 
 def save_halves(results, placeholder_token, theta, parts=None):
     """Each half of a pair as `{placeholder: [k, d]}`, for two calls of `load_textual_inversion`; others have none."""
-    halves = theta.split(list(parts.values()), dim=-1) if parts and len(parts) == 2 else ()
+    is_pair = parts and len(parts) == 2 and not is_of_output(parts)
+    halves = theta.split(list(parts.values()), dim=-1) if is_pair else ()
     for name, half in zip(PART_FILES, halves):
         with results.file(name) as path:
             save_embeds(path, placeholder_token, half)
@@ -53,6 +55,8 @@ def load_concept(pipeline, folder, placeholder_token, family=SD1, name="learned_
     words = {placeholder_token: content} if family.word_keys else {token: {ONE: content[token]} for token in content}
     for token, found in words.items():
         parts = {key: found[key] for key in family.word_keys or (ONE,)}
+        if family.learns_output:
+            parts |= {key: vectors for key, vectors in found.items() if key.endswith(OUT)}
         family.load_word(pipeline, normalized(pipeline.tokenizer, token), parts)
 
 

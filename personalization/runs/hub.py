@@ -322,6 +322,7 @@ def write_model_card(output_dir, config, publication, repo_id=None):
         "placeholder_token": token,
         "scales": one_line(config.get("scales")),
         "paired": len(family.text_encoders) > 1,
+        "of_output": settings.get("learn") == "output",
         "loads_words": publication.load is not None and hasattr(family.pipeline, publication.load),
         "pipeline_class": family.pipeline.__name__,
         "denoiser": family.denoiser,

@@ -11,6 +11,7 @@ from PIL import Image
 from ..errors import RunError
 from ..files import atomic_path
 from ..logs import get_logger
+from ..models.embedding_files import is_of_output
 from ..models.families import FAMILIES, SD1
 from . import embeddings, hub, loop, validation
 from .checkpoints import noted
@@ -59,6 +60,8 @@ def write_result(result, results, publication, repo_id, save_a1111=False, full_p
         with attempt(), results.file(publication.best_name) as path:
             embeddings.save_embeds(path, token, result.best, result.parts)
     of_concept = [name for name in publication.of_concept(token).files if name not in publication.files]
+    if is_of_output(result.parts):  # which the programs that go by such a name cannot draw
+        of_concept = []
     for name in of_concept:
         pickle = name.endswith(".pt")
         if result.theta is not None and (save_a1111 or not pickle):

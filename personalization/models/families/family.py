@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import torch
 
+from ..stacked import Dual
+
 
 class Text(NamedTuple):
     """Encoded prompts, as a denoiser takes them."""
@@ -54,7 +56,7 @@ class Call(NamedTuple):
         for name, value in self.arguments().items():
             parts = value if isinstance(value, dict) else {None: value}
             parts = {name if key is None else f"{name}.{key}": part for key, part in parts.items()}
-            found |= {each: part for each, part in parts.items() if isinstance(part, torch.Tensor)}
+            found |= {each: part for each, part in parts.items() if isinstance(part, (torch.Tensor, Dual))}
         return found
 
 
@@ -105,6 +107,7 @@ class Family:
     # How a word is saved: under the placeholder, or in as many parts as there are text encoders, under these keys.
     word_keys: tuple = ()
     a1111 = False  # whether Automatic1111 reads a word as the `.pt` of its own
+    learns_output = False  # whether a word can stand in what the text encoder puts out; then it has `output_width`
 
     # Peculiarities of the data.
     vae_in_float32 = False  # while it encodes
@@ -201,6 +204,18 @@ class Family:
         """`Text` of prompt ids `[b, n·L]`, by the text encoders."""
         raise NotImplementedError
 
+    def output_width(self, base):
+        """Entries of a state of `encode`, for a `Base` of this family."""
+        raise NotImplementedError(f"a word of {self.label} stands in prompts alone")
+
+    def text_of(self, states, ids, padding):
+        """`Text` of prompts with ids `[b, L]` that are encoded already: states `[b, L, d]`, and the id of padding."""
+        raise NotImplementedError(f"{self.label} encodes its prompts")
+
+    def encoded_prompts(self, text):
+        """The keywords by which the pipeline takes a prompt and a negative one, both rows of a `Text`."""
+        raise NotImplementedError(f"{self.label} encodes its prompts")
+
     def skip_unread(self, component, model):
         """Takes out of an empty component, in place, what `encode` does not read; returns it."""
         return model
@@ -210,7 +225,7 @@ class Family:
 
         Args:
             token: its name.
-            parts: key -> vectors `[k, d]`, one for each text encoder in their order.
+            parts: key -> vectors `[k, d]`, one for each text encoder in their order; then those of outputs, if any.
         """
         (vectors,) = parts.values()
         pipeline.load_textual_inversion({token: vectors})
@@ -288,6 +303,8 @@ class TextEncoders(torch.nn.Module):
         encoders: one for each of its `text_encoders`, in that order.
     """
 
+    standing = None  # see `encoded.EncodedPrompts`
+
     def __init__(self, family, encoders):
         super().__init__()
         self.family, self.encoders = family, torch.nn.ModuleList(encoders)
@@ -295,9 +312,18 @@ class TextEncoders(torch.nn.Module):
     def forward(self, ids):
         return self.family.encode(self.encoders, ids)
 
+    def get_tables(self):
+        """The token rows of each encoder."""
+        return [encoder.get_input_embeddings() for encoder in self.encoders]
+
+    def set_tables(self, tables):
+        """Gives each encoder a module in the place of its token rows."""
+        for encoder, table in zip(self.encoders, tables):
+            encoder.set_input_embeddings(table)
+
     def get_input_embeddings(self):
         """The token rows of the only encoder, or `SideBySide` those of all."""
-        tables = [encoder.get_input_embeddings() for encoder in self.encoders]
+        tables = self.get_tables()
         return tables[0] if len(tables) == 1 else SideBySide(tables)
 
     def set_input_embeddings(self, rows):

@@ -41,7 +41,7 @@ class Flux2Klein(LanguageFamily):
                 f"has a transformer of {config['in_channels']} channels and a VAE of {channels}, of which patches have"
                 f" {PATCH**2 * channels}: choose another model"
             )
-        width = len(self.layers_read) * base.word_width
+        width = self.output_width(base)
         if config["joint_attention_dim"] != width:
             yield (
                 f"has a transformer for text of width {config['joint_attention_dim']} and a text encoder whose layers"

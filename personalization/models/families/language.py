@@ -17,7 +17,7 @@ from .family import Family, Inputs, Text
 
 LONGEST_PROMPT = 512  # tokens, as the pipelines cut
 USUAL_PROMPT = 64  # in predictions of memory
-PLAIN = "plain_tokenizer"  # attribute of a pipeline that was taught words
+PLAIN, HOOKS = "plain_tokenizer", "output_hooks"  # attributes of a pipeline that was taught words
 
 
 class LanguageFamily(Family):
@@ -28,6 +28,7 @@ class LanguageFamily(Family):
     scheduler = FlowMatchEulerDiscreteScheduler
     tokenizer_kind = "Qwen"
     expands_words = False
+    learns_output = True
     packs = True  # whether prompts have lengths of their own; if not, they are padded to the longest that can be
     thinks = True  # `enable_thinking` of the chat's template
     layers_read: tuple  # numbers among the hidden states, the embeddings' being 0; from the end where negative
@@ -64,6 +65,18 @@ class LanguageFamily(Family):
         states = encoder(**given, output_hidden_states=True).hidden_states
         return Text(self.joined([states[number] for number in self.layers_read]), lengths=lengths)
 
+    def output_width(self, base):
+        return base.text_config.hidden_size * len(self.layers_read)
+
+    def text_of(self, states, ids, padding):
+        lengths = lengths_of(ids, padding)
+        return Text(states[:, : max(lengths)] if self.packs else states, lengths=lengths)
+
+    def encoded_prompts(self, text):
+        rows = zip(text.states, text.lengths)
+        prompt, negative = ([states[:length]] if self.packs else states[None] for states, length in rows)
+        return {"prompt_embeds": prompt, "negative_prompt_embeds": negative}
+
     def joined(self, states):
         """The states of the layers that are read, each `[b, L, d]`, as the denoiser takes them."""
         (only,) = states
@@ -97,7 +110,7 @@ class LanguageFamily(Family):
 
     def load_word(self, pipeline, token, parts):
         """Rows of the token table take the vectors; their names take the space before them along."""
-        (vectors,) = parts.values()
+        vectors, *outputs = parts.values()
         if not hasattr(pipeline, PLAIN):
             setattr(pipeline, PLAIN, pipeline.tokenizer)
         tokenizer = copy.deepcopy(pipeline.tokenizer)
@@ -111,10 +124,14 @@ class LanguageFamily(Family):
         with torch.no_grad():
             table[ids] = vectors.to(table)
         pipeline.tokenizer = tokenizer
+        for said in outputs:
+            pipeline.__dict__.setdefault(HOOKS, []).append(replace_output(encoder, ids[0], said, self.layers_read))
 
     def unload_words(self, pipeline):
         """The plain tokenizer comes back, which finds no row of a word."""
         pipeline.tokenizer = pipeline.__dict__.pop(PLAIN, pipeline.tokenizer)
+        for hook in pipeline.__dict__.pop(HOOKS, []):
+            hook.remove()
 
     # ---------------------------------------------------------------------------------------- pictures and predictions
 
@@ -153,12 +170,32 @@ class LanguageFamily(Family):
         made, side = {"device": device, "dtype": dtype}, resolution // base.vae_factor
         noisy = torch.zeros(count, self.latent_channels(base), side, side, **made)
         length = USUAL_PROMPT if self.packs else LONGEST_PROMPT
-        states = torch.zeros(count, length, base.word_width * len(self.layers_read), **made)
+        states = torch.zeros(count, length, self.output_width(base), **made)
         text = Text(states, lengths=(length,) * count)
         return Inputs(noisy, torch.zeros(count, device=device), text, torch.zeros(count, 0, device=device))
 
     def latent_channels(self, base):
         return base.denoiser_config["in_channels"]
+
+
+def replace_output(encoder, first_id, said, layers):
+    """Has a language model say the same of a word from here on, whatever the prompt; returns the hook.
+
+    Args:
+        encoder: whose `hidden_states` are read.
+        first_id: of the word's k consecutive ids.
+        said: `[k, d]`, of several layers side by side.
+        layers: their numbers.
+    """
+
+    def hook(module, given, named, output):
+        ids, states = named["input_ids"], list(output.hidden_states)
+        numbers, is_word = (ids - first_id).clamp(0, len(said) - 1), (ids >= first_id) & (ids < first_id + len(said))
+        for layer, part in zip(layers, said.chunk(len(layers), dim=-1)):
+            states[layer] = torch.where(is_word[..., None], part.to(states[layer])[numbers], states[layer])
+        output.hidden_states = tuple(states)
+
+    return encoder.register_forward_hook(hook, with_kwargs=True)
 
 
 def lengths_of(ids, padding):

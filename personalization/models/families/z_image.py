@@ -39,10 +39,10 @@ class ZImage(LanguageFamily):
                 f"has a transformer of {config['in_channels']} channels and a VAE of {vae['latent_channels']}: choose"
                 " another model"
             )
-        if config["cap_feat_dim"] != base.word_width:
+        if config["cap_feat_dim"] != self.output_width(base):
             yield (
                 f"has a transformer for text of width {config['cap_feat_dim']} and a text encoder of width"
-                f" {base.word_width}: transformer/ or text_encoder/ belongs to another model, get it again"
+                f" {self.output_width(base)}: transformer/ or text_encoder/ belongs to another model, get it again"
             )
         if PATCH not in config["all_patch_size"] or 1 not in config["all_f_patch_size"]:
             yield f"has a transformer with patches of {config['all_patch_size']!r}: choose one with patches of {PATCH}"
