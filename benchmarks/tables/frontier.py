@@ -9,7 +9,10 @@ ROWS = {  # row -> its name, and when to take it
     "paper-low-vram": ("the same, `--low_vram`", "a GPU that cannot hold the INT8 weights"),
     "gauss-newton": ("Gauss-Newton, float32", "an engine without a backward pass"),
     "gauss-newton-bf16": ("Gauss-Newton, bfloat16", "the same, with bfloat16 units"),
-    "gauss-newton-openvino": ("Gauss-Newton, OpenVINO, float32", "a CPU with memory to spare"),
+    "gauss-newton-openvino": (
+        "Gauss-Newton, OpenVINO, float32",
+        "engines without PyTorch; on this CPU it gains nothing over PyTorch",
+    ),
     "gauss-newton-openvino-bf16": ("Gauss-Newton, OpenVINO, bfloat16", "the same, with bfloat16 units"),
     "gradient": ("**exact gradient, INT8, checkpointed**", "whenever PyTorch computes"),
     "gradient-layer": ("the same, `--gradient_checkpointing layer`", "the least memory, pictures of 512 px and more"),
