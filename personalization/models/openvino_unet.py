@@ -119,9 +119,7 @@ class OpenVINOUNet(torch.nn.Module):
             "ENABLE_CPU_PINNING": False,  # it ties every process to the same first cores, however many others idle
         }
         if followed and engine == "CPU":
-            settings["SNIPPETS_MODE"] = (
-                "DISABLE"  # fusing this graph's elementwise operations, OpenVINO 2026.4 crashes
-            )
+            settings["SNIPPETS_MODE"] = "DISABLE"  # OpenVINO 2026.4 crashes where it fuses this graph's operations
         supported = core.get_property(engine, "SUPPORTED_PROPERTIES")
         settings |= {name: value for name, value in optional.items() if name in supported}
         self.compiled = core.compile_model(model, engine, settings)
