@@ -49,6 +49,7 @@ TABLES = {
     **{name: (methods.ablation, f"{RESULTS}/{name}.json") for name in OF_ABLATIONS},
     "quality": (demo.quality, f"{RESULTS}/quality.json"),
     "step": (speed.step, f"{RESULTS}/step_cpu.json"),
+    "step_compiled": (speed.step, f"{RESULTS}/step_compiled.json"),
     "step_gauss_newton": (speed.step_gauss_newton, f"{RESULTS}/step_gauss_newton.json"),
     "scaling": (speed.scaling, f"{RESULTS}/step_cpu.json", f"{RESULTS}/memory_cpu.json"),
     "processes": (speed.processes, f"{RESULTS}/step_cpu.json"),

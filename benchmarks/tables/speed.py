@@ -42,12 +42,13 @@ def step(result):
         "of matmul peak",
     ]
     first = chosen[0]
+    count = first["hardware"]["cpu_count"]
+    what = "CPU time of one thread" if first.get("cpu_seconds") else f"{count} cores"  # older files have no such key
     note = (
-        f"Stable Diffusion 1.5 architecture, random weights, n = 2, batch 1, {first['hardware']['cpu_count']} cores of"
-        f" {first['hardware']['cpu']}, torch {first['versions']['torch']}, OpenVINO {first['versions']['openvino']}."
-        " Rows of one resolution take turns in one process; speed-ups are ratios of medians. A step of Textual"
-        " Inversion is one example forward and backward, one of ours n + 1 examples forward. `make benchmark`."
-        + code_note(chosen)
+        f"Stable Diffusion 1.5 architecture, random weights, n = 2, batch 1, {what} of {first['hardware']['cpu']},"
+        f" torch {first['versions']['torch']}, OpenVINO {first['versions']['openvino']}. Rows of one resolution take"
+        " turns in one process; speed-ups are ratios of medians. A step of Textual Inversion is one example forward"
+        " and backward, one of ours n + 1 examples forward. `make benchmark`." + code_note(chosen)
     )
     return table(header, rows) + "\n\n" + note
 
