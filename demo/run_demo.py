@@ -2,7 +2,7 @@
 
     python demo/run_demo.py                                            # three subjects, some minutes on two cores
     python demo/run_demo.py --subjects all --columns zoodip gradient gauss_newton
-    python demo/run_demo.py --base base_eps --subjects striped_star    # a base that predicts noise, as SD 1.5 does
+    python demo/run_demo.py --base base_flow --subjects striped_star   # a Z-Image instead of a Stable Diffusion
 
 Each word is learned by the real script, starting from the plain word for the subject's shape. Each subject is drawn
 and scored by `evaluate_personalization.py`: the plain word and every learned one by the same prompts, from the same
@@ -124,8 +124,8 @@ def parse_args():
     add(
         "--base",
         choices=BASES,
-        default="base",
-        help="Which; base_eps predicts noise, base_xl is an SDXL, base_flow a Z-Image.",
+        default="base_eps",
+        help="Which; base_eps predicts noise, as SD 1.5 does, base v, base_xl is an SDXL, base_flow a Z-Image.",
     )
     add(
         "--unet_backend",
