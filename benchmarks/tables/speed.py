@@ -43,12 +43,14 @@ def step(result):
     ]
     first = chosen[0]
     count = first["hardware"]["cpu_count"]
-    what = "CPU time of one thread" if first.get("cpu_seconds") else f"{count} cores"  # older files have no such key
+    what, command = f"{count} cores", "make benchmark"
+    if first.get("cpu_seconds"):  # which older files do not say
+        what, command = "CPU time of one thread", first["command"]
     note = (
         f"Stable Diffusion 1.5 architecture, random weights, n = 2, batch 1, {what} of {first['hardware']['cpu']},"
         f" torch {first['versions']['torch']}, OpenVINO {first['versions']['openvino']}. Rows of one resolution take"
         " turns in one process; speed-ups are ratios of medians. A step of Textual Inversion is one example forward"
-        " and backward, one of ours n + 1 examples forward. `make benchmark`." + code_note(chosen)
+        f" and backward, one of ours n + 1 examples forward. By `{command}`." + code_note(chosen)
     )
     return table(header, rows) + "\n\n" + note
 
