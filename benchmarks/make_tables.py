@@ -30,6 +30,7 @@ from benchmarks.tables import (
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = "benchmarks/results"
 ABLATIONS = "sg_puts tau_nu sampling rge_spsa mu n precision timesteps gauss_newton ideas".split()
+METHODS = ("methods", "methods_eps", "methods_gradient_rates_eps")
 OF_ABLATIONS = [f"ablation_{name}{ending}" for name in ABLATIONS for ending in ("", "_eps")]
 TABLES = {
     "evidence": (signal.evidence, f"{RESULTS}/signal.json"),
@@ -45,7 +46,7 @@ TABLES = {
     "signal_float32": (signal.signal, f"{RESULTS}/signal_float32.json"),
     "signal_eps": (signal.signal, f"{RESULTS}/signal_eps.json"),
     "evidence_eps": (signal.evidence, f"{RESULTS}/signal_eps.json"),
-    **{name: (methods.methods, f"{RESULTS}/{name}.json") for name in ("methods", "methods_eps")},
+    **{name: (methods.methods, f"{RESULTS}/{name}.json") for name in METHODS},
     **{name: (methods.ablation, f"{RESULTS}/{name}.json") for name in OF_ABLATIONS},
     "quality": (demo.quality, f"{RESULTS}/quality.json"),
     "step": (speed.step, f"{RESULTS}/step_cpu.json"),
