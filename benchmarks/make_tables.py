@@ -38,6 +38,7 @@ TABLES = {
     "demo_scores": (demo.demo_scores, "docs/demo_scores.json"),
     "demo_scores_xl": (demo.demo_scores, "docs/demo_scores_xl.json"),
     "demo_quality": (demo.demo_quality, "demo/quality.json"),
+    "demo_quality_eps": (demo.demo_quality, "demo/quality_eps.json"),
     "demo_quality_xl": (demo.demo_quality, "demo/quality_xl.json"),
     "demo_quality_flow": (demo.demo_quality, "demo/quality_flow.json"),
     "demo_scores_flow": (demo.demo_scores, "docs/demo_scores_flow.json"),

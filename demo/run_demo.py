@@ -86,7 +86,7 @@ WAYS = {
 OF_BASE = {
     "base_flow": {
         "zoodip": {"--num_vectors": 8},
-        "gradient": {"--num_vectors": 8, "--learning_rate": 3e-2},
+        "gradient": {"--num_vectors": 8, "--learning_rate": 3e-2, "--max_train_steps": 200},
         "gauss_newton": {"--num_vectors": 8},
     }
 }
