@@ -68,8 +68,8 @@ def frontier(result, methods, methods_eps):
         " pictures first. Peak: with mapped pages of the weight file, which the system can"
         f" drop; a process that only imports the libraries has {first['imports_peak_rss_mb']:.0f} MB. MB = 2^20."
         " Steps: the paper's own 30,000, and what the others took on a demo model to where its loss ends"
-        " ([methods](methods.md); the exact gradient on the one that predicts ε, three subjects, the others on the one"
-        " that predicts v): a projection, nobody has trained so long here. By"
+        f" ([methods](methods.md); the exact gradient on the one that predicts ε, {len(methods_eps['subjects'])}"
+        " subjects, the others on the one that predicts v): a projection, nobody has trained so long here. By"
         " `benchmarks/bench_frontier.py`." + code_note(result["entries"])
     )
     header = [
