@@ -238,6 +238,19 @@ def test_the_model_is_told_sizes_and_the_crops_true_offset(tmp_path, flags):
     assert concept.size_ids.tolist()[0] == [[30, 72, 0, 11, 16, 16], [72, 30, 11, 0, 16, 16]]
 
 
+def test_sizes_reach_the_unet_as_they_are_described():
+    """Height, width, top, left, height, width, in the order of diffusers' `_get_add_time_ids`."""
+    told = {}
+
+    def unet(noisy, timesteps, states, added_cond_kwargs, return_dict):
+        told.update(added_cond_kwargs)
+        return (noisy,)
+
+    text, sizes = families.Text(torch.zeros(1, 4, 8), torch.ones(1, 6)), torch.tensor([[30, 72, 0, 11, 16, 24]])
+    families.SDXL.predict(unet, torch.zeros(1, 4, 2, 3), torch.tensor([500]), text, sizes)
+    assert told["time_ids"].tolist() == sizes.tolist() and told["text_embeds"] is text.pooled
+
+
 RESUME = {"--resume_from_checkpoint": "latest"}
 
 

@@ -439,6 +439,16 @@ def test_accumulated_batches_are_averaged(prepare):
     torch.testing.assert_close(seen[0], wanted, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("midpoint", [ALWAYS, NEVER], ids=["bp_low", "zo_high"])
+def test_long_gradients_are_shortened(prepare, midpoint):
+    learner, *parts = prepare(bp_timestep_midpoint=midpoint, bp_progress_midpoint=midpoint, max_grad_norm=1e-4)
+    seen = []
+    for optimizer in learner.optimizers.values():
+        optimizer.register_step_pre_hook(lambda *_: seen.append(learner.theta.grad.norm().item()))
+    script.train_step(learner, *parts, 0.0)
+    assert seen == [pytest.approx(1e-4, rel=1e-3)]
+
+
 # ---------------------------------------------------------------------------------------------------------- the file
 
 

@@ -151,6 +151,7 @@ def test_a_layer_equals_autograd_on_the_dequantized_layer(name, bits, slice_byte
     holder.layer = copy.deepcopy(plain).requires_grad_(False)
     selection = tuneqdm.quantize_unet(holder, bits, "minmax")
     layer, g = holder.layer, torch.Generator().manual_seed(0)
+    assert ((layer.dequantize(torch.float32) - plain.weight).abs() <= 0.51 * layer.scale).all()
     shapes = tuneqdm.change_shapes(holder, 2, True)
     changes = [(0.3 * torch.randn(s, generator=g)).requires_grad_() for s in shapes.values()]
     layer.out_change, layer.in_change = changes
