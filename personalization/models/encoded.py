@@ -28,18 +28,18 @@ class EncodedRows(torch.nn.Module):
         self.register_buffer("states", states, persistent=False)
         self.register_buffer("weight", states.new_zeros(num_rows, states.shape[-1]), persistent=False)
 
-    def numbers(self, ids):
-        """Which prompts have these ids `[b, l]`, of whatever candidate, `[b]`; an `IndexError` if none has."""
+    def matches(self, ids):
+        """Which prompts have these ids `[b, l]`, of whatever candidate: bool `[b, P]`."""
         plain = torch.where(ids < self.first_id, ids, self.first_id + (ids - self.first_id) % self.num_vectors)
         length = max(ids.shape[1], self.ids.shape[1])
-        same = (padded(plain, length, self.padding)[:, None] == padded(self.ids, length, self.padding)).all(dim=-1)
-        if not bool(same.any(dim=1).all()):
-            raise IndexError("a prompt was not announced before the text encoders left")
-        return same.int().argmax(dim=1)
+        return (padded(plain, length, self.padding)[:, None] == padded(self.ids, length, self.padding)).all(dim=-1)
 
     def said(self, ids):
-        """What the text encoders themselves said of prompts with ids `[b, l]`: `[b, l, D]`."""
-        return self.states[self.numbers(ids)][:, : ids.shape[1]]
+        """What the text encoders themselves said of prompts with ids `[b, l]`: `[b, l, D]`; on a CPU it raises as `check`."""
+        matches = self.matches(ids)
+        if matches.device.type == "cpu":  # a GPU would be waited for, in every step
+            ensure_found(matches)
+        return self.states[matches.int().argmax(dim=1)][:, : ids.shape[1]]
 
     def write(self, candidates):
         """Puts candidates `[m, k, D]` into the placeholder's rows, the first where the prompts' own ids point."""
@@ -50,11 +50,17 @@ class EncodedRows(torch.nn.Module):
 
     def check(self, ids):
         """Raises an `IndexError` for ids (on the host, `[b, l]`) of a prompt that is not encoded."""
-        self.numbers(ids.to(self.ids.device))
+        ensure_found(self.matches(ids.to(self.ids.device)))
 
     def forward(self, ids):
         rows = self.weight[(ids - self.first_id).clamp(min=0)]
         return torch.where((ids >= self.first_id)[..., None], rows, self.said(ids))
+
+
+def ensure_found(matches):
+    """Raises an `IndexError` unless every row of `EncodedRows.matches` has its prompt."""
+    if not matches.any(dim=1).all():
+        raise IndexError("a prompt was not announced before the text encoders left")
 
 
 def padded(ids, length, padding):
