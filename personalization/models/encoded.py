@@ -35,7 +35,7 @@ class EncodedRows(torch.nn.Module):
         return (padded(plain, length, self.padding)[:, None] == padded(self.ids, length, self.padding)).all(dim=-1)
 
     def said(self, ids):
-        """What the text encoders themselves said of prompts with ids `[b, l]`: `[b, l, D]`; on a CPU it raises as `check`."""
+        """What the text encoders themselves said of prompts `[b, l]`: `[b, l, D]`. On a CPU it raises as `check`."""
         matches = self.matches(ids)
         if matches.device.type == "cpu":  # a GPU would be waited for, in every step
             ensure_found(matches)
