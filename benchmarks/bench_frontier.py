@@ -32,6 +32,7 @@ from benchmarks import random_base
 STEPS = 3
 INT8 = {"quantization": "int8"}
 GN = {**INT8, "optimizer": "gauss_newton"}
+GRADIENT = {**INT8, "optimizer": "gradient"}
 ROWS = {
     "paper": INT8,
     "paper-one-candidate": {**INT8, "max_candidates_per_forward": 1},
@@ -40,12 +41,12 @@ ROWS = {
     "gauss-newton-bf16": {**GN, "mixed_precision": "bf16"},
     "gauss-newton-openvino": {**GN, "unet_backend": "openvino", "mixed_precision": "no"},
     "gauss-newton-openvino-bf16": {**GN, "unet_backend": "openvino", "mixed_precision": "bf16"},
-    "gradient": {**INT8, "optimizer": "gradient"},
-    "gradient-layer": {**INT8, "optimizer": "gradient", "gradient_checkpointing": "layer"},
-    "gradient-window": {**INT8, "optimizer": "gradient", "bp_view": "window"},
-    "gradient-low-vram": {**INT8, "optimizer": "gradient", "low_vram": True},
-    "gradient-bf16": {**INT8, "optimizer": "gradient", "mixed_precision": "bf16"},
-    "gradient-everything-kept": {**INT8, "optimizer": "gradient", "gradient_checkpointing": "none"},
+    "gradient": {**GRADIENT, "gradient_checkpointing": "block"},
+    "gradient-layer": {**GRADIENT, "gradient_checkpointing": "layer"},
+    "gradient-window": {**GRADIENT, "gradient_checkpointing": "block", "bp_view": "window"},
+    "gradient-low-vram": {**GRADIENT, "low_vram": True},
+    "gradient-bf16": {**GRADIENT, "mixed_precision": "bf16"},
+    "gradient-everything-kept": {**GRADIENT, "gradient_checkpointing": "none"},
     "ti-fp32": None,  # diffusers' own way, see baselines.py
 }
 KEY = ("architecture", "row", "resolution")

@@ -30,19 +30,16 @@ def main():
         size = f"{SIZES[entry['architecture']]}, {entry['resolution']} px"
         if size not in sizes:
             sizes.append(size)
-        row = names.index(entry["row"])
-        axis.scatter(
-            seconds * steps / 3600,
-            loop,
-            marker=MARKERS[row],
-            color=f"C{sizes.index(size)}",
-            s=60,
-            label=f"{size}: {ROWS[entry['row']][0].replace('*', '').replace('`', '')}",
-        )
+        look = {"marker": MARKERS[names.index(entry["row"])], "color": f"C{sizes.index(size)}"}
+        axis.scatter(seconds * steps / 3600, loop, s=60, **look)
+    for position, size in enumerate(sizes):
+        axis.scatter([], [], s=60, marker="s", color=f"C{position}", label=size)
+    for marker, (name, _) in zip(MARKERS, ROWS.values()):
+        axis.scatter([], [], s=60, marker=marker, color="gray", label=name.replace("*", "").replace("`", ""))
     axis.set(xscale="log", yscale="log", xlabel="hours to the paper's final loss, one thread (projected)")
     axis.set(ylabel="memory of the loop above imports, MB")
     axis.grid(alpha=0.3, which="both")
-    figure.legend(loc="outside right upper", fontsize=7)
+    figure.legend(loc="outside right upper", fontsize=8)
     with atomic_path(DOCS / "frontier.png") as temporary:
         figure.savefig(temporary, dpi=90)
 

@@ -131,12 +131,11 @@ class GradientOptimizer(Optimizer):
             nargs="?",
             const="block",
             choices=list(frozen.CHECKPOINTING),
-            default="block",
             page=True,
             decides=RUN,
             help="Activations that are computed once more in the backward pass instead of kept. block: inside each"
             " block, for two fifths more time; layer: of these, once more, inside attentions and feed-forwards, for"
-            " large pictures; none: nothing.",
+            " large pictures; none: nothing. Default: block, of SDXL layer.",
         )
 
         add(

@@ -138,7 +138,7 @@ class Family:
     def defaults(self, optimizer):
         """The settings that follow from the family, where the user gives none: name -> value."""
         low, high = self.timestep_window
-        shared = {"puts_min_timestep": low, "puts_max_timestep": high}
+        shared = {"puts_min_timestep": low, "puts_max_timestep": high, "gradient_checkpointing": "block"}
         return shared | self.settings_of_optimizer.get(optimizer, {})
 
     # ---------------------------------------------------------------------------------------------- recognising a base
