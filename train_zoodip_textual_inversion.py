@@ -1325,8 +1325,10 @@ def read_pictures(args, base=None):
     if args.train_data_dir is not None:
         pictures = images.read_folder(args.train_data_dir, *how, args.mask_dir)
     else:
+        from personalization.data.dataset import read_dataset  # with libraries that few runs need
+
         names = args.dataset_name, args.dataset_config_name, args.image_column, args.caption_column
-        pictures = images.read_dataset(*names, args.resolution, args.center_crop, multiple, args.masked_loss)
+        pictures = read_dataset(*names, args.resolution, args.center_crop, multiple, args.masked_loss)
     return mark_concept(pictures, args.caption_token, [args.placeholder_token])
 
 

@@ -19,7 +19,6 @@ import threading
 from pathlib import Path
 
 import torch
-from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 
@@ -77,7 +76,7 @@ class Stopped(KeyboardInterrupt):
 
 HTTP_ERRORS = tuple(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")  # of the Hub's client
 DISTRIBUTED_ERRORS = (torch.distributed.DistError,) if torch.distributed.is_available() else ()
-OUTSIDE_ERRORS = (OSError, MemoryError, torch.OutOfMemoryError, SafetensorError, DatasetsError)
+OUTSIDE_ERRORS = (OSError, MemoryError, torch.OutOfMemoryError, SafetensorError)
 OUTSIDE_ERRORS += HTTP_ERRORS + DISTRIBUTED_ERRORS
 # What PyTorch reports as a plain RuntimeError although it is the machine's.
 OUTSIDE_MESSAGES = ("can't allocate memory", "out of memory", "PytorchStreamWriter", "inline_container", "by peer")

@@ -88,6 +88,15 @@ def remembered():
         yield
 
 
+LONGEST = "training app_browser app hub tangents tuneqdm_runs run_folder selective_runs".split()  # one to three minutes
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files come first, so that no worker is alone with one at the end."""
+    first = [f"test_{name}" for name in LONGEST]
+    items.sort(key=lambda item: first.index(item.path.stem) if item.path.stem in first else len(first))
+
+
 def pytest_runtest_setup(item):
     if item.get_closest_marker("cuda") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA GPU")

@@ -14,6 +14,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 import train_zoodip_textual_inversion as zoodip
 from personalization.data import images, prompts
+from personalization.data.dataset import read_dataset
 from personalization.errors import InputError
 from personalization.models import base_model
 
@@ -275,10 +276,10 @@ def test_images_without_captions_get_the_templates(two_images, demo_base):
 
 def test_local_dataset_by_name(two_images):
     captions(two_images, [{"file_name": f"{n}.png", "text": "a {} here"} for n in "ab"])
-    pictures = images.read_dataset(str(two_images), None, "image", "text", 64, False)
+    pictures = read_dataset(str(two_images), None, "image", "text", 64, False)
     assert [picture.caption for picture in pictures] == ["a {} here"] * 2
     with pytest.raises(InputError, match="--image_column 'picture' is not in"):
-        images.read_dataset(str(two_images), None, "picture", "text", 64, False)
+        read_dataset(str(two_images), None, "picture", "text", 64, False)
 
 
 def test_warnings_for_placeholders_that_match_inside_words(demo_base, caplog):

@@ -19,6 +19,7 @@ import train_zoodip_textual_inversion as zoodip
 from personalization import files
 from personalization.data import examples, images, prompts
 from personalization.data.captions import kohya_name, mark_concept, read_captions
+from personalization.data.dataset import read_dataset
 from personalization.errors import InputError, first_cause, quoted, shorten
 from personalization.methods import dreambooth
 from personalization.models import base_model
@@ -635,7 +636,7 @@ def dataset(tmp_path):
 
 
 def load(name, image_column="image", caption_column="text"):
-    return images.read_dataset(name, None, image_column, caption_column, 16, False)
+    return read_dataset(name, None, image_column, caption_column, 16, False)
 
 
 def test_damaged_images_of_a_dataset_are_skipped(dataset, log):

@@ -37,6 +37,7 @@ import zoodip_pipeline
 import zoodip_xl_pipeline
 from personalization import errors, files
 from personalization.data import images, prompts
+from personalization.data.dataset import read_dataset
 from personalization.errors import DivergedError, InputError, Stopped
 from personalization.methods import dreambooth
 from personalization.models import base_model, weight_cache
@@ -217,7 +218,7 @@ def test_signals_while_the_libraries_are_imported(words):
     command = [sys.executable, str(REPO / "train_zoodip_textual_inversion.py"), *words("word")]
     code = "import os, signal, runpy, sys\nsys.argv = sys.argv[1:]\n"
     code += "sys.meta_path.insert(0, type('F', (), {'find_spec': staticmethod(lambda name, *_: os.kill(os.getpid(), "
-    code += "signal.SIGHUP) if name == 'datasets' else None)}))\n"
+    code += "signal.SIGHUP) if name == 'diffusers' else None)}))\n"
     code += "runpy.run_path(sys.argv[0], run_name='__main__')"
     done = subprocess.run([command[0], "-c", code, *command[1:]], cwd=REPO, capture_output=True, text=True)
     assert done.returncode == 130 and done.stderr.strip() == "Stopped."
@@ -770,7 +771,7 @@ def test_a_data_set_that_was_saved_to_disk(tmp_path, split):
     saved = datasets.Dataset.from_dict(rows, features=features)
     saved = datasets.DatasetDict({"train": saved}) if split else saved
     saved.save_to_disk(tmp_path / "saved")
-    pictures = images.read_dataset(str(tmp_path / "saved"), None, "image", "text", 16, False)
+    pictures = read_dataset(str(tmp_path / "saved"), None, "image", "text", 16, False)
     assert [picture.caption for picture in pictures] == ["a {}"] * 3
 
 

@@ -428,7 +428,6 @@ def test_what_breaks_off_says_what_is_safe(out, train, monkeypatch):
         (torch.OutOfMemoryError("CUDA out of memory"), 1),
         (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"), 1),
         (errors.SafetensorError("header"), 1),
-        (errors.DatasetsError("split"), 1),
         (RunError("broke off"), 1),
         (InputError("bad"), 2),
     ],

@@ -278,8 +278,10 @@ def read_instances(args, resolution=None, base=None):
     if args.instance_data_dir is not None:
         pictures = images.read_folder(args.instance_data_dir, *options, "--instance_data_dir", *more, args.mask_dir)
     else:
+        from ..data.dataset import read_dataset  # with libraries that few runs need
+
         names = args.dataset_name, args.dataset_config_name, args.image_column, args.caption_column
-        pictures = images.read_dataset(*names, *options, *more)
+        pictures = read_dataset(*names, *options, *more)
     return mark_concept(pictures, args.caption_token, [args.subject_name] * (args.subject_name is not None))
 
 
