@@ -88,7 +88,7 @@ def remembered():
         yield
 
 
-LONGEST = "training app_browser app hub tangents tuneqdm_runs run_folder selective_runs".split()  # one to three minutes
+LONGEST = "training app_browser app hub tangents tuneqdm_runs run_folder selective_runs".split()  # minutes each
 
 
 def pytest_collection_modifyitems(items):
