@@ -3,6 +3,7 @@
 import json
 from itertools import product
 
+import bitsandbytes
 import pytest
 import torch
 from conftest import as_arguments
@@ -36,16 +37,26 @@ def start_and_batch(task, seed=0):
     return theta, task.draw_batch(torch.Generator().manual_seed(seed))
 
 
+def stands_for(weight, quantization):
+    """A weight `[out, in, ...]` after `--quantization`, in float32."""
+    if quantization == "none":
+        return weight
+    if quantization == "nf4" and weight.ndim == 2:
+        packed, state = bitsandbytes.functional.quantize_nf4(weight, blocksize=64, compress_statistics=True)
+        return bitsandbytes.functional.dequantize_nf4(packed, state)
+    values, scale = zoodip.quantize_per_channel(weight)
+    return values * scale
+
+
 def by_plain_autograd(task, theta, batch):
-    """The same gradient in diffusers' and transformers' own models, with the weights that INT8 stands for."""
-    base, model, int8 = task.base, task.model, task.args.quantization == "int8"
+    """The same gradient in diffusers' and transformers' own models, with the weights that quantized ones stand for."""
+    base, model = task.base, task.model
     networks = []
     for part in (*base.family.text_encoders, base.family.denoiser):
         network = base_model.load_component(base, part, torch.float32)
         for layer in network.modules():
-            if int8 and isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)):
-                weight, scale = zoodip.quantize_per_channel(layer.weight)
-                layer.weight.data.copy_(weight * scale)
+            if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)):
+                layer.weight.data.copy_(stands_for(layer.weight.data, task.args.quantization))
         networks.append(network.requires_grad_(False).eval())
     *encoders, denoiser = networks
     point = theta.clone().requires_grad_(True)
@@ -69,7 +80,13 @@ class Lookup(torch.nn.Module):
         return self.rows[ids]
 
 
-FLAGS = [{}, {"quantization": "none"}, {"num_vectors": 2, "train_batch_size": 2}, {"gradient_checkpointing": "none"}]
+FLAGS = [
+    {},
+    {"quantization": "none"},
+    {"quantization": "nf4"},
+    {"num_vectors": 2, "train_batch_size": 2},
+    {"gradient_checkpointing": "none"},
+]
 
 
 @pytest.mark.parametrize("flags", FLAGS, ids=lambda flags: " ".join(flags) or "int8")
