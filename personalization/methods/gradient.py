@@ -131,11 +131,12 @@ class GradientOptimizer(Optimizer):
             nargs="?",
             const="block",
             choices=list(frozen.CHECKPOINTING),
+            default="block",
             page=True,
             decides=RUN,
             help="Activations that are computed once more in the backward pass instead of kept. block: inside each"
             " block, for two fifths more time; layer: of these, once more, inside attentions and feed-forwards, for"
-            " large pictures; none: nothing. Default: block, of SDXL layer.",
+            " large pictures; none: nothing.",
         )
 
         add(
@@ -199,9 +200,9 @@ class GradientOptimizer(Optimizer):
             return passes
         return 1 + math.ceil(passes * (args.low_resolution / args.resolution) ** 2)
 
-    def freed_blocks(self, args):
+    def freed_blocks(self, args, family):
         """Few where few activations are kept: a backward pass makes tensors of so many sizes that the heap doubles."""
-        return {"none": 32, "block": 3, "layer": 1}[args.gradient_checkpointing]
+        return {"none": 32, "block": family.freed_blocks, "layer": 1}[args.gradient_checkpointing]
 
     def num_steps(self, args, family):
         return 500

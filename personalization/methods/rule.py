@@ -106,7 +106,7 @@ class Optimizer:
         """Denoiser -> the `windows.Surroundings` that its backward pass needs; None where it sees whole pictures."""
         return None
 
-    def freed_blocks(self, args):
+    def freed_blocks(self, args, family):
         """Up to how many MB freed blocks of memory are kept for the next ones, see `memory.keep_freed_blocks`."""
         return 1 if args.low_vram else 32  # the most that glibc allows, and what it comes to by itself
 

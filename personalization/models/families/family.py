@@ -113,6 +113,7 @@ class Family:
     vae_in_float32 = False  # while it encodes
     crops = False  # pictures are cropped, never squeezed, and the denoiser is told where
     stacks = False  # its code computes exact derivatives beside a value, see `models.stacked`
+    freed_blocks = 3  # MB up to which the heap keeps them in a backward pass, see `memory.keep_freed_blocks`
     pools = False  # the denoiser is given pooled text, which can be pooled at the end of the prompt
 
     # Settings where the user gives none, see `defaults`.
@@ -138,7 +139,7 @@ class Family:
     def defaults(self, optimizer):
         """The settings that follow from the family, where the user gives none: name -> value."""
         low, high = self.timestep_window
-        shared = {"puts_min_timestep": low, "puts_max_timestep": high, "gradient_checkpointing": "block"}
+        shared = {"puts_min_timestep": low, "puts_max_timestep": high}
         return shared | self.settings_of_optimizer.get(optimizer, {})
 
     # ---------------------------------------------------------------------------------------------- recognising a base
