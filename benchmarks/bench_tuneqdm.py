@@ -33,6 +33,7 @@ import torch.nn.functional as F
 
 import train_tuneqdm_dreambooth as script
 import tuneqdm_pipeline as tuneqdm
+from personalization.models import families, memory
 
 
 SCRIPT = ROOT / "train_tuneqdm_dreambooth.py"
@@ -76,7 +77,8 @@ def official_forward(self, input):
 
 
 def run_official(words):
-    """`--official`: the script with official layers, in this process."""
+    """`--official`: the script with official layers, in this process, and with a heap as the system manages it."""
+    families.SD1.freed_blocks = memory.MOST_FREED_BLOCKS
     tuneqdm.QuantizedLayer.forward = official_forward
     script.main(script.parse_args(words))
 

@@ -17,7 +17,7 @@ from diffusers.optimization import get_scheduler
 
 from ..errors import InputError
 from ..flags import RUN, SIDE
-from ..models import base_model, frozen
+from ..models import base_model, frozen, memory
 from . import windows
 from .rule import Optimizer
 
@@ -202,7 +202,8 @@ class GradientOptimizer(Optimizer):
 
     def freed_blocks(self, args, family):
         """Few where few activations are kept: a backward pass makes tensors of so many sizes that the heap doubles."""
-        return {"none": 32, "block": family.freed_blocks, "layer": 1}[args.gradient_checkpointing]
+        sizes = {"none": memory.MOST_FREED_BLOCKS, "block": family.freed_blocks, "layer": 1}
+        return sizes[args.gradient_checkpointing]
 
     def num_steps(self, args, family):
         return 500

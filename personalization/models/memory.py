@@ -34,10 +34,14 @@ logger = get_logger(__name__)
 # =====================================================================================================
 
 
+MOST_FREED_BLOCKS = 32  # MB, the most that glibc allows, and what it comes to by itself
+
+
 def keep_freed_blocks(megabytes):
     """Sets up to which size glibc keeps freed blocks for itself; larger ones go back to the system at once.
 
-    What is loaded once should go back. In the training loop that would cost 30 % of a step in page faults.
+    What is loaded once should go back. In a loop of forward passes that would cost 30 % of a step in page faults; but
+    where backward passes compute again, the heap grows to three times its tensors (`Family.freed_blocks`).
     """
     with contextlib.suppress(OSError, AttributeError):  # another C library
         mallopt, trim_threshold, mmap_threshold = ctypes.CDLL("libc.so.6").mallopt, -1, -3
@@ -188,7 +192,7 @@ class MemoryPlan(NamedTuple):
     derivatives: int = 0  # of a value that a pass computes beside it, see `stacked`
     coordinates: int = 0  # of all candidates of a step, numbers
     checkpointing: str | None = None  # of a backward pass, see `frozen.CHECKPOINTING`; None: there is none
-    freed_blocks: int = 32  # MB, see `keep_freed_blocks`
+    freed_blocks: int = MOST_FREED_BLOCKS  # MB, see `keep_freed_blocks`
     look_around: Callable | None = None  # denoiser -> its `windows.Surroundings`; None: whole pictures
     encoded: int = 0  # prompts at most that the text encoders encode before they leave; 0: they stay
 
