@@ -89,6 +89,16 @@ FAMILY_ROWS = {
 }
 
 
+def what_counts(entry):
+    """MB of an entry: anonymous above imports, and resident; of the whole process, or of its drawing alone."""
+    measured = entry["measured"]
+    anonymous, peak = measured["peak_anonymous_above_imports_mb"], measured["peak_rss_mb"]
+    if entry["row"] != DRAWING:
+        return anonymous, peak
+    drawing = measured["phases"]["results"]
+    return anonymous + drawing["peak_anonymous_mb"] - measured["peak_anonymous_mb"], drawing["peak_rss_mb"]
+
+
 def families_memory(result):
     """The entries of other architectures than Stable Diffusion 1.5's in benchmarks/results/memory_cpu.json."""
     chosen = [e for e in result["entries"] if e["architecture"] in FAMILIES and e["row"] in FAMILY_ROWS]
@@ -96,12 +106,7 @@ def families_memory(result):
         return "Not measured yet."
     rows = []
     for entry in sorted(chosen, key=lambda e: (list(FAMILIES).index(e["architecture"]), e["resolution"], e["row"])):
-        measured = entry["measured"]
-        anonymous, peak = measured["peak_anonymous_above_imports_mb"], measured["peak_rss_mb"]
-        if entry["row"] == DRAWING:
-            drawing = measured["phases"]["results"]
-            anonymous += drawing["peak_anonymous_mb"] - measured["peak_anonymous_mb"]
-            peak = drawing["peak_rss_mb"]
+        anonymous, peak = what_counts(entry)
         cells = [FAMILIES[entry["architecture"]], f"{entry['resolution']} px", FAMILY_ROWS[entry["row"]]]
         predicted = None if entry["row"] == DRAWING else entry.get("predicted_mb", {}).get("peak")
         shown = f"{predicted:.0f} MB ({entry['deviation_percent']:+.1f} %)" if predicted else ""
@@ -109,7 +114,7 @@ def families_memory(result):
     header = ["", "", "process", "anonymous, above imports", "peak of the whole process"]
     note = (
         "Random weights, float32 activations, n = 2, batch 1, two steps; fresh processes from start to end on"
-        f" {chosen[0]['hardware']['name']}. The peak counts mapped pages of the weight file, which the system can"
+        f" {' or '.join(dict.fromkeys(e['hardware']['name'] for e in chosen))}. The peak counts mapped pages of the weight file, which the system can"
         " drop. MB = 2^20. By `benchmarks/bench_memory.py --architecture`." + code_note(chosen)
     )
     return table([*header, "predicted by `--estimate_memory`"], rows) + "\n\n" + note

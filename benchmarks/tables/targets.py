@@ -4,6 +4,7 @@ import math
 
 from benchmarks.tables.demo import paired_differences
 from benchmarks.tables.markdown import loss_name, table
+from benchmarks.tables.memory import DRAWING, what_counts
 from benchmarks.tables.tuneqdm import official_row
 
 
@@ -123,6 +124,11 @@ def targets(steps, memories, signals, scores):
             peak = entry["measured"]["peak_anonymous_above_imports_mb"]
             what = "SDXL, CPU, 512 px, INT8 from the cache: anonymous memory above imports"
             judge(what, "at most 1500 MB", peak, f"{peak:.0f} MB", at_most=1500)
+    largest = {e["row"]: e for e in memories["entries"] if (e["architecture"], e["resolution"]) == ("sdxl", 1024)}
+    if {"int8-gradient", DRAWING} <= set(largest):
+        share = what_counts(largest["int8-gradient"])[0] / what_counts(largest[DRAWING])[0]
+        what = "SDXL, CPU, 1024 px: anonymous memory above imports of the exact gradient, of drawing's"
+        judge(what, "at most 1.6 times", share, f"{share:.1f} times", at_most=1.6)
     deviations = {
         (e["row"], e["resolution"], e["num_perturbations"], e["batch_size"], e["architecture"]): e["deviation_percent"]
         for e in memories["entries"]
