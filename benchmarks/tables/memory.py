@@ -112,9 +112,9 @@ def families_memory(result):
         shown = f"{predicted:.0f} MB ({entry['deviation_percent']:+.1f} %)" if predicted else ""
         rows.append([*cells, f"{anonymous:.0f} MB", f"{peak:.0f} MB", shown])
     header = ["", "", "process", "anonymous, above imports", "peak of the whole process"]
+    machines = " or ".join(dict.fromkeys(entry["hardware"]["name"] for entry in chosen))
     note = (
         "Random weights, float32 activations, n = 2, batch 1, two steps; fresh processes from start to end on"
-        f" {' or '.join(dict.fromkeys(e['hardware']['name'] for e in chosen))}. The peak counts mapped pages of the weight file, which the system can"
-        " drop. MB = 2^20. By `benchmarks/bench_memory.py --architecture`." + code_note(chosen)
+        f" {machines}. The peak counts mapped pages of the weight file, which the system can drop. MB = 2^20. By `benchmarks/bench_memory.py --architecture`." + code_note(chosen)
     )
     return table([*header, "predicted by `--estimate_memory`"], rows) + "\n\n" + note
