@@ -115,6 +115,7 @@ def families_memory(result):
     machines = " or ".join(dict.fromkeys(entry["hardware"]["name"] for entry in chosen))
     note = (
         "Random weights, float32 activations, n = 2, batch 1, two steps; fresh processes from start to end on"
-        f" {machines}. The peak counts mapped pages of the weight file, which the system can drop. MB = 2^20. By `benchmarks/bench_memory.py --architecture`." + code_note(chosen)
+        f" {machines}. The peak counts mapped pages of the weight file, which the system can drop. MB = 2^20. By"
+        " `benchmarks/bench_memory.py --architecture`." + code_note(chosen)
     )
     return table([*header, "predicted by `--estimate_memory`"], rows) + "\n\n" + note
