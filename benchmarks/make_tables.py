@@ -55,6 +55,7 @@ TABLES = {
     "step_gauss_newton": (speed.step_gauss_newton, f"{RESULTS}/step_gauss_newton.json"),
     "scaling": (speed.scaling, f"{RESULTS}/step_cpu.json", f"{RESULTS}/memory_cpu.json"),
     "processes": (speed.processes, f"{RESULTS}/step_cpu.json"),
+    "freed_blocks": (frontier.freed_blocks, f"{RESULTS}/freed_blocks.json"),
     "memory": (memory.memory, f"{RESULTS}/memory_cpu.json"),
     "families_memory": (memory.families_memory, f"{RESULTS}/memory_cpu.json"),
     "families_step": (speed.families_step, f"{RESULTS}/step_cpu.json"),
