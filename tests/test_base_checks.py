@@ -203,6 +203,21 @@ def test_names_of_older_files_are_known(base):
     assert len(attention) == 20 and all(torch.equal(found[name], tensor) for name, tensor in attention.items())
 
 
+def test_a_vae_that_encodes_comes_without_its_decoder(base, monkeypatch):
+    """Of a mapped file in float16 every tensor that is loaded is a copy in float32."""
+    opened, loaded, put = base_model.open_base(ModelSource(str(base))), [], base_model.set_module_tensor_to_device
+    monkeypatch.setattr(
+        base_model,
+        "set_module_tensor_to_device",
+        lambda model, name, *a, **k: (loaded.append(name), put(model, name, *a, **k)),
+    )
+    vae, pixels = base_model.load_vae_encoder(opened), torch.rand(1, 3, 32, 32)
+    assert loaded and not any(name.startswith("decoder") for name in loaded) and vae.decoder is None
+    with torch.inference_mode():
+        found, whole = (model.encode(pixels).latent_dist.parameters for model in (vae, base_model.load_vae(opened)))
+    assert torch.equal(found, whole) and any(name.startswith("decoder") for name in loaded)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_no_numbers_are_not_hidden_by_int8(base, tmp_path, value):
     rewrite(weights_of(base, "unet"), lambda tensors: tensors["conv_in.weight"][0].fill_(value))

@@ -279,7 +279,7 @@ def test_a_push_that_fails_after_training_leaves_the_run_and_says_how_to_repeat_
 )
 def test_what_cannot_be_pushed_is_refused_before_training(here, basics, monkeypatch, flags, expected):
     here.repos["bob/existing"] = Repo()
-    monkeypatch.setattr(examples, "load_vae", lambda *_: pytest.fail("training began"))
+    monkeypatch.setattr(examples, "load_vae_encoder", lambda *_: pytest.fail("training began"))
     if "create" in flags:
         here.fail("/api/repos/create", flags["create"])
     if "token" in flags:
@@ -312,7 +312,7 @@ def impatient(monkeypatch):
 @pytest.mark.parametrize("how", ["silent", "trickle"])
 @pytest.mark.parametrize("path", ["/api/repos/create", "/auth-check/"])
 def test_a_hub_that_never_answers_is_given_up_before_training(here, impatient, basics, monkeypatch, path, how):
-    monkeypatch.setattr(examples, "load_vae", lambda *_: pytest.fail("training began"))
+    monkeypatch.setattr(examples, "load_vae_encoder", lambda *_: pytest.fail("training began"))
     here.fail(path, how)
     started = time.monotonic()
     with pytest.raises(InputError, match="refused .*(timed out|no answer within).*later") as caught:

@@ -415,7 +415,7 @@ def test_a_full_pipeline_of_a_base_with_a_missing_part(train, monkeypatch):
 
 
 def test_what_breaks_off_says_what_is_safe(out, train, monkeypatch):
-    monkeypatch.setattr(examples, "load_vae", full)
+    monkeypatch.setattr(examples, "load_vae_encoder", full)
     with pytest.raises(RunError, match="broke off: No space left.*checkpoint-3 is safe, and --resume_from_checkpoint"):
         train(**STEPS, resume_from_checkpoint="latest")
 

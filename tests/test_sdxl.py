@@ -192,8 +192,8 @@ def test_openvino_predicts_what_pytorch_predicts(flags, train):
 
 
 def test_the_vae_encodes_in_float32_whatever_computes(flags, monkeypatch):
-    seen, load = [], examples.load_vae
-    monkeypatch.setattr(examples, "load_vae", lambda base, dtype: seen.append(dtype) or load(base, dtype))
+    seen, load = [], examples.load_vae_encoder
+    monkeypatch.setattr(examples, "load_vae_encoder", lambda base, dtype: seen.append(dtype) or load(base, dtype))
     assembled(flags, mixed_precision="bf16")
     assert seen == [torch.float32]
 

@@ -656,7 +656,7 @@ def fault(basics, monkeypatch, capsys):
         raise AssertionError("a model was loaded before the input was judged")
 
     monkeypatch.setattr(base_model, "stored_tensors", refuse)
-    monkeypatch.setattr(examples, "load_vae", refuse)
+    monkeypatch.setattr(examples, "load_vae_encoder", refuse)
 
     def run(**flags):
         words = as_arguments(basics | {f"--{name}": value for name, value in flags.items()})

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ..models.base_model import StoredModel, load_vae
+from ..models.base_model import StoredModel, load_vae_encoder
 from ..models.families import Family
 from ..models.memory import release_freed_memory, tensor_bytes
 from .images import Framing
@@ -99,7 +99,7 @@ def weigh(pictures, sides, shape):
 
 
 def load_concept(pictures, prompts, base, flip_probability, compute):
-    """The VAE encodes every picture (and its flip, if any is drawn) once, then leaves before the denoiser arrives.
+    """The VAE's encoder sees every picture (and its flip, if any is drawn) once, then makes room for the denoiser.
 
     Args:
         pictures: `Picture`s.
@@ -109,11 +109,10 @@ def load_concept(pictures, prompts, base, flip_probability, compute):
         compute: `Compute`.
 
     Returns:
-        `Concept`, and the VAE's `StoredModel`.
+        `Concept`, and the `StoredModel` of the VAE's encoder.
     """
-    vae = load_vae(base, torch.float32 if base.family.vae_in_float32 else compute.dtype)
+    vae = load_vae_encoder(base, torch.float32 if base.family.vae_in_float32 else compute.dtype)
     stored = StoredModel(tensor_bytes(vae), 0.0)
-    vae.decoder = None  # 60 % of it, and not needed here
     vae.to(compute.device)
     sides, (ids, rows) = (2 if flip_probability > 0 else 1), prompts
     facts = base.family, base.family.vae_facts(vae, base.vae_config)

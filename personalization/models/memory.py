@@ -305,7 +305,7 @@ def predict_memory(text_encoder, denoiser, vae, backend, plan, base, compute):
     points = 4 * 4 * plan.coordinates  # directions, candidates and intermediate results, in float32
     phases = {
         # which the host does where a GPU is to be spared
-        "encoding the images": max(vae_bytes, tensor_bytes(vae) + encoding) if on_cpu else encoding_on_gpu,
+        "encoding the images": tensor_bytes(vae) + encoding if on_cpu else encoding_on_gpu,
         "encoding the prompts": text_bytes + prompts + saying if plan.encoded else 0,
         "quantizing": staying + unquantized_bytes if on_cpu and backend.whole_model else 0,
         "writing the layers to disk": staying + denoiser_bytes if on_cpu and plan.streamed else 0,
@@ -316,7 +316,7 @@ def predict_memory(text_encoder, denoiser, vae, backend, plan, base, compute):
         mapped = text_bytes
     return MemoryPrediction(
         libraries=process_memory().rss + CPU_KERNEL_BYTES if on_cpu else 0,
-        vae=vae_bytes,
+        vae=vae_bytes if plan.images else tensor_bytes(vae),
         text_encoder=text_bytes,
         denoiser=kept,
         vae_activations=max(encoding, decoding),
