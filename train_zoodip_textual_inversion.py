@@ -60,7 +60,16 @@ from personalization.files import temporary_folder
 from personalization.logs import get_logger
 from personalization.methods import gauss_newton, gradient, textual_inversion
 from personalization.methods.rule import Optimizer, Rule
-from personalization.models import base_model, embedding_files, encoded, families, memory, openvino_unet, weight_cache
+from personalization.models import (
+    base_model,
+    embedding_files,
+    encoded,
+    families,
+    frozen,
+    memory,
+    openvino_unet,
+    weight_cache,
+)
 from personalization.models.base_model import Base
 from personalization.models.compute import DTYPES, Compute, choose_compute
 from personalization.runs import checkpoints, embeddings, hub, launch, loop, provenance, run_folder, validation
@@ -1400,6 +1409,7 @@ def load_denoiser(args, base, compute, layers_dir=None, calibration=None):
     staging = torch.device("cpu") if args.low_vram else None
     denoiser, share = load_frozen(base, name, backend, compute, args.quantized_cache_dir, staging)
     stored = base_model.StoredModel(memory.tensor_bytes(denoiser), share)
+    frozen.split_feed_forwards(denoiser)
     if args.low_vram:
         one_order = not OPTIMIZERS[args.optimizer].differentiates
         stream_weights(denoiser, compute.device, layers_dir and layers_dir.name, one_order)

@@ -13,12 +13,13 @@ import torch
 import torch.nn.functional as F
 from conftest import as_arguments
 from diffusers import AutoencoderKL
+from diffusers.models.attention import FeedForward
 from safetensors.torch import load_file
 
 import train_zoodip_textual_inversion as zoodip
 from personalization.data import examples
 from personalization.errors import InputError
-from personalization.models import base_model, families, lean_vae, memory, openvino_unet
+from personalization.models import base_model, families, frozen, lean_vae, memory, openvino_unet
 
 
 CPU = torch.device("cpu")
@@ -45,7 +46,7 @@ def model(basics, cache):
         assert (ids == first).sum() == 2
         args.max_candidates_per_forward = 8  # room for as many
         args.num_perturbations = 7
-        frozen, start = zoodip.assemble_model(args, base, placeholder, ids, text_encoder, unet, compute)
+        assembled, start = zoodip.assemble_model(args, base, placeholder, ids, text_encoder, unet, compute)
         g = torch.Generator().manual_seed(0)
         size = args.resolution // base.vae_factor
         latents = torch.randn(2, unet.config.in_channels, size, size, generator=g)
@@ -53,7 +54,7 @@ def model(basics, cache):
 
         def loss_of(candidates):
             with torch.inference_mode():
-                return frozen.losses(candidates, batch)
+                return assembled.losses(candidates, batch)
 
         return loss_of, start[None], unet
 
@@ -267,6 +268,18 @@ def test_the_process_knows_its_memory():
     if Path("/proc/self/status").is_file():
         assert after.anonymous - before.anonymous > 45 * 2**20
     del block
+
+
+def test_feed_forwards_of_some_tokens_at_a_time_are_the_same(model, monkeypatch):
+    seen, forward, found = [], FeedForward.forward, []
+    monkeypatch.setattr(FeedForward, "forward", lambda self, x: seen.append(x.shape[:2].numel()) or forward(self, x))
+    for wide in (10**6, 40):
+        monkeypatch.setattr(frozen, "WIDE", wide)
+        seen.clear()
+        loss_of, theta, _ = model()
+        found.append(loss_of(perturbed(theta, 3, 0.1)))
+        assert (max(seen) <= 40) == (wide == 40)
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-7)
 
 
 def small_vae():

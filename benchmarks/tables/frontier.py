@@ -31,13 +31,14 @@ LIKE |= {"gradient": ("eps", "gradient_1500", 4), "gradient-window": ("eps", "gr
 SIZES = {"sd15": "SD 1.5", "sdxl": "SDXL", "demo": "demo"}
 
 
-def steps_to_the_papers_loss(row, methods):
-    """Of a row, by `methods.json` ("v") and `methods_eps.json` ("eps")."""
+def steps_to_the_papers(measure, row, methods):
+    """Of a row, by `methods.json` ("v") and `methods_eps.json` ("eps"); None: it ends before it is there."""
     like = max((name for name in LIKE if row.startswith(name)), key=len)
     if LIKE[like] is None:
         return PAPERS_STEPS
     base, method, forwards = LIKE[like]
-    return round(methods[base]["summary"][method]["reaches"]["loss"] / forwards)
+    reached = methods[base]["summary"][method]["reaches"][measure]
+    return None if reached is None else round(reached / forwards)
 
 
 def points(result, methods):
@@ -47,19 +48,21 @@ def points(result, methods):
         measured, seconds = entry["measured"], entry["cpu_seconds_of_steps"][1:]
         imports = measured["peak_anonymous_mb"] - measured["peak_anonymous_above_imports_mb"]
         loop = measured["phases"]["training"]["peak_anonymous_mb"] - imports
-        yield entry, loop, sum(seconds) / len(seconds), steps_to_the_papers_loss(entry["row"], methods)
+        yield entry, loop, sum(seconds) / len(seconds), steps_to_the_papers("loss", entry["row"], methods)
 
 
 def frontier(result, methods, methods_eps):
     """benchmarks/results/frontier_cpu.json, as `benchmarks/bench_frontier.py` writes it, and the two of methods."""
-    rows = []
-    for entry, loop, seconds, steps in points(result, {"v": methods, "eps": methods_eps}):
+    rows, methods = [], {"v": methods, "eps": methods_eps}
+    for entry, loop, seconds, steps in points(result, methods):
         measured, (name, when) = entry["measured"], ROWS[entry["row"]]
         size = f"{SIZES[entry['architecture']]}, {entry['resolution']} px"
         memory = [measured["peak_anonymous_above_imports_mb"], loop, measured["peak_rss_mb"]]
         memory = [f"{megabytes:.0f} MB" for megabytes in memory]
         hours = f"{seconds * steps / 3600:.{1 if seconds * steps < 36_000 else 0}f} h"
-        rows.append([size, name, *memory, f"{seconds:.1f} s", f"{steps:,}", hours, when])
+        others = [steps_to_the_papers(measure, entry["row"], methods) for measure in ("CLIP-I", "identity")]
+        others = " / ".join("never" if count is None else f"{count:,}" for count in others)
+        rows.append([size, name, *memory, f"{seconds:.1f} s", f"{steps:,}", others, hours, when])
     first = result["entries"][0]
     note = (
         f"Random weights, batch 1, float32 activations unless said, one thread of {first['hardware']['name']}, torch"
@@ -67,8 +70,8 @@ def frontier(result, methods, methods_eps):
         " memory above imports is the most of any phase: where the loop has less, it is the VAE's, which encodes the"
         " pictures first. Peak: with mapped pages of the weight file, which the system can"
         f" drop; a process that only imports the libraries has {first['imports_peak_rss_mb']:.0f} MB. MB = 2^20."
-        " Steps: the paper's own 30,000, and what the others took on a demo model to where its loss ends"
-        f" ([methods](methods.md); the exact gradient on the one that predicts ε, {len(methods_eps['subjects'])}"
+        " Steps: the paper's own 30,000, and what the others took on a demo model to where it ends"
+        f" ([methods](methods.md); the exact gradient on the one that predicts ε, {len(methods['eps']['subjects'])}"
         " subjects, the others on the one that predicts v): a projection, nobody has trained so long here. By"
         " `benchmarks/bench_frontier.py`." + code_note(result["entries"])
     )
@@ -80,7 +83,8 @@ def frontier(result, methods, methods_eps):
         "peak of the process",
         "CPU time",
         "steps to the paper's loss",
-        "product",
+        "to its CLIP-I / identity",
+        "time to its loss",
         "take it for",
     ]
     return table(header, rows) + "\n\n" + note

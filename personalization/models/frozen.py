@@ -104,6 +104,15 @@ def hand_gradients_through(model):
 # second time, what happens inside attentions and, some tokens at a time, inside feed-forwards.
 CHECKPOINTING = ("none", "block", "layer")
 TOKENS_AT_A_TIME = 512
+FEED_FORWARDS = FeedForward, transformer_z_image.FeedForward
+WIDE = 4096  # tokens of all examples whose feed-forwards are as large as the largest convolutions
+
+
+def split_feed_forwards(model):
+    """Has the feed-forwards of a denoiser, whose inside is several times as wide, see some tokens at a time."""
+    for layer in model.modules():
+        if isinstance(layer, FEED_FORWARDS):
+            layer.forward = functools.partial(_narrow, layer.forward)
 
 
 def make_differentiable(model, checkpointing="none"):
@@ -122,13 +131,22 @@ def make_differentiable(model, checkpointing="none"):
         for layer in model.modules():
             if isinstance(layer, Attention):
                 layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
-            elif isinstance(layer, (FeedForward, transformer_z_image.FeedForward)):
+            elif isinstance(layer, FEED_FORWARDS):
                 layer.forward = functools.partial(_in_parts, layer.forward)
     return model
 
 
+def _narrow(forward, states):
+    """A feed-forward of tokens `[b, n, d]`, which does not mix them; of derivatives, too, all of which count."""
+    tokens, of_each = states.shape[1], states.numel() // states.shape[1]
+    at_a_time = max(1, WIDE * states.shape[2] // of_each)
+    if tokens <= at_a_time:
+        return forward(states)
+    return torch.cat([forward(part) for part in states.split(at_a_time, dim=1)], dim=1)
+
+
 def _in_parts(forward, states):
-    """A feed-forward of tokens `[b, n, d]`, which does not mix them: its inside is several times as wide."""
+    """The same, of which only the tokens are kept for a backward pass."""
     parts = states.split(TOKENS_AT_A_TIME, dim=1)
     return torch.cat([checkpoint(forward, part, use_reentrant=False) for part in parts], dim=1)
 

@@ -276,6 +276,8 @@ def predict_memory(text_encoder, denoiser, vae, backend, plan, base, compute):
 
     if not backend.hidden_copies:
         backend.replace_layers(denoiser, dtype)
+    if not plan.openvino:
+        frozen.split_feed_forwards(denoiser)
     for model, its_dtype in ((vae, vae_dtype), (denoiser, dtype)):
         for parameter in model.parameters():
             parameter.data = parameter.data.to(its_dtype)
