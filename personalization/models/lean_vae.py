@@ -32,7 +32,7 @@ def spare_memory(vae):
 
 def _is_plain_convolution(layer):
     """3 x 3, with zeros or nothing around the picture."""
-    if not isinstance(layer, torch.nn.Conv2d) or layer.padding not in ((0, 0), (1, 1)):
+    if type(layer) not in (torch.nn.Conv2d, StripConv2d) or layer.padding not in ((0, 0), (1, 1)):
         return False
     return layer.kernel_size == (3, 3) and layer.dilation == (1, 1) and layer.padding_mode == "zeros"
 
