@@ -97,19 +97,22 @@ def test_times_and_memory_of_the_hardware_table():
     exact = json.loads((BENCHMARKS / "step_gauss_newton.json").read_text(encoding="utf-8"))["rows"]
     (seconds,) = (r["seconds_per_example"] for r in exact if (r["row"], r["resolution"]) == ("gauss-newton", 256))
     time = f"38 rows of {seconds:.1f} s", f"projected: {500 * 38 * seconds / 3600:.1f} hours"
-    row("512 px", "`--optimizer gauss_newton`", ("not measured",), "not measured")
     row("256 px", "`--optimizer gauss_newton --res", time, gib(("sd15", "int8-gauss-newton-exact", 256, 2)))
     seconds, length = days(("sdxl", "ours-int8", 256, 2), 20_000)
     row("SDXL at 256", "`--resolution 256`", (f"{seconds:.0f} s", length), "not measured")
     row("512 px", "`--resolution 512`", ("not measured",), gib(("sdxl", "int8", 512, 2)))
     frontier = json.loads((BENCHMARKS / "frontier_cpu.json").read_text(encoding="utf-8"))["entries"]
-    for resolution, add in ((512, "`--optimizer gradient`"), (256, "`--optimizer gradient --res")):
-        wanted = ("sd15", "gradient", resolution)
+    for resolution, add, name, digits in (
+        (512, "`--optimizer gradient`", "gradient", 1),
+        (256, "`--optimizer gradient --res", "gradient", 1),
+        (512, "`--optimizer gauss_newton`", "gauss-newton", 0),
+    ):
+        wanted = ("sd15", name, resolution)
         (entry,) = [e for e in frontier if (e["architecture"], e["row"], e["resolution"]) == wanted]
         seconds = statistics.fmean(entry["cpu_seconds_of_steps"][1:])
         length = f"projected: {500 * seconds / 3600:.1f} hours"
         memory = f"{entry['measured']['peak_rss_mb'] / 1024:.1f} GiB"
-        row(f"{resolution} px", add, (f"{seconds:.1f} s", length), memory)
+        row(f"{resolution} px", add, (f"{seconds:.{digits}f} s", length), memory)
 
 
 def test_figures_of_the_subjects_that_gauss_newton_was_not_tuned_on():

@@ -177,7 +177,7 @@ def test_a_signal_while_finishing_loses_nothing(train, tmp_path, monkeypatch, ki
 def test_a_signal_stays_one_whatever_a_library_makes_of_it(train, monkeypatch):
     """Python makes a RuntimeError of what comes while a class is made, as in an import on the way."""
 
-    def importing(*_):
+    def importing(*_, **__):
         try:
             os.kill(os.getpid(), signal.SIGTERM)
         except KeyboardInterrupt as interrupt:
@@ -191,7 +191,7 @@ def test_a_signal_stays_one_whatever_a_library_makes_of_it(train, monkeypatch):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_signal_while_loading_promises_no_checkpoint(train, monkeypatch, kind):
-    monkeypatch.setattr(base_model, "load_component", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(base_model, "load_component", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
     with errors.handled(errors.interrupt), pytest.raises(Stopped, match="^Stopped before a step was done: nothing is"):
         train(kind)
 
