@@ -106,6 +106,7 @@ CHECKPOINTING = ("none", "block", "layer")
 TOKENS_AT_A_TIME = 512
 FEED_FORWARDS = FeedForward, transformer_z_image.FeedForward
 WIDE = 4096  # tokens of all examples whose feed-forwards are as large as the largest convolutions
+MOST_PARTS = 64
 
 
 def split_feed_forwards(model):
@@ -139,7 +140,7 @@ def make_differentiable(model, checkpointing="none"):
 def _narrow(forward, states):
     """A feed-forward of tokens `[b, n, d]`, which does not mix them; of derivatives, too, all of which count."""
     tokens, of_each = states.shape[1], states.numel() // states.shape[1]
-    at_a_time = max(1, WIDE * states.shape[2] // of_each)
+    at_a_time = max(1, WIDE * states.shape[2] // of_each, tokens // MOST_PARTS)
     if tokens <= at_a_time:
         return forward(states)
     return torch.cat([forward(part) for part in states.split(at_a_time, dim=1)], dim=1)

@@ -8,6 +8,7 @@ from diffusers.models.upsampling import Upsample2D
 
 
 STRIP_BYTES = 8 * 2**20  # of a tensor that is computed at a time
+MOST_STRIPS = 128  # of a layer; wider pictures have larger ones
 
 
 def spare_memory(vae):
@@ -128,7 +129,8 @@ def rows_of(pixels):
 def rows_at_a_time(layer, pixels):
     """Rows whose input and output of a convolution are no larger than a strip."""
     channels = max(layer.in_channels * layer.stride[0], layer.out_channels)
-    return max(1, STRIP_BYTES // (len(pixels) * channels * pixels.shape[3] * pixels.itemsize))
+    rows = STRIP_BYTES // (len(pixels) * channels * pixels.shape[3] * pixels.itemsize)
+    return max(1, rows, pixels.shape[2] // MOST_STRIPS)
 
 
 def in_strips(of_rows, height, rows, place=None):
