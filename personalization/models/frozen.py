@@ -106,11 +106,14 @@ CHECKPOINTING = ("none", "block", "layer")
 TOKENS_AT_A_TIME = 512
 FEED_FORWARDS = FeedForward, transformer_z_image.FeedForward
 WIDE = 4096  # tokens of all examples whose feed-forwards are as large as the largest convolutions
-MOST_PARTS = 64
+MOST_PARTS = 64  # of a feed-forward, so that a prediction for an absurd number of examples ends, too
 
 
 def split_feed_forwards(model):
-    """Has the feed-forwards of a denoiser, whose inside is several times as wide, see some tokens at a time."""
+    """Has the feed-forwards of a denoiser, whose inside is several times as wide, see some tokens at a time.
+
+    diffusers' own `enable_forward_chunking` takes only sizes of which every layer's number of tokens is a multiple.
+    """
     for layer in model.modules():
         if isinstance(layer, FEED_FORWARDS):
             layer.forward = functools.partial(_narrow, layer.forward)

@@ -8,7 +8,7 @@ from diffusers.models.upsampling import Upsample2D
 
 
 STRIP_BYTES = 8 * 2**20  # of a tensor that is computed at a time
-MOST_STRIPS = 128  # of a layer; wider pictures have larger ones
+MOST_STRIPS = 128  # of a layer, so that a prediction for an absurd size ends, too; larger pictures have larger ones
 
 
 def spare_memory(vae):
