@@ -13,7 +13,8 @@ the subject is decided; and pictures of the demo's prompts, from the same noise 
 and by how often `demo/scorer` reads the subject's shape in them.
 
 A finished run is a JSON file in `--cache_dir`, named by its settings, the base and the code. Other code makes it
-again, unless `--other_code` counts what is there; every run in the result has its commit. The methods are in
+again, unless `--other_code` counts what is there; every run in the result has its commit. What an earlier result has
+of the same settings goes into the cache first, so a new machine goes on where the last one was. The methods are in
 `grids.py`; results go to `benchmarks/results/methods.json` and `docs/methods*.png`.
 """
 
@@ -68,6 +69,7 @@ PLACEHOLDER = "<my-toy>"
 GRIDS = {**grids.GRIDS, **ablations.GRIDS}
 NAMES = {"CLIP-I": "CLIP-I", "DINO": "identity", "CLIP-T": "CLIP-T"}  # the demo scorer's stand-in for DINO is its own
 METRICS = ("loss", *NAMES.values(), "shape")
+KEPT = ("steps", "seconds", "commit", "changed", "source")  # of a run's file in a result, beside its curve
 REFERENCE = "paper"  # the method whose final quality the others are timed to
 PASS = 32  # examples of one pass that judges: 16 pictures with guidance, or held-out examples
 
@@ -282,6 +284,37 @@ def with_finished(run, cache_dir):
     return run
 
 
+def restore(result, listed, cache_dir):
+    """Makes files of the runs that an earlier result has, each with its code and commit, where the cache has none.
+
+    They have neither θ nor pictures, which no result keeps.
+    """
+    known, methods = result["configuration"], result["methods"]
+    rows = {(row["name"], row["subject"], row["seed"]): row for row in result["runs"] if "source" in row}
+    for run in listed:
+        row, settings = rows.get((run.name, run.subject, run.seed)), run.settings()
+        if row is None or finished(with_finished(run, cache_dir), cache_dir) is not None:
+            continue
+        shared = {key: known.get(key) for key in ("judging", "model", "base")}
+        method = {key: value for key, value in methods[run.name].items() if key != "title"}
+        points = list(zip(*(row[key] for key in ("forwards", *METRICS))))
+        judged = [milestone for milestone, point in zip(run.milestones, points) if point[-1] is not None]
+        if shared | {"method": method} != {key: settings[key] for key in (*shared, "method")}:
+            continue
+        if len(points) != len(run.milestones) or judged != list(run.image_milestones):
+            continue
+        curve = [
+            {"milestone": milestone}
+            | {key: value for key, value in zip(("forwards", *METRICS), point) if value is not None}
+            for milestone, point in zip(run.milestones, points)
+        ]
+        content = {"settings": settings, "curve": curve}
+        content |= {key: row[key] for key in (*KEPT, "kept") if key in row}
+        path = replace(run, source=row["source"]).path(cache_dir)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, content)
+
+
 def hash_code():
     """Of all code that decides what a run finds; what its method is stands in its settings."""
     no_part = "common.py grids.py ablations.py plot_methods.py summaries.py tables/".split()
@@ -373,7 +406,7 @@ def collect(listed, cache_dir, subjects):
         {
             **{key: content["settings"][key] for key in ("name", "subject", "seed")},
             **{key: [point.get(key) for point in content["curve"]] for key in columns},
-            **{key: content[key] for key in ("steps", "seconds", "commit", "changed", "source")},
+            **{key: content[key] for key in KEPT},
             **({"kept": content["kept"]} if "kept" in content else {}),
         }
         for _, content in pairs
@@ -395,11 +428,12 @@ def collect(listed, cache_dir, subjects):
 
 
 def list_strips(listed, cache_dir):
-    """(Method, subject) -> strip of pictures of its first finished seed."""
+    """(Method, subject) -> strip of pictures of its first finished seed that has them here."""
     strips = {}
     for run in listed:
-        if finished(run, cache_dir) is not None:
-            strips.setdefault((run.name, run.subject), run.path(cache_dir).with_suffix(".png"))
+        path = run.path(cache_dir).with_suffix(".png")
+        if finished(run, cache_dir) is not None and path.is_file():
+            strips.setdefault((run.name, run.subject), path)
     return strips
 
 
@@ -495,16 +529,25 @@ def say_how_long(listed, cache_dir, processes):
     print(f"{words}.", flush=True)
 
 
+def stem_of(args):
+    """Of the names of the result and its figures."""
+    name = f"ablation_{args.grid}" if args.grid in ablations.GRIDS else f"methods_{args.grid}"
+    return ("methods" if args.grid == "main" else name) + args.base.removeprefix("base")
+
+
 def show(args, result, strips, results, figures):
     """Writes results and figures, and returns the table and where to look."""
-    ending = args.base.removeprefix("base")
+    stem = stem_of(args)
+    write_compact(results / f"{stem}.json", result)
     if args.grid not in ablations.GRIDS:
-        stem = ("methods" if args.grid == "main" else f"methods_{args.grid}") + ending
-        write_compact(results / f"{stem}.json", result)
         plot(result, figures / f"{stem}.png")
-        contact_sheet(result, SUBJECTS, strips, figures / f"{stem}_sheet.png")
-        return f"{methods_table(result)}\n\nLook at {figures / stem}.png and {stem}_sheet.png"
-    write_compact(results / f"ablation_{args.grid}{ending}.json", result)
+        look = f"Look at {figures / stem}.png"
+        if any((name, subject) not in strips for name in result["summary"] for subject in result["subjects"]):
+            look += "; there is no new contact sheet, as pictures of some runs are not in the cache"
+        else:
+            contact_sheet(result, SUBJECTS, strips, figures / f"{stem}_sheet.png")
+            look += f" and {stem}_sheet.png"
+        return f"{methods_table(result)}\n\n{look}"
     look = ""
     if args.grid in FIGURES:
         path = figures / figure_of(result)[0]
@@ -518,10 +561,13 @@ def main(args):
     milestones = (tuple(given) if given else None for given in (args.milestones, args.image_milestones))
     plan = args.grid, args.methods, args.subjects, args.seeds, *milestones
     listed = list_runs(*plan, judging, fingerprint(DEMO / args.base, SCORER), hash_code(), args.base)
-    if args.other_code:
-        listed = [with_finished(run, args.cache_dir) for run in listed]
     results, figures = (args.output_dir,) * 2 if args.output_dir else (RESULTS, DOCS)
     (args.cache_dir / "weights").mkdir(parents=True, exist_ok=True)
+    alike = "ablation_*" if args.grid in ablations.GRIDS else stem_of(args)  # grids of ablations share cells
+    for path in sorted(results.glob(f"{alike}.json")):
+        restore(json.loads(path.read_text(encoding="utf-8")), listed, args.cache_dir)
+    if args.other_code:
+        listed = [with_finished(run, args.cache_dir) for run in listed]
     try:
         if not args.collect:
             say_how_long(listed, args.cache_dir, args.processes)

@@ -281,6 +281,26 @@ def test_other_code_makes_a_run_again_or_counts_it_with_its_commit(cache, two_ru
     assert row["commit"] == content["commit"] and row["source"] == run.source
 
 
+def test_a_new_machine_goes_on_from_the_result(cache, two_runs, tmp_path):
+    result = json.loads(json.dumps(compare_methods.collect(two_runs, cache, [SUBJECT])))
+    changed = [dataclasses.replace(run, source="0123456789ab") for run in two_runs]
+    otherwise = [
+        dataclasses.replace(two_runs[1], base="another"),
+        dataclasses.replace(two_runs[1], milestones=(6, 12, 15)),
+        dataclasses.replace(two_runs[1], method=dataclasses.replace(two_runs[1].method, flags="--learning_rate 1")),
+        dataclasses.replace(two_runs[1], seed=7),
+    ]
+    compare_methods.restore(result, [*changed, *otherwise], tmp_path)
+    for run, other in zip(two_runs, changed):
+        restored, original = (compare_methods.finished(run, folder) for folder in (tmp_path, cache))
+        assert restored == {key: value for key, value in original.items() if key != "thetas"}
+        assert compare_methods.finished(other, tmp_path) is None  # it is not of this code, which --other_code asks
+    assert [compare_methods.finished(run, tmp_path) for run in otherwise] == [None] * 4
+    assert compare_methods.list_strips(two_runs, tmp_path) == {}
+    compare_methods.restore(result, two_runs, cache)  # what is there stays
+    assert "thetas" in compare_methods.finished(two_runs[1], cache)
+
+
 def test_what_is_compared_is_no_part_of_the_code(monkeypatch):
     first, read = compare_methods.hash_code(), REPO.__class__.read_text
 
