@@ -14,11 +14,13 @@ PAPER = (
 PUTS = "--puts_min_timestep 500 --puts_max_timestep 900"
 UNIFORM = "--puts_min_timestep 0 --puts_max_timestep 1000"
 GAUSS_NEWTON = "--optimizer gauss_newton --mixed_precision"
+RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 
 
-def by_gradient(title, rate, learner="gradient"):
+def by_gradient(title, rate, learner="gradient", budget=None):
     """Autograd through the unquantized model in float32, the learning rate falling along a cosine."""
-    return Method(title, f"{AUTOGRAD} --learning_rate {rate} --lr_scheduler cosine {PUTS}", learner)
+    words = f"{AUTOGRAD} --learning_rate {rate} --lr_scheduler cosine {PUTS}"
+    return Method(title, words, learner, budget=budget)
 
 
 def by_small_gradient(title, budget=None, flags=""):
@@ -33,10 +35,10 @@ def by_tangents(title, precision):
     return Method(f"Gauss-Newton, exact derivatives, {title} (ours)", words, budget=6000)
 
 
-def by_evolution(title, dimension, sigma):
+def by_evolution(title, dimension, sigma, budget=None):
     """CMA-ES with 30 candidates a step."""
     flags = f"--quantization int8 --mixed_precision no --num_perturbations 29 --train_batch_size 1 {PUTS}"
-    return Method(title, flags, "evolution", {"dimension": dimension, "sigma": sigma})
+    return Method(title, flags, "evolution", {"dimension": dimension, "sigma": sigma}, budget)
 
 
 GRIDS = {
@@ -62,5 +64,13 @@ GRIDS = {
         )
         for share in (0.1, 0.25, 0.5, 1.0, 1.5)
         for budget in (750, 1500)
+    },
+    "pilots": {  # of the baselines, what their papers leave open
+        **{f"ti_{rate}": by_gradient(f"gradient Textual Inversion, η = {rate}", rate, budget=3000) for rate in RATES},
+        **{
+            f"dti_{rate}": by_gradient(f"Directional Textual Inversion, η = {rate}", rate, "directional", 3000)
+            for rate in RATES
+        },
+        **{f"cma_{sigma}": by_evolution(f"GF-TI (CMA-ES), σ = {sigma}", 32, sigma, 3000) for sigma in (0.3, 1.0, 3.0)},
     },
 }

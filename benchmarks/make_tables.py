@@ -30,7 +30,7 @@ from benchmarks.tables import (
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = "benchmarks/results"
 ABLATIONS = "sg_puts tau_nu sampling rge_spsa mu n precision timesteps gauss_newton ideas".split()
-METHODS = ("methods", "methods_eps", "methods_gradient_rates_eps")
+METHODS = ("methods", "methods_eps", "methods_gradient_rates_eps", "methods_pilots_eps")
 OF_ABLATIONS = [f"ablation_{name}{ending}" for name in ABLATIONS for ending in ("", "_eps")]
 TABLES = {
     "evidence": (signal.evidence, f"{RESULTS}/signal.json"),
