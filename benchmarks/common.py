@@ -91,10 +91,13 @@ def hardware(device="cpu"):
     return {"device": str(device), "name": name, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
 
 
-def cpu_name():
-    """The processor's marketing name, where Linux tells it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+def cpu_name(cpuinfo=Path("/proc/cpuinfo")):
+    """The processor's marketing name, where Linux tells it, and its units for bfloat16, on which times hang."""
+    lines = [line.split(":", 1) for line in cpuinfo.read_text().splitlines()] if cpuinfo.is_file() else []
+    facts = {line[0].strip(): line[1].strip() for line in lines if len(line) == 2}
+    flags = facts.get("flags", "").split()
+    units = [name for flag, name in {"amx_bf16": "AMX", "avx512_bf16": "AVX512_BF16"}.items() if flag in flags]
+    return facts.get("model name", platform.machine()) + (f" ({units[0]})" if units else "")
 
 
 def provenance(command=None, device="cpu", libraries=LIBRARIES):

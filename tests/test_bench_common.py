@@ -57,6 +57,16 @@ def test_provenance_says_what_measured(monkeypatch):
     assert common.code() == {"commit": None, "changed": None}
 
 
+@pytest.mark.parametrize(
+    "flags, shown",
+    [("sse amx_bf16 avx512_bf16", "A CPU (AMX)"), ("sse avx512_bf16", "A CPU (AVX512_BF16)"), ("sse", "A CPU")],
+)
+def test_a_processors_name_has_its_units_for_bfloat16(flags, shown, tmp_path):
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nmodel name\t: A CPU\nflags\t\t: {flags}\n\nprocessor\t: 1\n")
+    assert common.cpu_name(tmp_path / "cpuinfo") == shown
+    assert common.cpu_name(tmp_path / "nothing") == common.platform.machine()
+
+
 def test_a_busy_machine_is_said(monkeypatch, capsys):
     for share, said in ((0.19, False), (0.5, True)):
         monkeypatch.setattr(common, "busy_before", lambda share=share: share)
