@@ -201,7 +201,12 @@ class GradientOptimizer(Optimizer):
         return 1 + math.ceil(passes * (args.low_resolution / args.resolution) ** 2)
 
     def freed_blocks(self, args, family):
-        """Few where few activations are kept: a backward pass makes tensors of so many sizes that the heap doubles."""
+        """Few where few activations are kept: a backward pass makes tensors of so many sizes that the heap doubles.
+
+        A layer that was streamed leaves an empty tensor of its size behind, which of the heap is real memory.
+        """
+        if args.low_vram:
+            return 1
         sizes = {"none": memory.MOST_FREED_BLOCKS, "block": family.freed_blocks, "layer": 1}
         return sizes[args.gradient_checkpointing]
 
