@@ -62,6 +62,7 @@ from personalization.methods import gauss_newton, gradient, textual_inversion
 from personalization.methods.rule import Optimizer, Rule
 from personalization.models import (
     base_model,
+    convolutions,
     embedding_files,
     encoded,
     families,
@@ -357,7 +358,7 @@ class Int8Conv2d(Int8Layer):
         self.stride, self.padding, self.dilation, self.groups = conv.stride, conv.padding, conv.dilation, conv.groups
 
     def product(self, input, weight, bias):
-        return F.conv2d(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+        return convolutions.conv2d(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
 
 class Unquantized:

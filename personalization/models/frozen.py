@@ -9,6 +9,8 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers import transformer_z_image
 from torch.utils.checkpoint import checkpoint
 
+from . import convolutions
+
 
 class FrozenProduct(torch.autograd.Function):
     """y = W x + b of a frozen linear map: ∂L/∂x = Wᵀ ∂L/∂y, for which an INT8 weight is dequantized once more.
@@ -31,7 +33,7 @@ class FrozenProduct(torch.autograd.Function):
                     part = gradient[..., channels] @ weight
                 else:
                     options = options_of(ctx.layer)
-                    part = torch.nn.grad.conv2d_input(ctx.shape, weight, gradient[:, channels], *options)
+                    part = convolutions.input_gradient(ctx.shape, weight, gradient[:, channels], *options)
                 total = part if total is None else total.add_(part)
         return total, None, None
 

@@ -14,6 +14,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+from . import convolutions
+
 
 # Scores of attention that are there at once, in numbers: on a CPU they should stay in its cache, on CUDA fill it.
 SCORES = {"cpu": 2**20, "cuda": 2**25}
@@ -284,7 +286,8 @@ def linear_4bit(x, *weight, bias=None, **options):
 
 @rule_of("conv2d")
 def conv2d(x, weight, bias=None, *options, **named):
-    rows = F.conv2d(x.rows.flatten(0, 1), weight, None, *options, **named).unflatten(0, x.rows.shape[:2])
+    product = convolutions.conv2d if len(options) == 4 and not named else F.conv2d  # all options, as layers give them
+    rows = product(x.rows.flatten(0, 1), weight, None, *options, **named).unflatten(0, x.rows.shape[:2])
     return with_bias(rows, bias if bias is None else bias[:, None, None])
 
 
