@@ -53,6 +53,7 @@ GRIDS = {
         "gradient_1500": by_small_gradient("gradient, INT8, checkpointed (ours)", 1500),
         "gradient_6000": by_small_gradient("gradient, INT8, checkpointed (ours), long", 6000),
         "gradient_window": by_small_gradient("the same, through windows (ours)", 1500, "--bp_view window"),
+        "gradient_bf16": by_small_gradient("the same, bf16 (ours)", 1500, "--mixed_precision bf16"),
         "fast": Method("Gauss-Newton, bf16 (ours)", f"{GAUSS_NEWTON} bf16 --perturbation_scale 5e-2"),
         "fast_float32": Method("Gauss-Newton, fp32 (ours)", f"{GAUSS_NEWTON} no --perturbation_scale 3e-4"),
         "tangents": by_tangents("bf16", "bf16"),
