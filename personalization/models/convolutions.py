@@ -11,36 +11,40 @@ import torch.nn.functional as F
 
 FEW = 256  # positions of all examples; with more, PyTorch's own is as fast (Xeon with AMX, float32 and bfloat16)
 LARGE = 2**20  # numbers of a weight
+MOST_BYTES = 18 * 2**20  # of columns, about as much as the copy of a slice of weights that they save
 
 
 def conv2d(input, weight, bias, stride, padding, dilation, groups):
     """`F.conv2d` of `[B, C, h, w]` by `[O, C, k, l]`, all options given: `[B, O, h', w']`."""
     options = stride, padding, dilation
-    if type(input) is not torch.Tensor or not is_large(weight, groups):
+    if type(input) is not torch.Tensor or not has_product(weight, groups):
         return F.conv2d(input, weight, bias, *options, groups)
     height, width = (
         (side + 2 * pad - spread * (reach - 1) - 1) // move + 1
         for side, reach, move, pad, spread in zip(input.shape[2:], weight.shape[2:], *options)
     )
-    if len(input) * height * width > FEW:
+    if not is_small(len(input) * height * width, weight):
         return F.conv2d(input, weight, bias, *options, groups)
-    columns = F.unfold(input, weight.shape[2:], dilation, padding, stride)  # [B, C k l, h' w']
-    columns, rows = columns.transpose(0, 1).flatten(1), weight.flatten(1)
+    columns = input.new_empty(weight[0].numel(), len(input), height * width)  # the input's values under the kernel
+    for i, each in enumerate(input):
+        columns[:, i] = F.unfold(each, weight.shape[2:], dilation, padding, stride)
+    columns = columns.flatten(1)
+    rows = weight.flatten(1)
     output = rows @ columns if bias is None else torch.addmm(bias[:, None], rows, columns)
     return output.view(len(weight), len(input), height, width).transpose(0, 1).contiguous()
 
 
 def input_gradient(shape, weight, gradient, stride, padding, dilation, groups):
     """Of an output's gradient `[B, O, h', w']`, that of the input, whose shape is given."""
-    positions = len(gradient) * gradient.shape[2] * gradient.shape[3]
-    if not is_large(weight, groups) or positions > FEW:
+    positions = gradient.shape[2] * gradient.shape[3]
+    if not has_product(weight, groups) or not is_small(len(gradient) * positions, weight):
         return torch.nn.grad.conv2d_input(shape, weight, gradient, stride, padding, dilation, groups)
     columns = weight.flatten(1).T @ gradient.transpose(0, 1).flatten(1)  # [C k l, B h' w']
-    columns = columns.unflatten(1, (len(gradient), -1)).transpose(0, 1)
-    return F.fold(columns, shape[2:], weight.shape[2:], dilation, padding, stride)
+    options = shape[2:], weight.shape[2:], dilation, padding, stride
+    return torch.stack([F.fold(each, *options) for each in columns.split(positions, dim=1)])
 
 
-def is_large(weight, groups):
+def has_product(weight, groups):
     """Whether the layout of a weight may cost more than its product, and a product of matrices can be had."""
     return (
         weight.is_cpu
@@ -51,3 +55,8 @@ def is_large(weight, groups):
         and not torch.compiler.is_compiling()
         and not torch.compiler.is_exporting()
     )
+
+
+def is_small(positions, weight):
+    """Whether the columns of so many positions are few, and take little memory."""
+    return positions <= FEW and positions * weight[0].numel() * weight.element_size() <= MOST_BYTES
