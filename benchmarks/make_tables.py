@@ -71,12 +71,10 @@ TABLES = {
         field.field,
         *(path.relative_to(ROOT).as_posix() for path in sorted(ROOT.glob(f"{RESULTS}/field/*.json"))),
     ),
-    "frontier": (
-        frontier.frontier,
-        f"{RESULTS}/frontier_cpu.json",
-        f"{RESULTS}/methods.json",
-        f"{RESULTS}/methods_eps.json",
-    ),
+    **{
+        block: (frontier.frontier, f"{RESULTS}/{name}.json", f"{RESULTS}/methods.json", f"{RESULTS}/methods_eps.json")
+        for block, name in {"frontier": "frontier_cpu", "frontier_amx": "frontier_amx"}.items()
+    },
     "loading": (memory.loading, f"{RESULTS}/memory_cpu.json"),
     "method_targets": (
         targets.method_targets,
@@ -85,6 +83,7 @@ TABLES = {
         f"{RESULTS}/selective_memory.json",
         f"{RESULTS}/selective_quality.json",
         f"{RESULTS}/step_projection.json",
+        f"{RESULTS}/methods_eps.json",
     ),
     "targets": (
         targets.targets,

@@ -22,11 +22,11 @@ ROWS = {  # row -> its name, and when to take it
     "gradient-everything-kept": ("exact gradient, INT8, everything kept", "memory to spare"),
     "ti-fp32": ("Textual Inversion as diffusers has it, float32", "never: the exact gradient above is the same"),
 }
-# Steps to where the paper ends: its own length, or the forwards that a demo model took over those of a step. The exact
-# gradient's are from the base that predicts ε, as Stable Diffusion 1.5 does, the others from the one that predicts v.
+# Steps to where the paper ends: its own length, or the forwards that a demo model took over those of a step. "eps" is
+# the base that predicts ε, as Stable Diffusion 1.5 does.
 PAPERS_STEPS = 30_000
-LIKE = {"paper": None, "gauss-newton-bf16": ("v", "fast", 34), "gauss-newton-openvino-bf16": ("v", "fast", 34)}
-LIKE |= {"gauss-newton": ("v", "fast_float32", 34), "ti-fp32": ("v", "gradient_ti", 3)}
+LIKE = {"paper": None, "ti-fp32": ("v", "gradient_ti", 3), "gauss-newton-openvino-bf16": ("v", "fast", 34)}
+LIKE |= {"gauss-newton": ("eps", "tangents_float32", 38), "gauss-newton-bf16": ("eps", "tangents", 38)}
 LIKE |= {"gradient": ("eps", "gradient_1500", 4), "gradient-window": ("eps", "gradient_window", 2)}
 SIZES = {"sd15": "SD 1.5", "sdxl": "SDXL", "demo": "demo"}
 
@@ -71,9 +71,9 @@ def frontier(result, methods, methods_eps):
         " pictures first. Peak: with mapped pages of the weight file, which the system can"
         f" drop; a process that only imports the libraries has {first['imports_peak_rss_mb']:.0f} MB. MB = 2^20."
         " Steps: the paper's own 30,000, and what the others took on a demo model to where it ends"
-        f" ([methods](methods.md); the exact gradient on the one that predicts ε, {len(methods['eps']['subjects'])}"
-        " subjects, the others on the one that predicts v): a projection, nobody has trained so long here. By"
-        " `benchmarks/bench_frontier.py`." + code_note(result["entries"])
+        " ([methods](methods.md); the exact gradient and Gauss-Newton with exact derivatives on the one that predicts"
+        f" ε, {len(methods['eps']['subjects'])} subjects, the others on the one that predicts v): a projection, nobody"
+        " has trained so long here. By `benchmarks/bench_frontier.py`." + code_note(result["entries"])
     )
     header = [
         "model",

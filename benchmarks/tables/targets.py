@@ -30,6 +30,13 @@ GAUSS_NEWTON = {
 }
 
 
+# Of methods_eps.json, by exact derivatives.
+EXACT = {
+    "tangents": "Gauss-Newton, exact derivatives in bfloat16, base that predicts ε",
+    "tangents_float32": "Gauss-Newton, exact derivatives in float32, base that predicts ε",
+}
+
+
 def time_targets(learned, speeds, method):
     """Rows: CPU time to the paper's quality, the official loop's against Gauss-Newton's."""
     reached, rows = learned["summary"][method]["reaches"], []
@@ -56,24 +63,46 @@ def time_targets(learned, speeds, method):
     return rows
 
 
-def method_targets(learned, scales_memory, lora_memory, loras, speeds):
+def forwards_targets(learned, method, title):
+    """Rows: forwards to the paper's quality at its full budget."""
+    rows, reached = [], learned["summary"][method]["reaches"]
+    budget = learned["summary"]["paper"]["curve"][-1]["forwards"][0]
+    for metric in REACHED:
+        words = loss_name(learned) if metric == "loss" else metric
+        what = f"{title}: forwards to the {words} of the paper's setting at its full budget"
+        forwards = reached[metric] or math.inf
+        shown = f"{forwards / budget:.0%} of them" if reached[metric] else "not reached"
+        rows.append(judged(what, "at most a fifth", forwards, shown, at_most=budget / 5))
+    return rows
+
+
+def precision_targets(learned):
+    """Rows: exact derivatives in bfloat16 against float32, at the same forwards."""
+    half, full = (learned["summary"][name]["curve"][-1] for name in EXACT)
+    rows = []
+    for metric in REACHED:
+        words = loss_name(learned) if metric == "loss" else metric
+        what = f"exact derivatives, base that predicts ε, {half['forwards'][0]:,.0f} forwards: {words} in bfloat16, of"
+        share = half[metric][0] / full[metric][0]
+        off = abs(share - 1)
+        rows.append(judged(f"{what} float32's", "within 5 %", off, f"{share:.1%}", at_most=0.05))
+    return rows
+
+
+def method_targets(learned, scales_memory, lora_memory, loras, speeds, learned_eps):
     """The targets of the methods: fewer forwards, less time and memory, at which quality."""
     rows, summary = [], learned["summary"]
-    budget = summary["paper"]["curve"][-1]["forwards"][0]
     for method, (title, _) in GAUSS_NEWTON.items():
-        reached = summary[method]["reaches"]
-        for metric in REACHED:
-            words = loss_name(learned) if metric == "loss" else metric
-            what = f"{title}: forwards to the {words} of the paper's setting at its full budget"
-            forwards = reached[metric] or math.inf
-            shown = f"{forwards / budget:.0%} of them" if reached[metric] else "not reached"
-            rows.append(judged(what, "at most a fifth", forwards, shown, at_most=budget / 5))
+        rows += forwards_targets(learned, method, title)
         ours, ceiling = (summary[name]["curve"][-1] for name in (method, "gradient_ti"))
         share, short = (ours[name][0] / ceiling[name][0] for name in ("CLIP-I", "CLIP-T"))
         what = f"{title} at the full budget: CLIP-I against gradient TI's"
         rows.append(judged(what, "at least 98 %", share, f"{share:.1%}", at_least=0.98))
         rows.append(judged("the same, CLIP-T", "no lower", short, f"{short:.1%}", at_least=1))
         rows += time_targets(learned, speeds, method)
+    for method, title in EXACT.items():
+        rows += forwards_targets(learned_eps, method, title)
+    rows += precision_targets(learned_eps)
 
     peaks = {entry["row"]: entry["measured"]["peak_rss_mb"] for entry in scales_memory["entries"]}
     for row, what, most in (
