@@ -101,14 +101,19 @@ def test_times_and_memory_of_the_hardware_table():
     seconds, length = days(("sdxl", "ours-int8", 256, 2), 20_000)
     row("SDXL at 256", "`--resolution 256`", (f"{seconds:.0f} s", length), "not measured")
     row("512 px", "`--resolution 512`", ("not measured",), gib(("sdxl", "int8", 512, 2)))
-    frontier = json.loads((BENCHMARKS / "frontier_cpu.json").read_text(encoding="utf-8"))["entries"]
-    for resolution, add, name, digits in (
-        (512, "`--optimizer gradient`", "gradient", 1),
-        (256, "`--optimizer gradient --res", "gradient", 1),
-        (512, "`--optimizer gauss_newton`", "gauss-newton", 0),
+    frontiers = {
+        name: json.loads((BENCHMARKS / f"frontier_{name}.json").read_text(encoding="utf-8"))["entries"]
+        for name in ("cpu", "amx")
+    }
+    for machine, resolution, add, name, digits in (
+        ("cpu", 512, "`--optimizer gradient`", "gradient", 1),
+        ("cpu", 256, "`--optimizer gradient --res", "gradient", 1),
+        ("cpu", 512, "`--optimizer gauss_newton`", "gauss-newton", 0),
+        ("amx", 512, "`--optimizer gradient --mixed_precision bf16`", "gradient-bf16", 1),
+        ("amx", 256, "`--optimizer gauss_newton --resolution 256 --mixed", "gauss-newton-bf16", 0),
     ):
         wanted = ("sd15", name, resolution)
-        (entry,) = [e for e in frontier if (e["architecture"], e["row"], e["resolution"]) == wanted]
+        (entry,) = [e for e in frontiers[machine] if (e["architecture"], e["row"], e["resolution"]) == wanted]
         seconds = statistics.fmean(entry["cpu_seconds_of_steps"][1:])
         length = f"projected: {500 * seconds / 3600:.1f} hours"
         memory = f"{entry['measured']['peak_rss_mb'] / 1024:.1f} GiB"

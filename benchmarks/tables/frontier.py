@@ -18,7 +18,7 @@ ROWS = {  # row -> its name, and when to take it
     "gradient-layer": ("the same, by layer", "the least memory, pictures of 512 px and more"),
     "gradient-window": ("the same, `--bp_view window`", "the shortest step at 512 px and more"),
     "gradient-low-vram": ("the same, `--low_vram`", "a GPU that cannot hold the INT8 weights"),
-    "gradient-bf16": ("the same, bfloat16 activations", "less memory; slower on this CPU"),
+    "gradient-bf16": ("the same, bfloat16 activations", "a CPU with units for bfloat16 (AMX): half the time"),
     "gradient-everything-kept": ("exact gradient, INT8, everything kept", "memory to spare"),
     "ti-fp32": ("Textual Inversion as diffusers has it, float32", "never: the exact gradient above is the same"),
 }
