@@ -292,3 +292,15 @@ def test_a_prompt_may_be_drawn_while_it_learns(train):
         **SHORT,
     )
     assert len(list((out / "samples").glob("*.png"))) == 1
+
+
+@pytest.mark.parametrize("flags, said", [({}, True), ({"mixed_precision": "no"}, False), ({"optimizer": None}, False)])
+def test_a_cpu_that_is_faster_in_bfloat16_is_said_once(flags, said, train, caplog, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    with caplog.at_level("INFO"):
+        train(**{"optimizer": "gradient"} | flags)
+    assert caplog.text.count("with --mixed_precision bf16 a step takes about half the time") == said
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": False})
+    caplog.clear()
+    train(optimizer="gradient", output_dir=train.folder / "another")
+    assert "bf16" not in caplog.text

@@ -52,3 +52,9 @@ def choose_compute(device, precision=None, on_torch=True):
     name = precision or (layout.precision if on_torch else "no")
     memory_format = layout.memory_format if on_torch else torch.contiguous_format
     return Compute(device, DTYPES[name], memory_format), name
+
+
+def is_faster_in_bfloat16(compute):
+    """Whether float32 takes about twice the time of bfloat16, for which some CPUs have units of their own (AMX)."""
+    tell = getattr(torch.cpu, "get_capabilities", dict)  # older versions of PyTorch cannot
+    return compute.device.type == "cpu" and compute.dtype == torch.float32 and tell().get("amx_bf16", False)
