@@ -27,6 +27,7 @@ ROWS = {  # row -> its name, and when to take it
 PAPERS_STEPS = 30_000
 LIKE = {"paper": None, "ti-fp32": ("v", "gradient_ti", 3), "gauss-newton-openvino-bf16": ("v", "fast", 34)}
 LIKE |= {"gauss-newton": ("eps", "tangents_float32", 38), "gauss-newton-bf16": ("eps", "tangents", 38)}
+LIKE |= {"gradient-bf16": ("eps", "gradient_bf16", 4)}
 LIKE |= {"gradient": ("eps", "gradient_1500", 4), "gradient-window": ("eps", "gradient_window", 2)}
 SIZES = {"sd15": "SD 1.5", "sdxl": "SDXL", "demo": "demo"}
 
