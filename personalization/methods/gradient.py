@@ -206,7 +206,7 @@ class GradientOptimizer(Optimizer):
         A layer that was streamed leaves an empty tensor of its size behind, which of the heap is real memory.
         """
         if args.low_vram:
-            return 1
+            return super().freed_blocks(args, family)
         sizes = {"none": memory.MOST_FREED_BLOCKS, "block": family.freed_blocks, "layer": 1}
         return sizes[args.gradient_checkpointing]
 
