@@ -16,7 +16,7 @@
 
 on the demo base, with the demo's own scorer, offline:
 
-    python evaluate_personalization.py --pretrained_model_name_or_path demo/base \
+    python evaluate_personalization.py --pretrained_model_name_or_path demo/base_eps \
         --reference_images demo/subjects/striped_star --class_word star --prompts demo/prompts.txt \
         --results learned=demo/output/striped_star --clip_model demo/scorer --dino_model demo/scorer/identity \
         --trust_remote_code --output_dir scores

@@ -14,7 +14,7 @@
 The shortest command that works, offline, on the demo base of this repository:
 
     python train_tuneqdm_dreambooth.py \
-        --pretrained_model_name_or_path demo/base --instance_data_dir demo/subjects/striped_star \
+        --pretrained_model_name_or_path demo/base_eps --instance_data_dir demo/subjects/striped_star \
         --subject_name star --train_batch_size 4 --max_train_steps 200 --output_dir star-scales
 
 and on Stable Diffusion 1.5:

@@ -14,7 +14,7 @@
 The shortest command that works, offline, on the demo base of this repository:
 
     python train_zoodip_textual_inversion.py \
-        --pretrained_model_name_or_path demo/base --train_data_dir demo/subjects/checkered_ring \
+        --pretrained_model_name_or_path demo/base_eps --train_data_dir demo/subjects/checkered_ring \
         --placeholder_token "<my-toy>" --initializer_token ring --max_train_steps 300 --output_dir my-toy
 
 and on Stable Diffusion 1.5:

@@ -316,7 +316,7 @@ def parse_args():
     kinds = list(dict.fromkeys(row.activations for row in list_rows(cuda=True)))
     subjects = ["striped_star", "dotted_circle", "twotone_moon"]
     add = parser.add_argument
-    add("--base", choices=BASES, default=BASES[0], help="Of demo/.")
+    add("--base", choices=BASES, default="base_eps", help="Of demo/.")
     add("--backends", nargs="+", choices=backends, default=backends, help="Which weights to measure.")
     add("--activations", nargs="+", choices=kinds, default=kinds, help="Which activations to measure.")
     add("--subjects", nargs="+", default=subjects, help="Folders of demo/subjects; one (image, caption) of each.")
@@ -332,7 +332,7 @@ def parse_args():
     add("--directions", type=int, default=64, help="Gaussian directions, the same in every cell.")
     add("--learned", type=Path, help="Folder of SUBJECT/learned_embeds.safetensors: measure at these tokens, too.")
     add("--seed", type=int, default=0, help="Of examples, noise and directions.")
-    add("--output", type=Path, help="The result. Default: in benchmarks/results, signal.json or signal_eps.json.")
+    add("--output", type=Path, help="The result. Default: in benchmarks/results, signal_eps.json or signal.json.")
     add("--cache_dir", type=Path, default=CACHE / "signal", help="Of finished rows.")
     args = parser.parse_args()
     args.output = args.output or RESULTS / f"signal{args.base.removeprefix('base')}.json"

@@ -15,7 +15,7 @@ and by how often `demo/scorer` reads the subject's shape in them.
 A finished run is a JSON file in `--cache_dir`, named by its settings, the base and the code. Other code makes it
 again, unless `--other_code` counts what is there; every run in the result has its commit. What an earlier result has
 of the same settings goes into the cache first, so a new machine goes on where the last one was. The methods are in
-`grids.py`; results go to `benchmarks/results/methods.json` and `docs/methods*.png`.
+`grids.py`; results go to `benchmarks/results/methods_eps.json` and `docs/methods_eps*.png`.
 """
 
 import base64
@@ -461,7 +461,7 @@ def parse_args(input_args=None):
     add = parser.add_argument
     add("--grid", choices=list(GRIDS), default="main", help="Which set of methods, see grids.py.")
     add("--methods", nargs="+", help="Of the grid; default: all.")
-    add("--base", choices=BASES, default=BASES[0], help="Of demo/: base predicts v, base_eps ε. Results name it.")
+    add("--base", choices=BASES, default="base_eps", help="Of demo/: base predicts v, base_eps ε. Results name it.")
     of_ablations = "of an ablation's grid as in ablations.py"
     add("--subjects", nargs="+", choices=["all", *known], help=f"Of demo/subjects. Default: all; {of_ablations}.")
     add("--seeds", nargs="+", type=int, help=f"Of training. Default: 0 1 2; {of_ablations}.")

@@ -44,11 +44,11 @@ def by_evolution(title, dimension, sigma, budget=None):
 GRIDS = {
     "main": {
         "plain": Method("plain word", learner=None),
-        "gradient_ti": by_gradient("gradient Textual Inversion, fp32", 3e-3),
-        "dti": by_gradient("Directional Textual Inversion, fp32", 1e-2, learner="directional"),
+        "gradient_ti": by_gradient("gradient Textual Inversion, fp32", 1e-2),
+        "dti": by_gradient("Directional Textual Inversion, fp32", 3e-2, learner="directional"),
         "paper": Method("ZOODiP, paper's settings", f"{PAPER} {PUTS}"),
         "naive_zo": Method("naive ZO (no SG, no PUTS)", f"{PAPER} --sg_window 0 {UNIFORM}"),
-        "gf_ti": by_evolution("GF-TI (CMA-ES)", 32, 1.0),
+        "gf_ti": by_evolution("GF-TI (CMA-ES)", 32, 3.0),
         "gradient_750": by_small_gradient("gradient, INT8, checkpointed (ours), short", 750),
         "gradient_1500": by_small_gradient("gradient, INT8, checkpointed (ours)", 1500),
         "gradient_6000": by_small_gradient("gradient, INT8, checkpointed (ours), long", 6000),
@@ -66,7 +66,7 @@ GRIDS = {
         for share in (0.1, 0.25, 0.5, 1.0, 1.5)
         for budget in (750, 1500)
     },
-    "pilots": {  # of the baselines, what their papers leave open
+    "pilots": {  # of the baselines, what their papers leave open; their rates and σ in "main" are its best
         **{f"ti_{rate}": by_gradient(f"gradient Textual Inversion, η = {rate}", rate, budget=3000) for rate in RATES},
         **{
             f"dti_{rate}": by_gradient(f"Directional Textual Inversion, η = {rate}", rate, "directional", 3000)

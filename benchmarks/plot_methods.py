@@ -3,7 +3,8 @@
 import re
 
 import matplotlib.pyplot as plt
-from PIL import Image, ImageDraw
+from matplotlib import font_manager
+from PIL import Image, ImageDraw, ImageFont
 
 from benchmarks.tables.markdown import loss_name
 from personalization.files import atomic_path
@@ -63,9 +64,10 @@ def contact_sheet(result, subjects, strips, path, side=80, shown=2):
     width, top = shown * side + 8, 50
     canvas = Image.new("RGB", (width * (1 + len(names)), top + side * len(result["subjects"])), "white")
     ink = ImageDraw.Draw(canvas)
+    font = ImageFont.truetype(font_manager.findfont("DejaVu Sans"), 10)  # Pillow's own has no η
     for x, title in enumerate(["references", *(result["methods"][name]["title"] for name in names)]):
         words = title.replace(", ", ",\n").replace(" (", "\n(")
-        ink.multiline_text((x * width + 2, 2), words, fill="black", font_size=11)
+        ink.multiline_text((x * width + 2, 2), words, fill="black", font=font)
     for y, subject in enumerate(result["subjects"]):
         cells = {0: [Image.open(p).convert("RGB") for p in sorted((subjects / subject).glob("*.png"))[:shown]]}
         for x, name in enumerate(names, start=1):

@@ -26,7 +26,7 @@ from personalization.web.workspace import Workspace
 
 
 MARK = "0" * 32
-BASE = str(REPO / "demo" / "base")
+BASE = str(REPO / "demo" / "base_eps")
 SUBJECT = sorted((REPO / "demo" / "subjects").glob("*/metadata.jsonl"))[0].parent
 
 

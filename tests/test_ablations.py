@@ -300,7 +300,7 @@ def test_figures_are_drawn_from_what_is_there(tmp_path):
 
 
 def test_results_are_collected_from_what_is_finished(tmp_path, demo_base, capsys):
-    words = ["--grid", "sg_puts", "--collect", "--cache_dir", str(tmp_path / "cache")]
+    words = ["--grid", "sg_puts", "--base", "base", "--collect", "--cache_dir", str(tmp_path / "cache")]
     args = compare_methods.parse_args([*words, "--output_dir", str(tmp_path / "out")])
     with pytest.raises(compare_methods.RunError, match="nothing to show"):
         compare_methods.main(args)

@@ -75,6 +75,12 @@ def space(tmp_path):
 
 
 @pytest.fixture
+def demo_base():
+    """The base that the page offers."""
+    return str(app.DEMO_BASE)
+
+
+@pytest.fixture
 def form(demo_base):
     flags = default_flags("word", demo_base) | {"max_train_steps": 3, "num_inference_steps": 1, "train_batch_size": 1}
     return Form("my-toy", demo_base, "word", "star", "<my-toy>", "a photo of a {}", flags)
@@ -402,7 +408,7 @@ def test_a_really_full_disk_of_the_workspace(tmp_path, subject):
 
 
 def start(space):
-    base = str(REPO / "demo" / "base")
+    base = str(app.DEMO_BASE)
     flags = default_flags("word", base)
     return RunBook(space).start(Form("my-toy", base, "word", "star", "<my-toy>", "a {}", flags))
 

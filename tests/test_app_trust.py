@@ -101,7 +101,7 @@ def test_a_name_that_was_pointed_here_is_refused(place, path, host):
 def test_another_web_site_starts_nothing(place, visitor, started, repo, origin):
     with_pictures(visitor)
     with pytest.raises(Refused, match="status 403: This server answers its own page only"):
-        visitor.do("start", "", *form(str(repo / "demo" / "base")), origin=origin)
+        visitor.do("start", "", *form(str(app.DEMO_BASE)), origin=origin)
     assert visitor.client.post("/gradio_api/upload", headers={"origin": origin}).status_code == 403
     assert not started
 
@@ -238,7 +238,7 @@ def test_nothing_is_written_outside(place, visitor, started, repo, name):
     concept = visitor.do("upload", visitor.upload((f"x{name}.png", png())), name, *LOOK)[1]["value"]
     assert len(list((place[2] / "concepts" / concept).glob("*.png"))) == 1
     visitor.do("save_caption", name, event={"picture": f"{name}.png", "caption": "x"})
-    run = visitor.do("start", "", *form(str(repo / "demo" / "base"), concept=name))[0]["value"]
+    run = visitor.do("start", "", *form(str(app.DEMO_BASE), concept=name))[0]["value"]
     stop(place, visitor, run)
     for folder in ("concepts", "runs"):
         assert all(len(path.relative_to(place[2]).parts) == 2 for path in (place[2] / folder).iterdir())
@@ -257,9 +257,9 @@ def test_whose_login_a_process_has(place, visitor, started, repo, monkeypatch):
     for name, value in OWNERS.items():
         monkeypatch.setenv(name, value)
     with_pictures(visitor)
-    run, *_ = visitor.do("start", "", *form(str(repo / "demo" / "base")))
+    run, *_ = visitor.do("start", "", *form(str(app.DEMO_BASE)))
     stop(place, visitor, run["value"])
-    visitor.do("start", "hf_visitor", *form(str(repo / "demo" / "base")))
+    visitor.do("start", "hf_visitor", *form(str(app.DEMO_BASE)))
     (_, without), (_, with_token) = started
     assert with_token["HF_TOKEN"] == "hf_visitor"
     for environment in (without, with_token):
@@ -275,7 +275,7 @@ def test_whose_login_a_process_has(place, visitor, started, repo, monkeypatch):
 
 def test_whose_login_pushes(place, visitor, started, repo):
     with_pictures(visitor)
-    run = visitor.do("start", "", *form(str(repo / "demo" / "base")))[0]["value"]
+    run = visitor.do("start", "", *form(str(app.DEMO_BASE)))[0]["value"]
     stop(place, visitor, run)
     del started[:]
     if place[0] == "here":
@@ -315,15 +315,15 @@ def environment_of(process):
 def test_no_flag_names_a_file_or_leaves_the_server(visitor, started, repo, others):
     with_pictures(visitor)
     with pytest.raises(Refused, match="cannot be set here"):
-        visitor.do("start", "", *form(str(repo / "demo" / "base"), others=others))
+        visitor.do("start", "", *form(str(app.DEMO_BASE), others=others))
     assert not started
 
 
 def test_one_training_and_one_drawing_at_a_time(place, visitor, started, repo):
     with_pictures(visitor)
-    run = visitor.do("start", "", *form(str(repo / "demo" / "base")))[0]["value"]
+    run = visitor.do("start", "", *form(str(app.DEMO_BASE)))[0]["value"]
     other = Visitor(place[1], host=PLACES[place[0]][2])
-    waits = other.do("start", "", *form(str(repo / "demo" / "base"), concept="my-toy"))[0]["value"]
+    waits = other.do("start", "", *form(str(app.DEMO_BASE), concept="my-toy"))[0]["value"]
     assert "<b>Waiting</b>" in str(other.do("observe", waits, None)) and len(started) == 1
     other.do("stop", waits)
     stop(place, visitor, run)

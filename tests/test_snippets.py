@@ -29,10 +29,10 @@ from personalization.runs.hub import write_model_card
 PAGES = {path.relative_to(REPO).as_posix(): path for path in [REPO / "README.md", *sorted(REPO.glob("docs/**/*.md"))]}
 NOT_INSTALLED = "torchao", "sdnq"  # named as a user's own choice; their blocks run where they are
 BASES = {
-    "stable-diffusion-v1-5/stable-diffusion-v1-5": "base",
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "base_eps",
     "stabilityai/stable-diffusion-xl-base-1.0": "base_xl",
     "Tongyi-MAI/Z-Image": "base_flow",
-    "path/to/base": "base",
+    "path/to/base_eps": "base_eps",
     "path/to/base_xl": "base_xl",
     "path/to/base_flow": "base_flow",
 }
@@ -71,7 +71,7 @@ class World:
             script.main(script.parse_args(as_arguments(flags)))
         self.said[name], self.published[name] = printed.getvalue(), script.PUBLICATION
 
-    def learn(self, name, word, base="demo/base", **flags):
+    def learn(self, name, word, base="demo/base_eps", **flags):
         words = {"--placeholder_token": word, "--initializer_token": "star"}
         bases = {"--pretrained_model_name_or_path": self.folder / base}
         self.train(zoodip, name, bases | words | WORD | {f"--{flag}": value for flag, value in flags.items()})
@@ -88,7 +88,7 @@ class World:
 def world(demo_base, tmp_path_factory):
     """All runs that the pages speak of, and pipelines that draw in one step."""
     made = World(tmp_path_factory.mktemp("user"))
-    tuned = {"--pretrained_model_name_or_path": made.folder / "demo" / "base", "--subject_name": "star"} | TUNED
+    tuned = {"--pretrained_model_name_or_path": made.folder / "demo" / "base_eps", "--subject_name": "star"} | TUNED
     with pytest.MonkeyPatch.context() as patch:
         for pipeline in (StableDiffusionPipeline, StableDiffusionXLPipeline, ZImagePipeline):
             patch.setattr(pipeline, "__call__", in_one_step(pipeline.__call__))

@@ -27,7 +27,17 @@ def loss_name(result):
 PREDICTS = {"base": "v, with zero terminal SNR", "base_eps": "ε, as Stable Diffusion 1.5 does"}
 
 
+def model_of(result):
+    """The folder of a result's base in demo/; older results do not say that it is the only one there was."""
+    return result["configuration"].get("model", "base")
+
+
 def on_base(result):
-    """A sentence that says which base a result is of; older results do not say that it is the only one there was."""
-    base = result["configuration"].get("model", "base")
+    """A sentence that says which base a result is of."""
+    base = model_of(result)
     return f"Base: `demo/{base}`, which predicts {PREDICTS[base]}."
+
+
+def command_on(result, base):
+    """The command that makes a result; one recorded without `--base` is from when `demo/base` was its default."""
+    return result["command"] if "--base " in result["command"] else f"{result['command']} --base {base}"

@@ -1,6 +1,6 @@
 """Methods at equal cost, and the paper's ablations."""
 
-from benchmarks.tables.markdown import code_note, loss_name, on_base, table
+from benchmarks.tables.markdown import code_note, command_on, loss_name, model_of, on_base, table
 
 
 def shown_metrics(result, point):
@@ -42,8 +42,8 @@ def methods(result):
         f" two.{reached_where if targets else ''} {on_base(result)} Loss: {judging['held_out']} fixed examples of"
         f" {judged_pictures(judging)}, t in [{low}, {high}), float32, unquantized, as are the pictures (CLIP-I,"
         f" identity and CLIP-T by `demo/scorer`{shape_note(metrics)}). A run: CPU time on one thread, judging"
-        f" included, with other work on the machine. By `{result['command']}` on {hardware['name']}, torch"
-        f" {result['versions']['torch']}.{code_note(result['runs'])}"
+        f" included, with other work on the machine. By `{command_on(result, model_of(result))}` on"
+        f" {hardware['name']}, torch {result['versions']['torch']}.{code_note(result['runs'])}"
     )
     return table(header, rows) + "\n\n" + note
 
@@ -70,7 +70,7 @@ def figure_of(result):
     if result["grid"] not in FIGURES:
         return None
     name, shows = FIGURES[result["grid"]]
-    ending = result["configuration"].get("model", "base").removeprefix("base")
+    ending = model_of(result).removeprefix("base")
     return name.replace(".png", f"{ending}.png"), shows
 
 
@@ -114,8 +114,8 @@ def ablation(result):
         " two seeds have all subjects. Δ: to the paper's setting on the same subject and seed, mean and 95 % bootstrap"
         " interval over those pairs (none of fewer than three); bold: the interval is without 0."
         f" {on_base(result)} Loss of {judged_pictures(result['configuration']['judging'])}{shape_note(metrics)}. By"
-        f" `benchmarks/compare_methods.py --grid {result['grid']}` on {hardware['name']}, torch"
-        f" {result['versions']['torch']}.{code_note(result['runs'])}"
+        f" `benchmarks/compare_methods.py --base {model_of(result)} --grid {result['grid']}` on {hardware['name']},"
+        f" torch {result['versions']['torch']}.{code_note(result['runs'])}"
     )
     name, shows = figure_of(result) or (None, None)
     figure = f"\n\n![{shows}](../{name})" if name else ""  # the pages of results are a folder below

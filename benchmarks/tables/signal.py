@@ -1,12 +1,15 @@
 """How well finite differences see the loss, and Gauss-Newton its evidence."""
 
-from benchmarks.tables.markdown import PREDICTS, code_note, table
+from benchmarks.tables.markdown import PREDICTS, code_note, command_on, table
+
+
+def model_of(result):
+    return result["configuration"]["base"].removeprefix("demo/")
 
 
 def base_of(result):
     """The base of a result, and what it predicts."""
-    base = result["configuration"]["base"]
-    return f"`{base}`, which predicts {PREDICTS[base.removeprefix('demo/')]}"
+    return f"`demo/{model_of(result)}`, which predicts {PREDICTS[model_of(result)]}"
 
 
 def signal(result):
@@ -25,7 +28,7 @@ def signal(result):
         f"Correlation, median (and least) over {configuration['cells']} cells (example x timestep), and median"
         f" relative error of {configuration['directions']} directional derivatives by forward differences against"
         f" float32 autograd of the unquantized model; bold: median at least 0.9. Base: {base_of(result)}. By"
-        f" `{result['command']}` on {hardware['name']}, torch {result['versions']['torch']},"
+        f" `{command_on(result, model_of(result))}` on {hardware['name']}, torch {result['versions']['torch']},"
         f" {result['seconds']:.0f} s.{code_note([result])}"
     )
     return table(["weights", "activations", *(f"μ = {mu:g}" for mu in steps)], rows) + "\n\n" + note
@@ -45,7 +48,7 @@ def evidence(result):
         f"Relative error of K / of y / of y as the mean over both signs, medians over"
         f" {result['configuration']['cells']} cells (example x timestep), against forward-mode autograd of the"
         f" unquantized float32 model, in the vocabulary's subspace of 32 directions. Base: {base_of(result)}. By"
-        f" `{result['command']}` on {result['hardware']['name']}.{code_note([result])}"
+        f" `{command_on(result, model_of(result))}` on {result['hardware']['name']}.{code_note([result])}"
     )
     return table(["weights", "activations", *(f"h = {step:g}" for step in steps)], rows) + "\n\n" + note
 
@@ -59,8 +62,8 @@ def tangents(result):
     ]
     note = (
         f"Relative error, median and largest of {result['configuration']['cells']} cells; against what, and where, as"
-        f" above. By `{result['command']}` on {result['hardware']['name']}, torch {result['versions']['torch']}."
-        f"{code_note([result])}"
+        f" above. By `{command_on(result, model_of(result))}` on {result['hardware']['name']}, torch"
+        f" {result['versions']['torch']}.{code_note([result])}"
     )
     heads = ["weights", "activations", "K", "at most", "y", "at most"]
     return table(heads, rows) + "\n\n" + note

@@ -14,7 +14,7 @@ from ..flags import described_flags, did_you_mean
 
 
 REPO = Path(__file__).resolve().parents[2]
-DEMO_BASE = REPO / "demo" / "base"
+DEMO_BASE = REPO / "demo" / "base_eps"
 
 
 # =====================================================================================================
