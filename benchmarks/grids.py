@@ -29,9 +29,9 @@ def by_small_gradient(title, budget=None, flags=""):
     return Method(title, words, budget=budget)
 
 
-def by_tangents(title, precision):
+def by_tangents(title, precision, engine="torch"):
     """Gauss-Newton by exact derivatives; its runs are long in PyTorch, and what it has to show it shows early."""
-    words = f"--unet_backend torch --quantization int8 --train_batch_size 1 {PUTS} {GAUSS_NEWTON} {precision}"
+    words = f"--unet_backend {engine} --quantization int8 --train_batch_size 1 {PUTS} {GAUSS_NEWTON} {precision}"
     return Method(f"Gauss-Newton, exact derivatives, {title} (ours)", words, budget=6000)
 
 
@@ -58,6 +58,7 @@ GRIDS = {
         "fast_float32": Method("Gauss-Newton, fp32 (ours)", f"{GAUSS_NEWTON} no --perturbation_scale 3e-4"),
         "tangents": by_tangents("bf16", "bf16"),
         "tangents_float32": by_tangents("fp32", "no"),
+        "tangents_openvino": by_tangents("bf16, OpenVINO", "bf16", "openvino"),
     },
     "gradient_rates": {  # to choose `gradient.RATE_OF_SPREAD`; a word of the demo base has a spread of 0.035
         f"rate_{share}_{budget}": by_small_gradient(

@@ -132,7 +132,7 @@ class GaussNewton:
 # One update of θ
 # =====================================================================================================
 
-EXACT_IN_OPENVINO = ("float32",)  # activations in which its derivatives are precise enough
+EXACT_IN_OPENVINO = ("float32", "bfloat16")  # activations in which its derivatives are precise enough
 SHARE_STEPS, LEAST_SHARE = 16, 0.5  # after so many steps a subspace that holds less of the gradient is left
 
 
