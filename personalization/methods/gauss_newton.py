@@ -132,7 +132,6 @@ class GaussNewton:
 # One update of θ
 # =====================================================================================================
 
-EXACT_IN_OPENVINO = ("float32", "bfloat16")  # activations in which its derivatives are precise enough
 SHARE_STEPS, LEAST_SHARE = 16, 0.5  # after so many steps a subspace that holds less of the gradient is left
 
 
@@ -377,10 +376,10 @@ class GaussNewtonOptimizer(Optimizer):
             )
 
     def stacks(self, args):
-        """Unless a step of differences is given. What PyTorch compiles are passes of tensors alone."""
-        if args.perturbation_scale is not None or args.torch_compile:
-            return False
-        return args.unet_backend == "torch" or args.activations in EXACT_IN_OPENVINO
+        """Unless a step of differences is given. What PyTorch compiles are passes of tensors alone, and what NNCF
+        quantizes are single values."""
+        quantized = args.openvino_precision == "int8"
+        return args.perturbation_scale is None and not args.torch_compile and not quantized
 
     def num_candidates(self, args):
         """θ, the subspace's directions for each vector, and one more."""

@@ -9,6 +9,7 @@ What does not depend on the inputs stays a tensor of one row. An operation witho
 """
 
 import functools
+import itertools
 import math
 
 import torch
@@ -17,8 +18,10 @@ import torch.nn.functional as F
 from . import convolutions
 
 
-# Scores of attention that are there at once, in numbers: on a CPU they should stay in its cache, on CUDA fill it.
+# Scores of attention that are there at once, in numbers: on a CPU they should stay in its cache, on CUDA fill it. They
+# are of so many queries at least, as a product with fewer rows reads more than it computes.
 SCORES = {"cpu": 2**20, "cuda": 2**25}
+QUERIES = 128
 
 
 class NoRule(NotImplementedError):
@@ -461,55 +464,71 @@ def softmax(x, dim, dtype=None, **_):
 
 @rule_of("scaled_dot_product_attention")
 def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    """softmax(q kᵀ) v in chunks of queries: of the scores only as many as `SCORES` says are there at once.
-
-    With W = A ∘ dS the derivative of A v is W v - (W 1) ∘ (A v) + A dv, where dS = dq kᵀ + q dkᵀ.
-    """
+    """softmax(q kᵀ) v, an example at a time and few of its heads: of the scores only `SCORES` are there at once."""
     if dropout_p > 0 or enable_gqa:
         raise NoRule("attention with dropout or grouped queries")
     parts = query, key, value
     n = next(len(part.rows) for part in parts if isinstance(part, Stacked)) - 1
     (b, h, length, width), keys = query.shape, key.shape[2]
     scale = width**-0.5 if scale is None else scale
-    q, k, v = (value_of(part).float() for part in parts)
-    dq, dk, dv = (t if t is None else t.movedim(0, 2).float() for t in map(tangents_of, parts))  # [b, h, n, ...]
-    q, dq = q * scale, dq if dq is None else dq * scale
-    left, right = [], []  # dS as one product, [dq q] [k dk]ᵀ
-    if dq is not None:
-        left.append(dq), right.append(k[:, :, None].expand(b, h, n, -1, -1))
-    if dk is not None:
-        left.append(q[:, :, None].expand(b, h, n, -1, -1)), right.append(dk)
-    left, right = (torch.cat(t, dim=-1) if t else None for t in (left, right))
-    ones = torch.cat([v, v.new_ones(b, h, keys, 1)], dim=-1)
-    dv = None if dv is None else dv.movedim(2, 3).flatten(3)  # [b, h, keys, n * width]
     out = query.rows if isinstance(query, Stacked) else query
-    out = out.new_empty(1 + n, b, length, h, v.shape[-1]).transpose(2, 3)
-    step = max(1, SCORES.get(q.device.type, SCORES["cpu"]) // (b * h * n * keys))
-    for first in range(0, length, step):
-        chosen = slice(first, first + step)
-        scores = q[:, :, chosen] @ k.mT
-        scores = masked(scores, attn_mask, is_causal, chosen)
-        weights = torch.softmax(scores, dim=-1)  # A [b, h, c, keys]
-        result = weights @ v
-        change = 0
-        if left is not None:
-            change = left[:, :, :, chosen] @ right.mT  # dS [b, h, n, c, keys]
-            change = change.mul_(weights[:, :, None]).flatten(2, 3) @ ones
-            change = change.unflatten(2, (n, -1))
-            change, total = change[..., :-1], change[..., -1:]
-            change = torch.addcmul(change, total, result[:, :, None], value=-1)
-        if dv is not None:
-            change = change + (weights @ dv).unflatten(3, (n, -1)).movedim(3, 2)
-        out[0, :, :, chosen] = result
-        out[1:, :, :, chosen] = change.movedim(2, 0)
+    out = out.new_empty(1 + n, b, length, h, value.shape[-1]).transpose(2, 3)
+    room = max(1, SCORES.get(out.device.type, SCORES["cpu"]) // (min(length, QUERIES) * keys))
+    heads, derivatives = max(1, min(h, room // n)), min(n, room)
+    rows = [part.rows if isinstance(part, Stacked) else part[None] for part in parts]
+    mask = attn_mask if attn_mask is None else attn_mask.expand(b, h, -1, keys)
+    chunk = QUERIES * max(1, room // (heads * derivatives))
+    for example, first in itertools.product(range(b), range(0, h, heads)):
+        some = example, slice(first, first + heads)
+        of_these = None if mask is None else mask[some]
+        attend(*(part[:, *some] for part in rows), of_these, is_causal, scale, chunk, derivatives, out[:, *some])
     return Stacked(out)
 
 
+def attend(query, key, value, mask, is_causal, scale, chunk, together, out):
+    """Attention of some heads, so many queries and derivatives at a time.
+
+    With W = A ∘ dS the derivative of A v is W v - (W 1) ∘ (A v) + A dv, where dS = dq kᵀ + q dkᵀ.
+
+    Args:
+        query, key, value: `[1 + n, heads, length, width]`, row 0 the value; without derivatives it alone.
+        mask: `[heads, length or 1, keys]`, or None.
+        out: `[1 + n, heads, length, width]`, written here.
+    """
+    n, exact = len(out) - 1, query.dtype if query.dtype == torch.bfloat16 else torch.float32  # values are in float32
+    query, key, value = (part.movedim(0, 1) for part in (query.float() * scale, key, value))  # [heads, 1 + n, ...]
+    q, k, v = (part[:, 0].float() for part in (query, key, value))
+    left, right = [], []  # dS as one product, [dq q] [k dk]ᵀ
+    if query.shape[1] > 1:
+        left.append(query[:, 1:]), right.append(key[:, :1].expand(-1, n, -1, -1))
+    if key.shape[1] > 1:
+        left.append(query[:, :1].expand(-1, n, -1, -1)), right.append(key[:, 1:])
+    left, right = (torch.cat(t, dim=-1).to(exact) if t else None for t in (left, right))
+    ones = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1).to(exact)
+    dv = value[:, 1:].movedim(1, 2).flatten(2).to(exact)  # [heads, keys, n * width]
+    for first in range(0, q.shape[1], chunk):
+        chosen = slice(first, first + chunk)
+        scores = masked(q[:, chosen] @ k.mT, mask, is_causal, chosen)
+        weights = torch.softmax(scores, dim=-1)  # A [heads, c, keys]
+        result = weights @ v
+        weights, out[0, :, chosen] = weights.to(exact), result
+        moved = (weights @ dv).unflatten(2, (n, -1)).movedim(2, 1) if dv.numel() else None
+        for start in range(0, n, together):
+            these = slice(start, start + together)
+            change = 0 if moved is None else moved[:, these]
+            if left is not None:
+                found = left[:, these, chosen] @ right[:, these].mT  # dS [heads, m, c, keys]
+                found = found.mul_(weights[:, None]).flatten(1, 2) @ ones
+                found = found.unflatten(1, (-1, result.shape[1])).float()
+                change = torch.addcmul(change + found[..., :-1], found[..., -1:], result[:, None], value=-1)
+            out[1:][these, :, chosen] = change.movedim(1, 0)
+
+
 def masked(scores, mask, is_causal, chosen):
-    """Scores `[b, h, c, keys]` of the queries `chosen`, under a mask of all queries."""
+    """Scores `[heads, c, keys]` of the queries `chosen`, under a mask of all queries."""
     if is_causal:
-        rows = torch.arange(chosen.start, chosen.start + scores.shape[2], device=scores.device)
-        hidden = torch.arange(scores.shape[3], device=scores.device) > rows[:, None]
+        rows = torch.arange(chosen.start, chosen.start + scores.shape[1], device=scores.device)
+        hidden = torch.arange(scores.shape[2], device=scores.device) > rows[:, None]
         return scores.masked_fill_(hidden, -math.inf)
     if mask is None:
         return scores
