@@ -47,6 +47,7 @@ TABLES = {
     "signal_float32": (signal.signal, f"{RESULTS}/signal_float32.json"),
     "signal_eps": (signal.signal, f"{RESULTS}/signal_eps.json"),
     "evidence_eps": (signal.evidence, f"{RESULTS}/signal_eps.json"),
+    "tangents_eps": (signal.tangents, f"{RESULTS}/signal_eps.json"),
     **{name: (methods.methods, f"{RESULTS}/{name}.json") for name in METHODS},
     **{name: (methods.ablation, f"{RESULTS}/{name}.json") for name in OF_ABLATIONS},
     "quality": (demo.quality, f"{RESULTS}/quality.json"),

@@ -25,8 +25,9 @@ ROWS = {  # row -> its name, and when to take it
 # Steps to where the paper ends: its own length, or the forwards that a demo model took over those of a step. "eps" is
 # the base that predicts ε, as Stable Diffusion 1.5 does.
 PAPERS_STEPS = 30_000
-LIKE = {"paper": None, "ti-fp32": ("v", "gradient_ti", 3), "gauss-newton-openvino-bf16": ("eps", "tangents_openvino", 38)}
+LIKE = {"paper": None, "ti-fp32": ("v", "gradient_ti", 3)}
 LIKE |= {"gauss-newton": ("eps", "tangents_float32", 38), "gauss-newton-bf16": ("eps", "tangents", 38)}
+LIKE |= {"gauss-newton-openvino-bf16": ("eps", "tangents_openvino", 38)}
 LIKE |= {"gradient-bf16": ("eps", "gradient_bf16", 4)}
 LIKE |= {"gradient": ("eps", "gradient_1500", 4), "gradient-window": ("eps", "gradient_window", 2)}
 SIZES = {"sd15": "SD 1.5", "sdxl": "SDXL", "demo": "demo"}

@@ -54,15 +54,15 @@ def evidence(result):
 
 
 def tangents(result):
-    """benchmarks/results/signal_tangents.json: Gauss-Newton's K and y from exact derivatives."""
+    """benchmarks/results/signal_tangents.json and signal_eps.json: Gauss-Newton's K and y from exact derivatives."""
     names = ("matrix", "matrix_max", "gradient", "gradient_max")
     rows = [
         [row["backend"], row["activations"], *("–" if row[name] is None else f"{row[name]:.2%}" for name in names)]
         for row in result["tangents"]
     ]
     note = (
-        f"Relative error, median and largest of {result['configuration']['cells']} cells; against what, and where, as"
-        f" above. By `{command_on(result, model_of(result))}` on {result['hardware']['name']}, torch"
+        f"Relative error, median and largest of {result['configuration']['cells']} cells, against the same as above."
+        f" Base: {base_of(result)}. By `{command_on(result, model_of(result))}` on {result['hardware']['name']}, torch"
         f" {result['versions']['torch']}.{code_note([result])}"
     )
     heads = ["weights", "activations", "K", "at most", "y", "at most"]
