@@ -108,7 +108,7 @@ def test_times_and_memory_of_the_hardware_table():
     for machine, resolution, add, name, digits in (
         ("cpu", 512, "`--optimizer gradient`", "gradient", 1),
         ("cpu", 256, "`--optimizer gradient --res", "gradient", 1),
-        ("cpu", 512, "`--optimizer gauss_newton`", "gauss-newton", 0),
+        ("amx", 512, "`--optimizer gauss_newton --mixed", "gauss-newton-bf16", 0),
         ("amx", 512, "`--optimizer gradient --mixed_precision bf16`", "gradient-bf16", 1),
         ("amx", 256, "`--optimizer gauss_newton --resolution 256 --mixed", "gauss-newton-bf16", 0),
     ):
