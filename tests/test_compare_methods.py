@@ -142,7 +142,11 @@ def test_evolution_finds_the_minimum_in_its_subspace(monkeypatch):
     torch.testing.assert_close(learner.theta[0], initial + best @ learner.basis, atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("name", [name for name, method in grids.GRIDS["main"].items() if method.learner])
+# OpenVINO's passes cannot be watched from PyTorch; "tangents" has the same.
+WATCHED = [name for name, how in grids.GRIDS["main"].items() if how.learner and "openvino" not in how.flags]
+
+
+@pytest.mark.parametrize("name", WATCHED)
 def test_forwards_are_counted_as_they_happen(cache, name):
     run = make_run(name)
     task = prepared(run, cache)
