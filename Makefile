@@ -77,7 +77,7 @@ benchmark: $(VENV)/.installed-dev
 
 # Every way to learn a token at equal cost, on three of the demo's subjects and with one seed (less than half an hour on
 # 2 cores, goes on where it was): table and figures in benchmarks/.cache/evaluate. The whole, which the committed results
-# are: benchmarks/compare_methods.py --subjects all --seeds 0 1 2
+# are of, on either base: benchmarks/compare_methods.py --base base_eps --subjects all --seeds 0 1 2
 evaluate: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/compare_methods.py --subjects striped_star striped_cross twotone_moon --seeds 0 \
 		--output_dir benchmarks/.cache/evaluate

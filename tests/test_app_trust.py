@@ -98,7 +98,7 @@ def test_a_name_that_was_pointed_here_is_refused(place, path, host):
     "origin",
     ["http://evil.com", "https://evil.com:7860", "null", "http://127.0.0.1:1", "file://", "http://localhost", ""],
 )
-def test_another_web_site_starts_nothing(place, visitor, started, repo, origin):
+def test_another_web_site_starts_nothing(place, visitor, started, origin):
     with_pictures(visitor)
     with pytest.raises(Refused, match="status 403: This server answers its own page only"):
         visitor.do("start", "", *form(str(app.DEMO_BASE)), origin=origin)
@@ -232,7 +232,7 @@ def test_no_folder_outside_is_read(visitor, folder):
 
 
 @pytest.mark.parametrize("name", ["../../evil", "/evil", "..", "a/../../evil", "C:\\evil", "~/evil", "evil\n/../.."])
-def test_nothing_is_written_outside(place, visitor, started, repo, name):
+def test_nothing_is_written_outside(place, visitor, started, name):
     """Whatever a concept or a picture is called, it is a folder of concepts and a file in that."""
     outside = {path for path in place[2].parent.rglob("*") if not path.is_relative_to(place[2])}
     concept = visitor.do("upload", visitor.upload((f"x{name}.png", png())), name, *LOOK)[1]["value"]
@@ -252,7 +252,7 @@ def test_nothing_is_written_outside(place, visitor, started, repo, name):
 # The owner's login -----------------------------------------------------------------------------------
 
 
-def test_whose_login_a_process_has(place, visitor, started, repo, monkeypatch):
+def test_whose_login_a_process_has(place, visitor, started, monkeypatch):
     """On this computer the visitor is its owner; elsewhere nothing secret of the owner goes with a process."""
     for name, value in OWNERS.items():
         monkeypatch.setenv(name, value)
@@ -273,7 +273,7 @@ def test_whose_login_a_process_has(place, visitor, started, repo, monkeypatch):
     stop(place, visitor, visitor.do("load", {})[1]["value"])
 
 
-def test_whose_login_pushes(place, visitor, started, repo):
+def test_whose_login_pushes(place, visitor, started):
     with_pictures(visitor)
     run = visitor.do("start", "", *form(str(app.DEMO_BASE)))[0]["value"]
     stop(place, visitor, run)
@@ -312,14 +312,14 @@ def environment_of(process):
         "--logging_dir /",
     ],
 )
-def test_no_flag_names_a_file_or_leaves_the_server(visitor, started, repo, others):
+def test_no_flag_names_a_file_or_leaves_the_server(visitor, started, others):
     with_pictures(visitor)
     with pytest.raises(Refused, match="cannot be set here"):
         visitor.do("start", "", *form(str(app.DEMO_BASE), others=others))
     assert not started
 
 
-def test_one_training_and_one_drawing_at_a_time(place, visitor, started, repo):
+def test_one_training_and_one_drawing_at_a_time(place, visitor, started):
     with_pictures(visitor)
     run = visitor.do("start", "", *form(str(app.DEMO_BASE)))[0]["value"]
     other = Visitor(place[1], host=PLACES[place[0]][2])

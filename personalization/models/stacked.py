@@ -145,11 +145,6 @@ def value_of(x):
     return x.value if isinstance(x, Dual) else x
 
 
-def tangents_of(x):
-    """The derivatives `[n, *shape]` of a `Stacked`; None of a constant."""
-    return x.rows[1:] if isinstance(x, Stacked) else None
-
-
 def derived(value, tangents):
     """A `Stacked` of new tensors: a value `[*shape]`, and its derivatives in the place where they lie, `[1 + n, ...]`.
 
@@ -495,7 +490,8 @@ def attend(query, key, value, mask, is_causal, scale, chunk, together, out):
         mask: `[heads, length or 1, keys]`, or None.
         out: `[1 + n, heads, length, width]`, written here.
     """
-    n, exact = len(out) - 1, query.dtype if query.dtype == torch.bfloat16 else torch.float32  # values are in float32
+    n = len(out) - 1
+    precision = query.dtype if query.dtype == torch.bfloat16 else torch.float32  # of derivatives, not of values
     query, key, value = (part.movedim(0, 1) for part in (query.float() * scale, key, value))  # [heads, 1 + n, ...]
     q, k, v = (part[:, 0].float() for part in (query, key, value))
     left, right = [], []  # dS as one product, [dq q] [k dk]ᵀ
@@ -503,15 +499,15 @@ def attend(query, key, value, mask, is_causal, scale, chunk, together, out):
         left.append(query[:, 1:]), right.append(key[:, :1].expand(-1, n, -1, -1))
     if key.shape[1] > 1:
         left.append(query[:, :1].expand(-1, n, -1, -1)), right.append(key[:, 1:])
-    left, right = (torch.cat(t, dim=-1).to(exact) if t else None for t in (left, right))
-    ones = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1).to(exact)
-    dv = value[:, 1:].movedim(1, 2).flatten(2).to(exact)  # [heads, keys, n * width]
+    left, right = (torch.cat(t, dim=-1).to(precision) if t else None for t in (left, right))
+    ones = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1).to(precision)
+    dv = value[:, 1:].movedim(1, 2).flatten(2).to(precision)  # [heads, keys, n * width]
     for first in range(0, q.shape[1], chunk):
         chosen = slice(first, first + chunk)
         scores = masked(q[:, chosen] @ k.mT, mask, is_causal, chosen)
         weights = torch.softmax(scores, dim=-1)  # A [heads, c, keys]
         result = weights @ v
-        weights, out[0, :, chosen] = weights.to(exact), result
+        weights, out[0, :, chosen] = weights.to(precision), result
         moved = (weights @ dv).unflatten(2, (n, -1)).movedim(2, 1) if dv.numel() else None
         for start in range(0, n, together):
             these = slice(start, start + together)
