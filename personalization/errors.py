@@ -12,6 +12,7 @@ Anything else is a fault of the program, and shows its traceback.
 """
 
 import contextlib
+import gc
 import os
 import signal
 import sys
@@ -168,6 +169,8 @@ def run_script(main, script):
         script: path of the script, whose name stands before the sentence.
     """
     threading.excepthook = _quiet_thread
+    gc.freeze()  # what is imported stays, and is not looked through again
+    gc.enable()  # `quick_help` put it off
     with handled(interrupt) as before:
         _run(main, script, before)
 

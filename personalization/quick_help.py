@@ -1,10 +1,12 @@
 """Answers `--help` of a script, and requests to stop it, at once; imported for this effect alone.
 
 The libraries of a trainer take seconds to import, and its parser stands below them. `flags.json` says the same, which
-tests/test_flags.py sees to.
+tests/test_flags.py sees to. A quarter of those seconds went into looking for garbage, of which imports make none: that
+waits until `errors.run_script`.
 """
 
 import contextlib
+import gc
 import os
 import signal
 import sys
@@ -24,6 +26,7 @@ def answer(main, words):
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # until `errors.run_script` takes them
         if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
             signal.signal(getattr(signal, name), stop)
+    gc.disable()
 
 
 def stop(number, frame):

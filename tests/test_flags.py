@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import gc
 import importlib
 import json
 import re
@@ -16,8 +17,8 @@ from conftest import REPO, as_arguments
 
 import train_zoodip_textual_inversion as zoodip
 from docs import generate
-from personalization import flags
-from personalization.errors import InputError
+from personalization import flags, quick_help
+from personalization.errors import InputError, run_script
 from personalization.web.command_lines import METHODS, read_others
 
 
@@ -244,3 +245,18 @@ def test_help_needs_no_library_that_takes_seconds(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0 and "SDXL" in done.stdout and "--placeholder_token" in done.stdout
     assert not re.search(r"\| +(torch|diffusers|accelerate|transformers|datasets)$", done.stderr, flags=re.M)
+
+
+def test_garbage_is_looked_for_again_once_a_script_runs(monkeypatch):
+    script, enabled = SimpleNamespace(__file__=str(REPO / "app.py")), []
+    monkeypatch.setattr(quick_help.signal, "signal", lambda number, handler: None)
+    try:
+        quick_help.answer(SimpleNamespace(__file__=__file__), [])
+        enabled.append(gc.isenabled())
+        quick_help.answer(script, [])
+        enabled.append(gc.isenabled())
+        run_script(lambda: enabled.append(gc.isenabled()), script.__file__)
+    finally:
+        gc.enable()
+        gc.unfreeze()
+    assert enabled == [True, False, True]
