@@ -5,12 +5,13 @@
     python demo/build_demo_base.py --stages data,clip,vae,latents --keep demo/base --num_renders 20000
     python demo/build_demo_base_xl.py                   # under an hour on one core; resumable (run it again)
 
-`demo/base` is the teacher, and nearly all weights start as its own. The first text encoder is the teacher's with one
+`demo/base_eps` is the teacher, and nearly all weights start as its own. The first text encoder is the teacher's with one
 layer more, so that its penultimate states are those that the teacher normalizes; the UNet's projections of text take
 over that normalization. The second encoder is new: stage "pooled" teaches its pooled text to say what the teacher's
 UNet made of all text states; stage "unet_xl" then lets the UNet predict what the teacher predicts, of the same noisy
 latents. In half of the examples the text is pooled at an earlier word than its end, as diffusers does for new words
-(at the largest token id), so that the base also listens to what follows it. The VAE is a link to the teacher's.
+(at the largest token id), so that the base also listens to what follows it. The VAE is a link to the teacher's. What
+the teacher predicts, noise or velocities, on which schedule, the pupil predicts, too.
 """
 
 import os
@@ -201,13 +202,13 @@ def export(args, teacher, first, student):
     folder = distillation.export(args, pipeline, "base_xl", ("pooled", "unet_xl"), SETTINGS)
     if args.out_dir.resolve() == args.teacher.resolve().parent:
         shutil.rmtree(folder / "vae")
-        os.symlink(f"../{args.teacher.name}/vae", folder / "vae")
+        os.symlink(f"../{(args.teacher / 'vae').resolve().parent.name}/vae", folder / "vae")  # no link to a link
     demo.replace_folder(folder, args.out_dir / "base_xl")
     print(f"export: {args.out_dir / 'base_xl'}", flush=True)
 
 
 def main(argv=None):
-    args = distillation.parse_args(argv, __doc__, pooled_steps=800, xl_steps=2500)
+    args = distillation.parse_args(argv, __doc__, "base_eps", pooled_steps=800, xl_steps=2500)
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed + 3)
     teacher = distillation.Teacher(args)

@@ -18,11 +18,11 @@ import world
 HERE = Path(__file__).resolve().parent
 
 
-def parse_args(argv, description, **steps):
+def parse_args(argv, description, teacher="base", **steps):
     """The arguments of build_demo_base.py, a `--NAME` for each of the own stages' `steps`, and the teacher."""
     parser = demo.make_parser(description)
     own = parser.add_argument_group("distillation")
-    own.add_argument("--teacher", type=Path, default=HERE / "base", help="the finished base that is asked")
+    own.add_argument("--teacher", type=Path, default=HERE / teacher, help="the finished base that is asked")
     for name, count in steps.items():
         own.add_argument(f"--{name}", type=int, default=count, help="training steps of this stage")
     parser.set_defaults(threads=1)

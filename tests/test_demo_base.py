@@ -383,6 +383,7 @@ def test_smoke_run_of_the_sdxl_recipe(smoke):
     pipeline = StableDiffusionXLPipeline.from_pretrained(smoke / "out" / "base_xl", dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline.text_encoder_2.config.eos_token_id == 2 and pipeline.tokenizer_2.pad_token == "!"
+    assert pipeline.scheduler.config.prediction_type == "epsilon"  # as its teacher, and as SDXL
     assert pipeline("a photo of a red star", num_inference_steps=2).images[0].size == (64, 64)
 
 
@@ -427,6 +428,7 @@ def test_committed_sdxl_base_is_small_and_generates():
     files = [path for path in (DEMO / "base_xl").rglob("*") if path.is_file() and "vae" not in path.parts]
     assert sum(path.stat().st_size for path in files) <= 12e6  # the VAE is a link to that of demo/base
     pipeline = StableDiffusionXLPipeline.from_pretrained(DEMO / "base_xl", dtype=torch.float32)
+    assert pipeline.scheduler.config.prediction_type == "epsilon" and pipeline.scheduler.alphas_cumprod[-1] > 0.004
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline(["a photo of a red star in the snow"], num_inference_steps=2, output_type="np").images
     assert images.shape == (1, 64, 64, 3) and np.isfinite(images).all() and images.std() > 0.02
