@@ -705,7 +705,7 @@ def train(run):
         DivergedError: the loss is no longer finite.
     """
     args, accelerator, learner, progress = run.args, run.accelerator, run.learner, run.progress
-    memory.keep_freed_blocks(memory.MOST_FREED_BLOCKS)  # fewer cost a window a fifth of its time and save it nothing
+    memory.prepare_training()
     last_good, interval = learner.theta.clone(), new_interval(learner.theta.device)
     clock = loop.Clock(progress)
     if progress.step == 0:

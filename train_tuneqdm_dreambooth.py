@@ -499,7 +499,7 @@ def train(run):
         DivergedError: the loss is no longer finite.
     """
     args, accelerator, learner, progress = run.args, run.accelerator, run.learner, run.progress
-    memory.keep_freed_blocks(run.base.family.freed_blocks if args.gradient_checkpointing else memory.MOST_FREED_BLOCKS)
+    memory.prepare_training()
     last_good = {name: change.detach().clone() for name, change in learner.changes.items()}
     clock = loop.Clock(progress)
     interval_loss, interval = torch.zeros((), device=run.model.compute.device), 0

@@ -1097,7 +1097,6 @@ def estimate_memory(args, base, compute):
         images=bool(args.validation_prompt),
         coordinates=candidates_per_step(args) * entries + optimizer.kept_coordinates(args, entries),
         checkpointing=args.gradient_checkpointing if optimizer.differentiates else None,
-        freed_blocks=optimizer.freed_blocks(args, base.family),
         look_around=optimizer.look_around(args, base),
         encoded=len(prompts.OBJECT_TEMPLATES) if base.of_output else 0,
     )
@@ -1583,7 +1582,7 @@ def train(run):
         DivergedError: the loss is no longer finite.
     """
     args, accelerator, learner, progress = run.args, run.accelerator, run.learner, run.progress
-    memory.keep_freed_blocks(OPTIMIZERS[args.optimizer].freed_blocks(args, run.base.family))
+    memory.prepare_training()
     average = functools.partial(accelerator.reduce, reduction="mean")
     last_good = learner.result.clone()
     clock = loop.Clock(progress)

@@ -19,7 +19,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from personalization.data.examples import Batch
 from personalization.models import families
-from personalization.models.memory import MOST_FREED_BLOCKS, keep_freed_blocks, release_freed_memory
+from personalization.models.memory import prepare_loading, prepare_training, release_freed_memory
 from train_zoodip_textual_inversion import SubspaceGradient, normalize_estimate, sample_puts_timesteps
 
 
@@ -74,9 +74,9 @@ def load_models(base, device="cpu", dtype=torch.float32, text_dtype=None, quanto
         text_encoder = families.TextEncoders(families.SDXL, [text_encoder, second])
     # Quantized on the host, so that the device never sees the large weights and its peak memory is the step's.
     if by_layer:
-        keep_freed_blocks(1)  # or glibc's heap would grow to three times what is left
+        prepare_loading()  # or glibc's heap would grow to three times what is left
         models = [quantize_layer_by_layer(model, dtype) for model in (unet, vae, text_encoder)]
-        keep_freed_blocks(MOST_FREED_BLOCKS)  # as the script trains
+        prepare_training()  # as the script trains
     else:
         models = [quantize_with_quanto(m) if quanto else m for m in (unet, vae, text_encoder)]
     models = [model.to(device).requires_grad_(False).eval() for model in models]

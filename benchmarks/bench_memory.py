@@ -154,7 +154,7 @@ def run_child(kind, settings):
 
 def load_unet(name, device, cache):
     """Loads the INT8 UNet as the script does, and says how large it and its largest layer in float32 are."""
-    memory.keep_freed_blocks(1)  # as `main` does
+    memory.prepare_loading()  # as `main` does
     base, backend = open_base(ModelSource(name)), zoodip.BACKENDS["int8"]
     compute, _ = choose_compute(device)
     cache_dir = None if cache == "none" else cache

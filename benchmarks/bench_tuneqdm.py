@@ -33,7 +33,7 @@ import torch.nn.functional as F
 
 import train_tuneqdm_dreambooth as script
 import tuneqdm_pipeline as tuneqdm
-from personalization.models import families, memory
+from personalization.models import memory
 
 
 SCRIPT = ROOT / "train_tuneqdm_dreambooth.py"
@@ -78,7 +78,7 @@ def official_forward(self, input):
 
 def run_official(words):
     """`--official`: the script with official layers, in this process, and with a heap as the system manages it."""
-    families.SD1.freed_blocks = memory.MOST_FREED_BLOCKS
+    memory.prepare_training = lambda: memory.keep_freed_memory(32, 64)  # what glibc comes to
     tuneqdm.QuantizedLayer.forward = official_forward
     script.main(script.parse_args(words))
 

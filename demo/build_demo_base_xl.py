@@ -5,13 +5,13 @@
     python demo/build_demo_base.py --stages data,clip,vae,latents --keep demo/base --num_renders 20000
     python demo/build_demo_base_xl.py                   # under an hour on one core; resumable (run it again)
 
-`demo/base_eps` is the teacher, and nearly all weights start as its own. The first text encoder is the teacher's with one
-layer more, so that its penultimate states are those that the teacher normalizes; the UNet's projections of text take
-over that normalization. The second encoder is new: stage "pooled" teaches its pooled text to say what the teacher's
-UNet made of all text states; stage "unet_xl" then lets the UNet predict what the teacher predicts, of the same noisy
-latents. In half of the examples the text is pooled at an earlier word than its end, as diffusers does for new words
-(at the largest token id), so that the base also listens to what follows it. The VAE is a link to the teacher's. What
-the teacher predicts, noise or velocities, on which schedule, the pupil predicts, too.
+`demo/base_eps` is the teacher, and nearly all weights start as its own. The first text encoder is the teacher's with
+one layer more, so that its penultimate states are those that the teacher normalizes; the UNet's projections of text
+take over that normalization. The second encoder is new: stage "pooled" teaches its pooled text to say what the
+teacher's UNet made of all text states; stage "unet_xl" then lets the UNet predict what the teacher predicts, of the
+same noisy latents. In half of the examples the text is pooled at an earlier word than its end, as diffusers does for
+new words (at the largest token id), so that the base also listens to what follows it. The VAE is a link to the
+teacher's. What the teacher predicts, noise or velocities, on which schedule, the pupil predicts, too.
 """
 
 import os

@@ -214,10 +214,6 @@ def test_the_settings_of_the_paper_follow_the_family(flags, place):
         configs = {"text_encoder": {"hidden_size": width}}
         assert families.recognise({"unet": []}, configs, families.FAMILIES.values(), "it") is family
     assert families.SDXL.defaults("zo_adam")["max_train_steps"] == 20_000
-    args = zoodip.parse_args(as_arguments(flags(optimizer="gradient")))
-    assert [zoodip.OPTIMIZERS["gradient"].freed_blocks(args, each) for each in (families.SD1, families.SDXL)] == [3, 1]
-    args = zoodip.parse_args(as_arguments(flags(optimizer="gradient", low_vram=True)))
-    assert zoodip.OPTIMIZERS["gradient"].freed_blocks(args, families.SD1) == 1
 
 
 def test_the_model_is_told_sizes_and_the_crops_true_offset(tmp_path, flags):

@@ -196,7 +196,7 @@ def test_more_candidates_a_pass_need_more_memory_and_streaming_less(basics):
         return zoodip.estimate_memory(args, base, compute)
 
     plain, many = figures(), figures(num_perturbations=8)
-    assert many.activations > 2 * plain.activations
+    assert many.activations > 1.9 * plain.activations
     assert figures(num_perturbations=8, max_candidates_per_forward=3).activations == plain.activations
     whole, streamed = figures(quantization="none"), figures(quantization="none", low_vram=True)
     assert streamed.denoiser < plain.denoiser < whole.denoiser

@@ -17,7 +17,7 @@ from diffusers.optimization import get_scheduler
 
 from ..errors import InputError
 from ..flags import RUN, SIDE
-from ..models import base_model, frozen, memory
+from ..models import base_model, frozen
 from . import windows
 from .rule import Optimizer
 
@@ -199,16 +199,6 @@ class GradientOptimizer(Optimizer):
         if args.bp_view == "whole":
             return passes
         return 1 + math.ceil(passes * (args.low_resolution / args.resolution) ** 2)
-
-    def freed_blocks(self, args, family):
-        """Few where few activations are kept: a backward pass makes tensors of so many sizes that the heap doubles.
-
-        A layer that was streamed leaves an empty tensor of its size behind, which of the heap is real memory.
-        """
-        if args.low_vram:
-            return super().freed_blocks(args, family)
-        sizes = {"none": memory.MOST_FREED_BLOCKS, "block": family.freed_blocks, "layer": 1}
-        return sizes[args.gradient_checkpointing]
 
     def num_steps(self, args, family):
         return 500

@@ -2,8 +2,6 @@
 
 from typing import Protocol
 
-from ..models import memory
-
 
 class Rule(Protocol):
     """An update of θ, from what batches say of it. The loop averages the evidence over batches and processes.
@@ -107,10 +105,6 @@ class Optimizer:
     def look_around(self, args, base):
         """Denoiser -> the `windows.Surroundings` that its backward pass needs; None where it sees whole pictures."""
         return None
-
-    def freed_blocks(self, args, family):
-        """Up to how many MB freed blocks of memory are kept for the next ones, see `memory.keep_freed_blocks`."""
-        return 1 if args.low_vram else memory.MOST_FREED_BLOCKS
 
     def start(self, args, theta, found, num_processes):
         """The `Rule` before its first step; `found` is what `look_ahead` returned."""

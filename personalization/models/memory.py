@@ -34,19 +34,34 @@ logger = get_logger(__name__)
 # =====================================================================================================
 
 
-MOST_FREED_BLOCKS = 32  # MB, the most that glibc allows, and what it comes to by itself
+HEAP_BLOCK = 2  # MB; from there on PyTorch lets a tensor lie in huge pages, see `quiet`
 
 
-def keep_freed_blocks(megabytes):
-    """Sets up to which size glibc keeps freed blocks for itself; larger ones go back to the system at once.
+def keep_freed_memory(block, rest):
+    """Sets what glibc keeps of freed memory, in MB; another C library does as it likes.
 
-    What is loaded once should go back. In a loop of forward passes that would cost 30 % of a step in page faults; but
-    where backward passes compute again, the heap grows to three times its tensors (`Family.freed_blocks`).
+    What is loaded once should go back to the system. Tensors of a loop come again: large ones from the system, which
+    clears huge pages quickly, as a heap with many sizes grows to two or three times what is in it; small ones from the
+    heap, as clearing small pages would cost a fifth of a step.
+
+    Args:
+        block: larger ones are the system's.
+        rest: so much that is free at the heap's end stays there.
     """
-    with contextlib.suppress(OSError, AttributeError):  # another C library
+    with contextlib.suppress(OSError, AttributeError):
         mallopt, trim_threshold, mmap_threshold = ctypes.CDLL("libc.so.6").mallopt, -1, -3
-        mallopt(mmap_threshold, megabytes * 2**20)
-        mallopt(trim_threshold, 2 * megabytes * 2**20)
+        mallopt(mmap_threshold, block * 2**20)
+        mallopt(trim_threshold, rest * 2**20)
+
+
+def prepare_loading():
+    """See `keep_freed_memory`."""
+    keep_freed_memory(1, 2)
+
+
+def prepare_training():
+    """See `keep_freed_memory`."""
+    keep_freed_memory(HEAP_BLOCK, 256)
 
 
 def release_freed_memory():
@@ -99,18 +114,18 @@ class LiveBytes(TorchDispatchMode):
 
     Args:
         on_cpu: count what a CPU needs beside the tensors, too. For a convolution, oneDNN's own copies of input, weight
-            and output in blocked layouts. For blocks of up to `heap_block`, `heap_slack` of their size: glibc's heap
-            keeps what was freed, and fragments.
+            and output in blocked layouts. For blocks of up to `HEAP_BLOCK`, `heap_slack` of their size: glibc's
+            heap keeps what was freed, and fragments.
     """
 
-    def __init__(self, on_cpu, heap_slack, heap_block=2**25):
+    def __init__(self, on_cpu, heap_slack):
         super().__init__()
-        self.on_cpu, self.heap_slack, self.heap_block = on_cpu, heap_slack, heap_block
+        self.on_cpu, self.heap_slack = on_cpu, heap_slack
         self.live = self.peak = 0
         self.known = set()
 
     def _need(self, size):
-        return size * (1 + self.heap_slack) if self.on_cpu and size <= self.heap_block else size
+        return size * (1 + self.heap_slack) if self.on_cpu and size <= HEAP_BLOCK * 2**20 else size
 
     def _forget(self, key, size):
         self.known.discard(key)
@@ -133,7 +148,7 @@ class LiveBytes(TorchDispatchMode):
         return result
 
 
-# The share by which glibc's heap outgrows the tensors in it while training, measured; see `keep_freed_blocks`.
+# The share by which glibc's heap outgrows the tensors in it while training, measured; see `keep_freed_memory`.
 HEAP_SLACK = 0.8
 
 
@@ -151,12 +166,12 @@ class FusedAttention(torch.autograd.Function):
         return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
 
 
-def activation_bytes(run, device, heap_slack=HEAP_SLACK, differentiates=False, heap_block=2**25):
+def activation_bytes(run, device, heap_slack=HEAP_SLACK, differentiates=False):
     """Peak bytes of the tensors that `run()` makes on the meta device, as they would be on `device`.
 
     Args:
         run: a forward pass, with its backward pass if it `differentiates`.
-        heap_slack, heap_block: see `LiveBytes`.
+        heap_slack: see `LiveBytes`.
     """
 
     def fused(query, key, value, *args, **kwargs):
@@ -167,7 +182,7 @@ def activation_bytes(run, device, heap_slack=HEAP_SLACK, differentiates=False, h
     attention = F.scaled_dot_product_attention
     F.scaled_dot_product_attention = fused
     try:
-        with torch.set_grad_enabled(differentiates), LiveBytes(device.type == "cpu", heap_slack, heap_block) as live:
+        with torch.set_grad_enabled(differentiates), LiveBytes(device.type == "cpu", heap_slack) as live:
             run()
     finally:
         F.scaled_dot_product_attention = attention
@@ -192,7 +207,6 @@ class MemoryPlan(NamedTuple):
     derivatives: int = 0  # of a value that a pass computes beside it, see `stacked`
     coordinates: int = 0  # of all candidates of a step, numbers
     checkpointing: str | None = None  # of a backward pass, see `frozen.CHECKPOINTING`; None: there is none
-    freed_blocks: int = MOST_FREED_BLOCKS  # MB, see `keep_freed_blocks`
     look_around: Callable | None = None  # denoiser -> its `windows.Surroundings`; None: whole pictures
     encoded: int = 0  # prompts at most that the text encoders encode before they leave; 0: they stay
 
@@ -368,7 +382,6 @@ def count_activations(denoiser, vae, plan, base, compute):
                 tensor.requires_grad_(True)
         if plan.look_around is not None:
             surroundings = plan.look_around(denoiser)
-    block = plan.freed_blocks * 2**20
     activations = None
     if plan.derivatives:
         rows = {name: x for name, x in inputs.text._asdict().items() if isinstance(x, torch.Tensor)}
@@ -382,10 +395,10 @@ def count_activations(denoiser, vae, plan, base, compute):
         stacked = inputs._replace(text=inputs.text._replace(**rows))
         with contextlib.suppress(NoRule):  # PyTorch's forward mode is counted as so many candidates
             if family.stacks:
-                activations = activation_bytes(lambda: step(stacked), device, slack, heap_block=block)
+                activations = activation_bytes(lambda: step(stacked), device, slack)
         inputs = family.example(base, (1 + plan.derivatives) * plan.examples, plan.resolution, "meta", compute.dtype)
     if activations is None:
-        activations = activation_bytes(lambda: step(inputs), device, slack, plan.checkpointing is not None, block)
+        activations = activation_bytes(lambda: step(inputs), device, slack, plan.checkpointing is not None)
     pixels = torch.empty(1, 3, plan.resolution, plan.resolution, device="meta", dtype=vae.dtype)
     latent = inputs.noisy[:1].to(vae.dtype)
     spare_memory(vae)

@@ -52,7 +52,7 @@ def start(args):
     Raises:
         InputError: accelerate's launch or configuration asks for what there is not.
     """
-    memory.keep_freed_blocks(1)  # MB: what is loaded once goes back to the system
+    memory.prepare_loading()
     logging_dir = Path(args.output_dir) / args.logging_dir
     logging.basicConfig(format="%(asctime)s - %(levelname)s - %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     check_engines()

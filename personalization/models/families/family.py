@@ -113,7 +113,6 @@ class Family:
     vae_in_float32 = False  # while it encodes
     crops = False  # pictures are cropped, never squeezed, and the denoiser is told where
     stacks = False  # its code computes exact derivatives beside a value, see `models.stacked`
-    freed_blocks = 3  # MB up to which the heap keeps them where a backward pass computes again, see `memory`
     pools = False  # the denoiser is given pooled text, which can be pooled at the end of the prompt
 
     # Settings where the user gives none, see `defaults`.

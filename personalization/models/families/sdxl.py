@@ -37,7 +37,6 @@ class StableDiffusionXL(StableDiffusion):
     vae_in_float32 = True  # the original one overflows in float16
     crops = pools = True
     timestep_window = 700, 900
-    freed_blocks = 1  # up to ten transformer blocks in a row keep inputs of 1 to 3 MB between what they compute again
     settings_of_optimizer = {"zo_adam": {"learning_rate": 5e-3, "max_train_steps": 20_000, "perturbation_scale": 1e-2}}
     settings_of_lora = {"learning_rate": 1e-4, "zo_learning_rate": 1e-4}  # as in diffusers' and kohya's trainers
 
