@@ -56,7 +56,7 @@ TABLES = {
     "step_gauss_newton": (speed.step_gauss_newton, f"{RESULTS}/step_gauss_newton.json"),
     "scaling": (speed.scaling, f"{RESULTS}/step_cpu.json", f"{RESULTS}/memory_cpu.json"),
     "processes": (speed.processes, f"{RESULTS}/step_cpu.json"),
-    "freed_blocks": (frontier.freed_blocks, f"{RESULTS}/freed_blocks.json"),
+    "heap": (frontier.heap, f"{RESULTS}/frontier_amx_heap.json", f"{RESULTS}/frontier_amx.json"),
     "memory": (memory.memory, f"{RESULTS}/memory_cpu.json"),
     "families_memory": (memory.families_memory, f"{RESULTS}/memory_cpu.json"),
     "families_step": (speed.families_step, f"{RESULTS}/step_cpu.json"),

@@ -92,35 +92,24 @@ def frontier(result, methods, methods_eps):
     return table(header, rows) + "\n\n" + note
 
 
-STEPS_OF = {  # rows of bench_frontier.py, bench_tuneqdm.py and bench_selective.py
-    "gradient": "exact gradient, by block",
-    "gradient-layer": "exact gradient, by layer",
-    "int8-tuneqdm-checkpointing": "TuneQDM, 4 sets and input scales, by block",
-    "bp-high-checkpointing": "a LoRA, whole pictures, by block",
-    "bp-window-checkpointing": "a LoRA, through windows, by block",
-}
+def heap(before, after):
+    """frontier_amx_heap.json and frontier_amx.json: what is measured in both, where the heap is told other things."""
+    earlier = {tuple(e[k] for k in ("architecture", "row", "resolution")): e for e in before["entries"]}
+    pairs = [(earlier.get((e["architecture"], e["row"], e["resolution"])), e) for e in after["entries"]]
+    pairs = [(old, new) for old, new in pairs if old is not None and old["commit"] != new["commit"]]
+    pairs.sort(key=lambda pair: (pair[1]["architecture"], pair[1]["resolution"], list(ROWS).index(pair[1]["row"])))
 
+    def figures(entry):
+        memory, seconds = entry["measured"]["peak_anonymous_above_imports_mb"], entry["cpu_seconds_of_steps"][1:]
+        return [f"{memory:.0f} MB", f"{sum(seconds) / len(seconds):.1f} s"]
 
-def seconds_of_a_step(entry):
-    """CPU seconds, or of TuneQDM's benchmark those by the clock: of the last step that was timed."""
-    if "seconds_per_step" in entry:
-        return entry["seconds_per_step"]
-    steps = entry.get("cpu_seconds_of_steps") or [seconds for _, seconds in entry["seconds_of_steps"]]
-    return steps[-1]
-
-
-def freed_blocks(result):
-    """benchmarks/results/freed_blocks.json: entries of three benchmarks, each with what the heap was told."""
-    rows = []
-    for entry in result["entries"]:
-        where = f"{SIZES[entry['architecture']]}, {entry['resolution']} px"
-        memory = f"{entry['measured']['peak_anonymous_above_imports_mb']:.0f} MB"
-        kept = f"{entry['freed_blocks_mb']} MB"
-        rows.append([where, STEPS_OF[entry["row"]], kept, memory, f"{seconds_of_a_step(entry):.1f} s"])
-    header = ["model", "a step of", "freed blocks stay up to", "anonymous, above imports", "time"]
+    rows = [
+        [f"{SIZES[new['architecture']]}, {new['resolution']} px", ROWS[new["row"]][0], *figures(old), *figures(new)]
+        for old, new in pairs
+    ]
+    header = ["model", "a step of", "a heap of all sizes", "CPU time", "huge pages", "CPU time"]
     note = (
-        f"One thread of {result['entries'][0]['hardware']['name']}, the rows of a step one after the other, nothing"
-        " else on the machine; what the heap keeps was set by hand in the code, everything else by the command in the"
-        " file. By `benchmarks/bench_frontier.py`, `bench_tuneqdm.py` and `bench_selective.py`."
+        "Anonymous memory above imports, and CPU seconds of a step, the mean of the second and third. The two halves are"
+        " of different days on one machine. By `benchmarks/bench_frontier.py`."
     )
-    return table(header, rows) + "\n\n" + note + code_note(result["entries"])
+    return table(header, rows) + "\n\n" + note + code_note([entry for pair in pairs for entry in pair])
