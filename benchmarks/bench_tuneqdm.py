@@ -78,7 +78,7 @@ def official_forward(self, input):
 
 def run_official(words):
     """`--official`: the script with official layers, in this process, and with a heap as the system manages it."""
-    memory.prepare_training = lambda: memory.keep_freed_memory(32, 64)  # what glibc comes to
+    memory.prepare_training = lambda **_: memory.keep_freed_memory(32, 64)  # what glibc comes to
     tuneqdm.QuantizedLayer.forward = official_forward
     script.main(script.parse_args(words))
 

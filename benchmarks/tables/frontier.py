@@ -109,7 +109,7 @@ def heap(before, after):
     ]
     header = ["model", "a step of", "a heap of all sizes", "CPU time", "huge pages", "CPU time"]
     note = (
-        "Anonymous memory above imports, and CPU seconds of a step, the mean of the second and third. The two halves are"
-        " of different days on one machine. By `benchmarks/bench_frontier.py`."
+        "Anonymous memory above imports, and CPU seconds of a step, the mean of the second and third. Both halves are of"
+        " one machine, on other days. By `benchmarks/bench_frontier.py`."
     )
     return table(header, rows) + "\n\n" + note + code_note([entry for pair in pairs for entry in pair])

@@ -59,9 +59,9 @@ def prepare_loading():
     keep_freed_memory(1, 2)
 
 
-def prepare_training():
-    """See `keep_freed_memory`."""
-    keep_freed_memory(HEAP_BLOCK, 256)
+def prepare_training(recomputes=False):
+    """See `keep_freed_memory`; a backward pass that computes again makes many sizes of 1 to 2 MB, too."""
+    keep_freed_memory(*((1, 32) if recomputes else (HEAP_BLOCK, 256)))
 
 
 def release_freed_memory():
@@ -115,17 +115,19 @@ class LiveBytes(TorchDispatchMode):
     Args:
         on_cpu: count what a CPU needs beside the tensors, too. For a convolution, oneDNN's own copies of input, weight
             and output in blocked layouts. For blocks of up to `HEAP_BLOCK`, `heap_slack` of their size: glibc's
-            heap keeps what was freed, and fragments.
+            heap keeps what was freed, and fragments. For larger ones `slack`.
     """
 
-    def __init__(self, on_cpu, heap_slack):
+    def __init__(self, on_cpu, heap_slack, slack=0.0):
         super().__init__()
-        self.on_cpu, self.heap_slack = on_cpu, heap_slack
+        self.on_cpu, self.heap_slack, self.slack = on_cpu, heap_slack, slack
         self.live = self.peak = 0
         self.known = set()
 
     def _need(self, size):
-        return size * (1 + self.heap_slack) if self.on_cpu and size <= HEAP_BLOCK * 2**20 else size
+        if not self.on_cpu:
+            return size
+        return size * (1 + (self.heap_slack if size <= HEAP_BLOCK * 2**20 else self.slack))
 
     def _forget(self, key, size):
         self.known.discard(key)
@@ -150,6 +152,8 @@ class LiveBytes(TorchDispatchMode):
 
 # The share by which glibc's heap outgrows the tensors in it while training, measured; see `keep_freed_memory`.
 HEAP_SLACK = 0.8
+# What backward passes need on a CPU beside their tensors, as a share of these, measured at 512 px: memory of kernels.
+BACKWARD_SLACK = 0.5
 
 
 class FusedAttention(torch.autograd.Function):
@@ -179,10 +183,10 @@ def activation_bytes(run, device, heap_slack=HEAP_SLACK, differentiates=False):
             return attention(query, key, value, *args, **kwargs)
         return FusedAttention.apply(query, key, value)
 
-    attention = F.scaled_dot_product_attention
+    attention, slack = F.scaled_dot_product_attention, BACKWARD_SLACK if differentiates else 0.0
     F.scaled_dot_product_attention = fused
     try:
-        with torch.set_grad_enabled(differentiates), LiveBytes(device.type == "cpu", heap_slack) as live:
+        with torch.set_grad_enabled(differentiates), LiveBytes(device.type == "cpu", heap_slack, slack) as live:
             run()
     finally:
         F.scaled_dot_product_attention = attention
