@@ -499,7 +499,7 @@ def train(run):
         DivergedError: the loss is no longer finite.
     """
     args, accelerator, learner, progress = run.args, run.accelerator, run.learner, run.progress
-    memory.prepare_training(recomputes=args.gradient_checkpointing)
+    memory.prepare_training(small_heap=args.gradient_checkpointing)
     last_good = {name: change.detach().clone() for name, change in learner.changes.items()}
     clock = loop.Clock(progress)
     interval_loss, interval = torch.zeros((), device=run.model.compute.device), 0

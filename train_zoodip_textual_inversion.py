@@ -1582,7 +1582,7 @@ def train(run):
         DivergedError: the loss is no longer finite.
     """
     args, accelerator, learner, progress = run.args, run.accelerator, run.learner, run.progress
-    memory.prepare_training(recomputes=OPTIMIZERS[args.optimizer].differentiates)
+    memory.prepare_training(small_heap=OPTIMIZERS[args.optimizer].differentiates or args.low_vram)
     average = functools.partial(accelerator.reduce, reduction="mean")
     last_good = learner.result.clone()
     clock = loop.Clock(progress)

@@ -73,7 +73,7 @@ TABLES = {
         *(path.relative_to(ROOT).as_posix() for path in sorted(ROOT.glob(f"{RESULTS}/field/*.json"))),
     ),
     **{
-        block: (frontier.frontier, f"{RESULTS}/{name}.json", f"{RESULTS}/methods.json", f"{RESULTS}/methods_eps.json")
+        block: (frontier.frontier, f"{RESULTS}/{name}.json", f"{RESULTS}/methods_eps.json")
         for block, name in {"frontier": "frontier_cpu", "frontier_amx": "frontier_amx"}.items()
     },
     "loading": (memory.loading, f"{RESULTS}/memory_cpu.json"),

@@ -22,11 +22,10 @@ MARKERS = "osD^vP*XhH<>pd"
 
 
 def main():
-    names = "frontier_cpu.json", "methods.json", "methods_eps.json"
-    result, on_v, on_eps = (json.loads((RESULTS / name).read_text()) for name in names)
+    result, methods = (json.loads((RESULTS / name).read_text()) for name in ("frontier_cpu.json", "methods_eps.json"))
     figure, axis = plt.subplots(figsize=(10, 5), constrained_layout=True)
     sizes, names = [], list(ROWS)
-    for entry, loop, seconds, steps in points(result, {"v": on_v, "eps": on_eps}):
+    for entry, loop, seconds, steps in points(result, methods):
         size = f"{SIZES[entry['architecture']]}, {entry['resolution']} px"
         if size not in sizes:
             sizes.append(size)

@@ -22,24 +22,24 @@ ROWS = {  # row -> its name, and when to take it
     "gradient-everything-kept": ("exact gradient, INT8, everything kept", "memory to spare"),
     "ti-fp32": ("Textual Inversion as diffusers has it, float32", "never: the exact gradient above is the same"),
 }
-# Steps to where the paper ends: its own length, or the forwards that a demo model took over those of a step. "eps" is
-# the base that predicts ε, as Stable Diffusion 1.5 does.
+# Steps to where the paper ends: its own length, or the forwards that a method took on the demo model that predicts ε,
+# as Stable Diffusion 1.5 does, over those of a step.
 PAPERS_STEPS = 30_000
-LIKE = {"paper": None, "ti-fp32": ("v", "gradient_ti", 3)}
-LIKE |= {"gauss-newton": ("eps", "tangents_float32", 38), "gauss-newton-bf16": ("eps", "tangents", 38)}
-LIKE |= {"gauss-newton-openvino-bf16": ("eps", "tangents_openvino", 38)}
-LIKE |= {"gradient-bf16": ("eps", "gradient_bf16", 4)}
-LIKE |= {"gradient": ("eps", "gradient_1500", 4), "gradient-window": ("eps", "gradient_window", 2)}
+LIKE = {"paper": None, "ti-fp32": ("gradient_ti", 3)}
+LIKE |= {"gauss-newton": ("tangents_float32", 38), "gauss-newton-bf16": ("tangents", 38)}
+LIKE |= {"gauss-newton-openvino-bf16": ("tangents_openvino", 38)}
+LIKE |= {"gradient-bf16": ("gradient_bf16", 4)}
+LIKE |= {"gradient": ("gradient_1500", 4), "gradient-window": ("gradient_window", 2)}
 SIZES = {"sd15": "SD 1.5", "sdxl": "SDXL", "demo": "demo"}
 
 
 def steps_to_the_papers(measure, row, methods):
-    """Of a row, by `methods.json` ("v") and `methods_eps.json` ("eps"); None: it ends before it is there."""
+    """Of a row, by `methods_eps.json`; None: it ends before it is there."""
     like = max((name for name in LIKE if row.startswith(name)), key=len)
     if LIKE[like] is None:
         return PAPERS_STEPS
-    base, method, forwards = LIKE[like]
-    reached = methods[base]["summary"][method]["reaches"][measure]
+    method, forwards = LIKE[like]
+    reached = methods["summary"][method]["reaches"][measure]
     return None if reached is None else round(reached / forwards)
 
 
@@ -53,9 +53,9 @@ def points(result, methods):
         yield entry, loop, sum(seconds) / len(seconds), steps_to_the_papers("loss", entry["row"], methods)
 
 
-def frontier(result, methods, methods_eps):
-    """benchmarks/results/frontier_cpu.json, as `benchmarks/bench_frontier.py` writes it, and the two of methods."""
-    rows, methods = [], {"v": methods, "eps": methods_eps}
+def frontier(result, methods):
+    """benchmarks/results/frontier_cpu.json, as `benchmarks/bench_frontier.py` writes it, and methods_eps.json."""
+    rows = []
     for entry, loop, seconds, steps in points(result, methods):
         measured, (name, when) = entry["measured"], ROWS[entry["row"]]
         size = f"{SIZES[entry['architecture']]}, {entry['resolution']} px"
@@ -73,8 +73,7 @@ def frontier(result, methods, methods_eps):
         " pictures first. Peak: with mapped pages of the weight file, which the system can"
         f" drop; a process that only imports the libraries has {first['imports_peak_rss_mb']:.0f} MB. MB = 2^20."
         " Steps: the paper's own 30,000, and what the others took on a demo model to where it ends"
-        " ([methods](methods.md); the exact gradient and Gauss-Newton with exact derivatives on the one that predicts"
-        f" ε, {len(methods['eps']['subjects'])} subjects, the others on the one that predicts v): a projection, nobody"
+        f" ([methods](methods.md), the one that predicts ε, {len(methods['subjects'])} subjects): a projection, nobody"
         " has trained so long here. By `benchmarks/bench_frontier.py`." + code_note(result["entries"])
     )
     header = [
@@ -109,7 +108,7 @@ def heap(before, after):
     ]
     header = ["model", "a step of", "a heap of all sizes", "CPU time", "huge pages", "CPU time"]
     note = (
-        "Anonymous memory above imports, and CPU seconds of a step, the mean of the second and third. Both halves are of"
-        " one machine, on other days. By `benchmarks/bench_frontier.py`."
+        "Anonymous memory above imports, and CPU seconds of a step, the mean of the second and third, of one machine"
+        " on several days. By `benchmarks/bench_frontier.py`."
     )
     return table(header, rows) + "\n\n" + note + code_note([entry for pair in pairs for entry in pair])

@@ -59,9 +59,14 @@ def prepare_loading():
     keep_freed_memory(1, 2)
 
 
-def prepare_training(recomputes=False):
-    """See `keep_freed_memory`; a backward pass that computes again makes many sizes of 1 to 2 MB, too."""
-    keep_freed_memory(*((1, 32) if recomputes else (HEAP_BLOCK, 256)))
+def prepare_training(small_heap=False):
+    """See `keep_freed_memory`.
+
+    Args:
+        small_heap: for what has many sizes of 1 to 2 MB, too: a backward pass that computes again, layers that are
+            streamed.
+    """
+    keep_freed_memory(*((1, 32) if small_heap else (HEAP_BLOCK, 256)))
 
 
 def release_freed_memory():
