@@ -2,6 +2,8 @@
 
 import copy
 import os
+import platform
+import subprocess
 import sys
 import threading
 import weakref
@@ -153,6 +155,30 @@ def test_a_compiled_unet_gives_the_same_losses(model):
     unet.compile(backend="aot_eager", dynamic=False, fullgraph=True)
     candidates = perturbed(theta, 3, 0.1)
     torch.testing.assert_close(compiled(candidates), eager(candidates), rtol=1e-4, atol=1e-5)
+
+
+FREEING = """
+import os, sys
+import personalization.quiet
+import torch
+from personalization.models import memory
+memory.keep_freed_memory(*map(int, sys.argv[1:])) if sys.argv[1:] else memory.prepare_training()
+before, tensors, staying = memory.process_memory().anonymous, [], []
+for _ in range(40):
+    tensors.append(torch.ones(5 * 2**18))  # 5 MB
+    staying.append(torch.ones(2**14))  # so that no block is the last
+del tensors
+print((memory.process_memory().anonymous - before) >> 20, os.environ["THP_MEM_ALLOC_ENABLE"])
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="this C library cannot be told what to keep")
+@pytest.mark.parametrize("settings, least, most", [((), 0, 50), (("32", "64"), 150, 250)], ids=["ours", "large heap"])
+def test_what_a_step_frees_goes_back_to_the_system(settings, least, most, repo):
+    command = [sys.executable, "-c", FREEING, *settings]
+    done = subprocess.run(command, cwd=repo, capture_output=True, text=True, check=True)
+    megabytes, huge = map(int, done.stdout.split())
+    assert least <= megabytes <= most and huge == 1
 
 
 def test_live_bytes_are_those_of_a_hand_count():
