@@ -221,8 +221,8 @@ def test_more_candidates_a_pass_need_more_memory_and_streaming_less(basics):
         base, _, compute = zoodip.resolve_settings(args, CPU)
         return zoodip.estimate_memory(args, base, compute)
 
-    plain, many = figures(), figures(num_perturbations=8)
-    assert many.activations > 1.9 * plain.activations
+    plain, few, many = figures(), figures(low_vram=True), figures(num_perturbations=8, low_vram=True)
+    assert many.activations > 2 * few.activations  # of tensors alone: small ones count more where they lie in a heap
     assert figures(num_perturbations=8, max_candidates_per_forward=3).activations == plain.activations
     whole, streamed = figures(quantization="none"), figures(quantization="none", low_vram=True)
     assert streamed.denoiser < plain.denoiser < whole.denoiser

@@ -42,7 +42,7 @@ def keep_freed_memory(block, rest):
 
     What is loaded once should go back to the system. Tensors of a loop come again: large ones from the system, which
     clears huge pages quickly, as a heap with many sizes grows to two or three times what is in it; small ones from the
-    heap, as clearing small pages would cost a fifth of a step.
+    heap, as clearing small pages takes longer than using them.
 
     Args:
         block: larger ones are the system's.
@@ -63,8 +63,7 @@ def prepare_training(small_heap=False):
     """See `keep_freed_memory`.
 
     Args:
-        small_heap: for what has many sizes of 1 to 2 MB, too: a backward pass that computes again, layers that are
-            streamed.
+        small_heap: for what has many sizes of 1 to 2 MB, too: backward passes, layers that are streamed.
     """
     keep_freed_memory(*((1, 32) if small_heap else (HEAP_BLOCK, 256)))
 
