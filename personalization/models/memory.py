@@ -318,9 +318,10 @@ def predict_memory(text_encoder, denoiser, vae, backend, plan, base, compute):
     staying = prompts if plan.encoded else text_bytes
     mapped, kept = text_bytes if is_mapped and not plan.encoded else 0, denoiser_bytes
     if plan.openvino:
-        # Beside the stored weights it has all of them in float32, and those of products a second time, repacked; a
-        # third time where derivatives go through them in a batch of their own.
-        kept += 4 * (all_weights + (2 if plan.derivatives else 1) * linear_weights) + OPENVINO_BYTES
+        # Beside the stored weights it has all of them in float32, and those of products once more, repacked for the
+        # activations' type; twice where derivatives go through them in a batch of their own.
+        repacked = (2 if plan.derivatives else 1) * linear_weights
+        kept += 4 * all_weights + dtype.itemsize * repacked + OPENVINO_BYTES
     elif is_mapped:
         mapped += kept
     if plan.streamed:  # one layer and the next one; pages of the mapped file stay until they are dropped
