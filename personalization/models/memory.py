@@ -156,7 +156,8 @@ class LiveBytes(TorchDispatchMode):
 
 # The share by which glibc's heap outgrows the tensors in it while training, measured; see `keep_freed_memory`.
 HEAP_SLACK = 0.8
-# What backward passes need on a CPU beside their tensors, as a share of these, measured at 512 px: memory of kernels.
+# What backward passes that compute again need on a CPU beside their tensors, as a share of these, measured at 512 px:
+# memory of kernels. Where everything is kept, tensors are most at the end of the forward pass, which needs none of it.
 BACKWARD_SLACK = 0.5
 
 
@@ -174,12 +175,12 @@ class FusedAttention(torch.autograd.Function):
         return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
 
 
-def activation_bytes(run, device, heap_slack=HEAP_SLACK, differentiates=False):
+def activation_bytes(run, device, heap_slack=HEAP_SLACK, differentiates=False, slack=0.0):
     """Peak bytes of the tensors that `run()` makes on the meta device, as they would be on `device`.
 
     Args:
         run: a forward pass, with its backward pass if it `differentiates`.
-        heap_slack: see `LiveBytes`.
+        heap_slack, slack: see `LiveBytes`.
     """
 
     def fused(query, key, value, *args, **kwargs):
@@ -187,7 +188,7 @@ def activation_bytes(run, device, heap_slack=HEAP_SLACK, differentiates=False):
             return attention(query, key, value, *args, **kwargs)
         return FusedAttention.apply(query, key, value)
 
-    attention, slack = F.scaled_dot_product_attention, BACKWARD_SLACK if differentiates else 0.0
+    attention = F.scaled_dot_product_attention
     F.scaled_dot_product_attention = fused
     try:
         with torch.set_grad_enabled(differentiates), LiveBytes(device.type == "cpu", heap_slack, slack) as live:
@@ -407,7 +408,9 @@ def count_activations(denoiser, vae, plan, base, compute):
                 activations = activation_bytes(lambda: step(stacked), device, slack)
         inputs = family.example(base, (1 + plan.derivatives) * plan.examples, plan.resolution, "meta", compute.dtype)
     if activations is None:
-        activations = activation_bytes(lambda: step(inputs), device, slack, plan.checkpointing is not None)
+        kernels = 0.0 if plan.checkpointing in (None, "none") else BACKWARD_SLACK
+        differentiates = plan.checkpointing is not None
+        activations = activation_bytes(lambda: step(inputs), device, slack, differentiates, kernels)
     pixels = torch.empty(1, 3, plan.resolution, plan.resolution, device="meta", dtype=vae.dtype)
     latent = inputs.noisy[:1].to(vae.dtype)
     spare_memory(vae)
